@@ -1,0 +1,164 @@
+"""The law: a NumPy oracle of every public operation, written to be read and to be compared with ``==``.
+
+Integers (codes and int32 sums) and, with int15 outliers, the float results of every implementation must equal these
+to the bit. The surprising fact is that this needs no tolerance: row statistics are maxima, counts and integer sums,
+so nothing depends on an order of summation. Imports NumPy (and its bfloat16 extension) only; duck-types the rules.
+"""
+
+from typing import Any, Literal
+
+import numpy as np
+
+CODE_MAX = 127
+OUTLIER_CODE_MAX = 127 * 128  # hi <= 127, see quantize_rows
+# 127 * sum(abs(codes of a row)) must stay below 2**31 for the int32 sum to be exact.
+SUM_OF_CODES_MAX = (2**31 - 1) // CODE_MAX
+SMALLEST_NORMAL = np.float32(2.0**-126)
+RMS_LEVELS = 4095
+
+
+def quantize(
+    kernel: np.ndarray, per: Literal["channel", "tensor"] = "channel"
+) -> tuple[np.ndarray, np.ndarray]:
+    """Quantises a kernel float[k, n] to (codes int8[n, k], scale float32[n]) by absmax (paper, section 2.1).
+
+    The scale is absmax / 127 per output channel, or over the whole kernel with ``per="tensor"``. A channel whose scale
+    would be below the smallest normal float32 counts as zero: scale 1, codes 0. A non-finite channel has scale NaN.
+    """
+    rows = np.ascontiguousarray(np.asarray(kernel).astype(np.float32).T)
+    with np.errstate(invalid="ignore"):
+        absmax = np.max(np.abs(rows), axis=1, initial=np.float32(0))
+        if per == "tensor":
+            absmax = np.full_like(absmax, np.max(absmax, initial=np.float32(0)))
+    scale, usable = _scale(absmax / np.float32(CODE_MAX))
+    safe = np.where(usable[:, None], rows, np.float32(0))
+    codes = np.clip(np.rint(safe / np.where(usable, scale, 1)[:, None]), -CODE_MAX, CODE_MAX)
+    scale = np.where(np.isfinite(absmax), scale, np.float32(np.nan))
+    return codes.astype(np.int8), scale
+
+
+def dequantize(codes: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    """Returns float32[k, n]: codes * scale, transposed to the shape of the original kernel."""
+    return (codes.astype(np.float32) * scale[:, None]).T
+
+
+def outlier_mask(x: np.ndarray, rule: Any) -> np.ndarray:
+    """Returns bool[m, k], the outliers of float[m, k] ``x``; see jaxint8.outliers for the rules."""
+    values = x.astype(np.float32)
+    finite = np.all(np.isfinite(values), axis=1, keepdims=True)
+    magnitude = np.abs(np.where(finite, values, np.float32(0)))
+    m, k = magnitude.shape
+    name = type(rule).__name__
+    if rule is None:
+        return np.zeros((m, k), bool)
+    if name == "TopK":
+        order = np.argsort(-magnitude, axis=1, kind="stable")[:, : rule.k]
+        mask = np.zeros((m, k), bool)
+        np.put_along_axis(mask, order, True, axis=1)
+        return mask & finite
+    if name == "Threshold":
+        mask = magnitude >= np.float32(rule.value)
+    elif name == "RelativeThreshold":
+        mask = _relative_mask(magnitude, np.float32(rule.value))
+    else:
+        raise TypeError(f"rule: expected Threshold, RelativeThreshold, TopK or None, got {name}")
+    mask &= finite
+    if rule.scope == "column":
+        mask = mask.any(axis=0, keepdims=True) & finite
+    return mask
+
+
+def quantize_rows(
+    x: np.ndarray, rule: Any, arithmetic: Literal["int15", "float"] = "int15"
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Quantises activations float[m, k] row by row (paper, section 3.1: "vector-wise").
+
+    Returns:
+      lo: int8[m, k] codes; for an outlier, with "int15", the low part of 128 * hi + lo; with "float", 0.
+      hi: int8[m, k] high parts of the outliers, 0 elsewhere.
+      scale: float32[m]; NaN where the row holds a non-finite value (its codes are 0).
+    """
+    values = x.astype(np.float32)
+    m, k = values.shape
+    finite = np.all(np.isfinite(values), axis=1)
+    values = np.where(finite[:, None], values, np.float32(0))
+    mask = outlier_mask(x, rule)
+    magnitude = np.abs(values)
+    rest = np.max(np.where(mask, 0, magnitude), axis=1, initial=np.float32(0)).astype(np.float32)
+    raw = rest / np.float32(CODE_MAX)
+    limit = np.full(m, OUTLIER_CODE_MAX, np.int64)
+    if arithmetic == "int15":
+        count = mask.sum(axis=1).astype(np.int64)
+        outlier = np.max(np.where(mask, magnitude, 0), axis=1, initial=np.float32(0))
+        room = (SUM_OF_CODES_MAX - CODE_MAX * (k - count)) // np.maximum(count, 1)
+        limit = np.minimum(limit, room)
+        with_outliers = np.maximum(raw, outlier.astype(np.float32) / limit.astype(np.float32))
+        raw = np.where(count > 0, with_outliers, raw)
+    else:
+        values = np.where(mask, np.float32(0), values)
+        mask = np.zeros_like(mask)
+    scale, usable = _scale(raw)
+    values = np.where(usable[:, None], values, np.float32(0))
+    bound = np.where(mask, limit[:, None], CODE_MAX)
+    codes = np.clip(np.rint(values / scale[:, None]), -bound, bound).astype(np.int32)
+    hi = np.where(mask, (codes + 64) >> 7, 0)
+    lo = codes - 128 * hi
+    scale = np.where(finite, scale, np.float32(np.nan))
+    return lo.astype(np.int8), hi.astype(np.int8), scale
+
+
+def product(a: np.ndarray, codes: np.ndarray) -> np.ndarray:
+    """Returns the exact int32[m, n] product of int8[m, k] and int8[n, k] (both K-major)."""
+    # Chunks of 2**9 products of 2**14 are exact in float32, so BLAS may do the work; the chunks are summed in int64.
+    total = np.zeros((a.shape[0], codes.shape[0]), np.int64)
+    for start in range(0, a.shape[1], 512):
+        part = slice(start, start + 512)
+        total += (a[:, part].astype(np.float32) @ codes[:, part].T.astype(np.float32)).astype(np.int64)
+    return total.astype(np.int32)
+
+
+def int8_linear(
+    x: np.ndarray,
+    codes: np.ndarray,
+    scale: np.ndarray,
+    bias: np.ndarray | None = None,
+    rule: Any = None,
+    arithmetic: Literal["int15", "float"] = "int15",
+) -> np.ndarray:
+    """Returns x.dtype[m, n]: the LLM.int8() product of float[m, k] and a quantised kernel (paper, equation 8).
+
+    Every float32 operation is rounded on its own; with "float" the outlier terms are added in float64 (an
+    implementation may add them in float32: that path is compared with a derived tolerance).
+    """
+    lo, hi, row_scale = quantize_rows(x, rule, arithmetic)
+    acc = (product(hi, codes).astype(np.int64) * 128 + product(lo, codes)).astype(np.int32)
+    y = (acc.astype(np.float32) * row_scale[:, None]) * scale[None, :].astype(np.float32)
+    if arithmetic == "float":
+        mask = outlier_mask(x, rule)
+        outliers = np.where(mask, x.astype(np.float64), 0.0)
+        dequantized = codes.astype(np.float32) * scale[:, None].astype(np.float32)
+        y = (y.astype(np.float64) + outliers @ dequantized.T.astype(np.float64)).astype(np.float32)
+    if bias is not None:
+        y = y + bias.astype(np.float32)[None, :]
+    with np.errstate(over="ignore"):  # a float16 result may overflow to inf, as in any float16 matmul
+        return y.astype(x.dtype)
+
+
+def _scale(raw: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns (scale, usable): below the smallest normal, or not finite, a row counts as zero and has scale 1."""
+    usable = np.isfinite(raw) & (raw >= SMALLEST_NORMAL)
+    return np.where(usable, raw, np.float32(1)).astype(np.float32), usable
+
+
+def _relative_mask(magnitude: np.ndarray, value: np.float32) -> np.ndarray:
+    m, k = magnitude.shape
+    if k == 0:
+        return np.zeros((m, k), bool)
+    unit = np.max(magnitude, axis=1, keepdims=True) / np.float32(RMS_LEVELS)
+    usable = unit >= SMALLEST_NORMAL
+    steps = np.rint(magnitude / np.where(usable, unit, np.float32(1)))
+    steps = np.minimum(steps, RMS_LEVELS).astype(np.int64)
+    mean = (np.sum(steps * steps, axis=1, keepdims=True) >> 12).astype(np.float32) / np.float32(k)
+    with np.errstate(invalid="ignore", over="ignore"):
+        threshold = value * (unit * (np.float32(64) * np.sqrt(mean)))
+        return (magnitude >= threshold) & usable
