@@ -1,0 +1,194 @@
+"""What a decoder is made of: frozen dataclasses whose fields are the choices it branches on.
+
+A family (``families/<name>.py``) only fills these fields; the decoder never asks which family it
+runs. Both dataclasses are hashable, so that they can be static arguments of ``jax.jit``: two
+configurations that compare equal share one compiled program.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+from jaxint8 import RelativeThreshold, Threshold, TopK
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """How rotary frequencies are stretched for contexts longer than those of training.
+
+    ``linear`` divides every frequency by ``factor``. ``llama3`` divides the slow ones only:
+    wavelengths longer than ``original_positions / low_frequency_factor`` are divided by ``factor``,
+    those shorter than ``original_positions / high_frequency_factor`` are kept, and those between
+    are blended.
+    """
+
+    kind: Literal["linear", "llama3"]
+    factor: float
+    # The four below are used by "llama3" only.
+    low_frequency_factor: float = 1.0
+    high_frequency_factor: float = 4.0
+    original_positions: int = 8192
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecoderConfig:
+    """Every architectural choice of a decoder-only transformer; sizes are element counts."""
+
+    # Name of the family that filled this in; for messages and saved files only, never branched on
+    # by the decoder.
+    family: str
+
+    # Sizes.
+    vocab_size: int
+    hidden_size: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    # Width of the MLP between its two products.
+    mlp_size: int
+    # Longest sequence the positions are defined for.
+    max_positions: int
+    # Width of the token embedding; where it differs from hidden_size, project_in and project_out
+    # bridge the two.
+    embedding_size: int
+
+    # Norm: root mean square, or mean and variance.
+    norm: Literal["rms", "layer"]
+    norm_epsilon: float
+    # Layer norms without weight and bias exist.
+    norm_affine: bool = True
+    # Pre-norm (True) normalises the input of attention and MLP, post-norm the sum after them.
+    norm_first: bool = True
+    # A last norm before the head.
+    final_norm: bool = True
+
+    # Positions: rotary, or a learned table whose row for position p is p + position_offset.
+    positions: Literal["rope", "learned"]
+    position_offset: int = 0
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    # True when the checkpoint stores a divisor per rotary frequency (GGUF's rope_freqs); then it is
+    # a parameter.
+    rope_factors: bool = False
+
+    # MLP: act(gate(x)) * up(x) when gated, else act(up(x)).
+    activation: Literal["silu", "relu", "gelu", "gelu_tanh"]
+    gated: bool
+
+    # Biases of q, k, v; of the attention output; of the MLP's products.
+    qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
+
+    # True when the head is the embedding table.
+    tied_embeddings: bool = False
+
+    # Token ids: generation ends at any of end_tokens; start_token goes before a text when the
+    # tokenizer says so.
+    start_token: int | None = None
+    end_tokens: tuple[int, ...] = ()
+
+    @property
+    def query_size(self) -> int:
+        """Outputs of the query projection: heads * head_dim."""
+        return self.heads * self.head_dim
+
+    @property
+    def key_value_size(self) -> int:
+        """Outputs of the key projection, and of the value projection: kv_heads * head_dim."""
+        return self.kv_heads * self.head_dim
+
+    def __post_init__(self) -> None:
+        """Checks the sizes against each other."""
+        sizes = ("vocab_size", "hidden_size", "layers", "heads", "kv_heads", "head_dim", "mlp_size")
+        for name in sizes:
+            if getattr(self, name) < 1:
+                raise ValueError(
+                    f"{self.family} config: {name} must be at least 1, got {getattr(self, name)}"
+                )
+        if self.heads % self.kv_heads:
+            raise ValueError(
+                f"{self.family} config: heads ({self.heads}) must be a multiple of "
+                f"kv_heads ({self.kv_heads})"
+            )
+        if self.positions == "rope" and self.head_dim % 2:
+            raise ValueError(
+                f"{self.family} config: rotary positions need an even head_dim, got {self.head_dim}"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class QuantizationConfig:
+    """How the linear layers of a decoder are carried out in int8; the default is the paper's method.
+
+    Embeddings, norms and biases stay float, and so does the head unless ``lm_head`` says "int8".
+    """
+
+    # Which activation values leave the 8-bit range; a number means Threshold(number), None means
+    # that none does ("vector-wise" quantisation).
+    outliers: Threshold | RelativeThreshold | TopK | float | None = 6.0
+    # "float" or "int15" (see jaxint8.int8_linear); None is the library's choice.
+    outlier_arithmetic: Literal["float", "int15"] | None = None
+    # "cuda", "cpu", "xla", "reference"; None is the best that exists.
+    implementation: str | None = None
+    # One scale per row of activations, or one for all of them (the paper's plain absmax method).
+    activations: Literal["row", "tensor"] = "row"
+    # One scale per output channel of weights, or one per matrix.
+    weights: Literal["row", "tensor"] = "row"
+    # Precision of the matrix that makes logits.
+    lm_head: Literal["float", "int8"] = "float"
+
+    def __post_init__(self) -> None:
+        """Checks the choices, and turns a number into the rule that it means."""
+        if isinstance(self.outliers, int | float):
+            object.__setattr__(self, "outliers", Threshold(float(self.outliers)))
+        choices = {
+            "outlier_arithmetic": (None, "float", "int15"),
+            "activations": ("row", "tensor"),
+            "weights": ("row", "tensor"),
+            "lm_head": ("float", "int8"),
+        }
+        for name, known in choices.items():
+            value = getattr(self, name)
+            if value not in known:
+                raise ValueError(
+                    f"quantization: {name} must be one of {', '.join(map(repr, known))}, "
+                    f"got {value!r}"
+                )
+        if self.activations == "tensor" and self.outliers is not None:
+            raise ValueError(
+                'quantization: activations="tensor" has no outlier decomposition; '
+                f"outliers must be None, got {self.outliers!r}"
+            )
+
+
+# The methods of the paper's tables, and the rules that came after it, by the names used everywhere.
+QUANTIZATIONS: dict[str, QuantizationConfig] = {
+    "absmax": QuantizationConfig(outliers=None, activations="tensor", weights="tensor"),
+    "vectorwise": QuantizationConfig(outliers=None),
+    "llm_int8": QuantizationConfig(outliers=Threshold(6.0)),
+    "relative": QuantizationConfig(outliers=RelativeThreshold(6.0)),
+    "topk": QuantizationConfig(outliers=TopK(8)),
+}
+
+
+def as_quantization(value: QuantizationConfig | str | None) -> QuantizationConfig | None:
+    """Returns what a user's ``quantization`` argument means: a config, a name, or None for float.
+
+    Raises:
+        ValueError: a name that is not known.
+        TypeError: anything else.
+
+    """
+    if value is None or isinstance(value, QuantizationConfig):
+        return value
+    if not isinstance(value, str):
+        raise TypeError(
+            "quantization: expected a name, a QuantizationConfig or None, "
+            f"got {type(value).__name__}"
+        )
+    if value not in QUANTIZATIONS:
+        raise ValueError(f"quantization: {value!r} is not one of {', '.join(QUANTIZATIONS)}")
+    return QUANTIZATIONS[value]

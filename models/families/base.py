@@ -1,0 +1,184 @@
+"""What a model family is to the package: a translation of configs and tensor names, no more.
+
+A loader walks ``weight_map(config)``: for every parameter of our tree it says which tensors of the
+checkpoint make it up. The surprising fact is that one parameter can have several sources: q, k and
+v (and gate and up) are one matrix here, their rows one below the other, which for int8 codes per
+output channel changes no bit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, Literal
+
+import numpy as np
+
+from jaxint8.models.config import DecoderConfig
+
+# Where a parameter lives in the tree: ("layers", 3, "qkv", "weight") is
+# params["layers"][3]["qkv"]["weight"].
+Path = tuple[str | int, ...]
+
+
+def deinterleave_rows(rows: np.ndarray, heads: int) -> np.ndarray:
+    """Puts the rows of each head from (pair, half) order into (half, pair) order.
+
+    GGUF files of the llama architecture hold q and k with the two rows that one rotary angle turns
+    next to each other; Hugging Face checkpoints, and this package, hold the first halves of all
+    pairs and then the second.
+
+    Args:
+        rows: any dtype, ``[heads * head_dim, ...]``; also a bias of one axis.
+        heads: number of heads the rows belong to.
+
+    Returns:
+        The same rows in the other order, same shape and dtype.
+
+    """
+    split = rows.reshape(heads, rows.shape[0] // heads // 2, 2, *rows.shape[1:])
+    return np.swapaxes(split, 1, 2).reshape(rows.shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """One tensor of a checkpoint: its name, the shape it must have, the order of its rows."""
+
+    name: str
+    # As the decoder wants it, outermost axis first: [n, k] for a matrix.
+    shape: tuple[int, ...]
+    # Nonzero: rows are interleaved for rotary positions, in this many heads (see
+    # deinterleave_rows).
+    interleaved_heads: int = 0
+
+    def arrange(self, stored: np.ndarray) -> np.ndarray:
+        """Returns the rows in the decoder's order; ``stored`` has the part's leading axis."""
+        return (
+            deinterleave_rows(stored, self.interleaved_heads) if self.interleaved_heads else stored
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Where one parameter comes from: its parts are concatenated along axis 0, in order.
+
+    ``kind`` is its role: a "linear" matrix becomes int8 when quantising; "head" is the matrix that
+    makes logits, which has a switch of its own; an "embedding" table and a "vector" (norm, bias)
+    stay float.
+    """
+
+    parts: tuple[Part, ...]
+    kind: Literal["linear", "head", "embedding", "vector"]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the parts, in order."""
+        return tuple(part.name for part in self.parts)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the parameter."""
+        return (sum(part.shape[0] for part in self.parts), *self.parts[0].shape[1:])
+
+
+WeightMap = dict[Path, Source]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Family:
+    """One model family: which checkpoints are its, and how to read them."""
+
+    name: str
+    # Entries of "architectures" in a Hugging Face config.json, and its "model_type".
+    architectures: tuple[str, ...]
+    model_type: str
+    # Hugging Face config.json -> ours. Raises ValueError for what the decoder cannot do.
+    config_from_hf: Callable[[Mapping[str, Any]], DecoderConfig]
+    # Tensor names of the Hugging Face checkpoint.
+    weight_map: Callable[[DecoderConfig], WeightMap]
+    # Some checkpoints were saved from the bare decoder: this prefix is missing from every name, or
+    # from none.
+    optional_prefix: str = ""
+    # The same for GGUF: value of "general.architecture", metadata and names of the tensors ->
+    # config, and names.
+    gguf_architecture: str | None = None
+    config_from_gguf: Callable[[Mapping[str, Any], Collection[str]], DecoderConfig] | None = None
+    gguf_weight_map: Callable[[DecoderConfig], WeightMap] | None = None
+
+
+def layer_sources(
+    config: DecoderConfig,
+    index: int,
+    names: Mapping[str, tuple[str, ...]],
+    interleaved: bool = False,
+) -> WeightMap:
+    """Sources of one layer.
+
+    Args:
+        config: the decoder.
+        index: the layer's number.
+        names: for every module of the layer, the checkpoint's module names (without ".weight" and
+            ".bias") in the order in which their rows are stacked: "attention_norm", "qkv" (three),
+            "out", "mlp_norm", "up" (gate and up when gated, else one), "down".
+        interleaved: whether q and k are stored interleaved.
+
+    Returns:
+        Map from parameter path to source.
+
+    """
+    q, kv = config.query_size, config.key_value_size
+    hidden, mlp = config.hidden_size, config.mlp_size
+    turned = (config.heads, config.kv_heads, 0) if interleaved else (0, 0, 0)
+    linears = {
+        # module: (rows of each part, k, has bias, interleaved heads of each part)
+        "qkv": ((q, kv, kv), hidden, config.qkv_bias, turned),
+        "out": ((hidden,), q, config.out_bias, (0,)),
+        "up": ((mlp,) * (1 + config.gated), hidden, config.mlp_bias, (0,) * (1 + config.gated)),
+        "down": ((hidden,), mlp, config.mlp_bias, (0,)),
+    }
+    sources: WeightMap = {}
+    for module, (rows, k, bias, heads) in linears.items():
+        stems = tuple(zip(names[module], rows, heads, strict=True))
+        path = ("layers", index, module)
+        sources[(*path, "weight")] = Source(
+            tuple(Part(f"{s}.weight", (n, k), h) for s, n, h in stems), "linear"
+        )
+        if bias:
+            sources[(*path, "bias")] = Source(
+                tuple(Part(f"{s}.bias", (n,), h) for s, n, h in stems), "vector"
+            )
+    for module in ("attention_norm", "mlp_norm"):
+        sources |= norm_sources(config, ("layers", index, module), names[module][0])
+    return sources
+
+
+def norm_sources(config: DecoderConfig, path: Path, stem: str) -> WeightMap:
+    """Sources of one norm: a weight, for a layer norm also a bias; none when not affine."""
+    if not config.norm_affine:
+        return {}
+    leaves = ("weight", "bias") if config.norm == "layer" else ("weight",)
+    return {
+        (*path, leaf): Source((Part(f"{stem}.{leaf}", (config.hidden_size,)),), "vector")
+        for leaf in leaves
+    }
+
+
+def table_source(
+    name: str, rows: int, columns: int, kind: Literal["linear", "head", "embedding"]
+) -> Source:
+    """A source of one unfused matrix ``[rows, columns]``."""
+    return Source((Part(name, (rows, columns)),), kind)
+
+
+def required(config: Mapping[str, Any], key: str) -> Any:
+    """Returns ``config[key]``, or raises a ValueError that names the key."""
+    if config.get(key) is None:
+        raise ValueError(f"model config: {key!r} is missing")
+    return config[key]
+
+
+def end_tokens(value: int | list[int] | None) -> tuple[int, ...]:
+    """Reads "eos_token_id", which is absent, a number or a list of them."""
+    if value is None:
+        return ()
+    return tuple(value) if isinstance(value, list) else (int(value),)
