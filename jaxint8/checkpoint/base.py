@@ -1,0 +1,123 @@
+"""What checkpoint readers have in common: the error, the interface, files read by position.
+
+The surprising fact: nothing is memory-mapped. Pages of a mapping that were touched count as
+resident memory until the kernel is told otherwise, so a mapped 30 GB checkpoint looks like 30 GB of
+use; positioned reads into a buffer of the caller's size do not, and cost the same copy that the
+conversion to int8 would make anyway.
+"""
+
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be read; the message is one line naming the file and any tensor."""
+
+
+class TensorReader(Protocol):
+    """Named tensors of a checkpoint, read one at a time or by rows."""
+
+    @property
+    def path(self) -> Path:
+        """The file or directory, for messages."""
+        ...
+
+    @property
+    def metadata(self) -> Mapping[str, Any]:
+        """What is kept beside the tensors: strings in safetensors, typed values in GGUF."""
+        ...
+
+    def names(self) -> list[str]:
+        """Returns the tensor names, in file order."""
+        ...
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Returns the shape of a tensor, slowest axis first."""
+        ...
+
+    def dtype(self, name: str) -> np.dtype[Any]:
+        """Returns the dtype of what `read` returns."""
+        ...
+
+    def read(self, name: str, rows: slice | None = None) -> np.ndarray:
+        """Returns a tensor, or the rows ``rows`` (of the first axis) of it, as an array of its own.
+
+        Raises:
+          CheckpointError: there is no such tensor, or the file has become shorter.
+        """
+        ...
+
+    def close(self) -> None:
+        """Closes the files. Arrays that were read stay valid."""
+        ...
+
+
+class PositionedFile:
+    """A file opened for reading at given offsets; safe to use from several threads."""
+
+    _fd = -1
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._fd = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be opened ({error.strerror})") from None
+        self.size = os.fstat(self._fd).st_size
+
+    def read(self, offset: int, count: int, what: str) -> np.ndarray:
+        """Returns uint8[count] from ``offset``; ``what`` names it if the file ends too early."""
+        buffer = np.empty(count, np.uint8)
+        view = memoryview(buffer)
+        done = 0
+        while done < count:  # one call moves at most 2 GiB
+            got = os.preadv(self._fd, [view[done:]], offset + done)
+            if got == 0:
+                raise CheckpointError(
+                    f"{self.path}: {what}: expected {count} bytes at {offset}, "
+                    f"the file ends after {done} of them"
+                )
+            done += got
+        return buffer
+
+    def close(self) -> None:
+        """Closes the file; a second call does nothing."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def __del__(self) -> None:
+        self.close()
+
+
+def row_span(
+    shape: tuple[int, ...], rows: slice | None, where: str
+) -> tuple[int, int, tuple[int, ...]]:
+    """Resolves ``rows`` of a tensor.
+
+    Returns:
+      (first row, elements in a row, shape of the result); a missing ``rows`` means all of them.
+    """
+    if rows is None:
+        return 0, math.prod(shape[1:]), shape
+    if not shape:
+        raise CheckpointError(f"{where}: rows asked of a tensor without axes")
+    start, stop, step = rows.indices(shape[0])
+    if step != 1:
+        raise ValueError(f"rows: expected a slice with step 1, got {rows}")
+    return start, math.prod(shape[1:]), (max(0, stop - start), *shape[1:])
+
+
+def check_spans(path: Path, spans: list[tuple[int, int, str]]) -> None:
+    """Raises CheckpointError if two of the spans (first byte, byte after, tensor name) overlap."""
+    end, last = 0, ""
+    for low, high, name in sorted(spans):
+        if low < high:
+            if low < end:
+                raise CheckpointError(f"{path}: tensors {last!r} and {name!r} overlap in the file")
+            end, last = high, name
