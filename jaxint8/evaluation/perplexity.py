@@ -1,0 +1,175 @@
+"""Perplexity of a language model over a long text, with the log-probability of every scored token.
+
+The text is cut into windows that share nothing, and the first token of a window is context only.
+The surprising fact: no window is ever padded. Under a column-scope outlier rule every row of a
+call can change every other row's result, so a short last window runs in a call of its own, at its
+own length.
+"""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Logits = Callable[[jax.Array], jax.Array]
+"""tokens int32[b, t] -> float[b, t, vocab]; row t holds the logits of token t + 1."""
+
+Progress = Callable[[int, int], None]
+"""Called with (tokens done, tokens in all), first with 0 done."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """What one pass over a text gives.
+
+    Invariants (checked by `validate`): `logprobs` is float32, one natural logarithm per scored
+    token in the order of the text; `0 < logprobs.size < tokens`; `tokens_per_s` counts every
+    token of a window, scored or not, is a median over calls of the same shape, and leaves
+    compilation out.
+    """
+
+    logprobs: np.ndarray
+    tokens: int
+    tokens_per_s: float
+
+    @property
+    def scored(self) -> int:
+        """Number of scored tokens."""
+        return self.logprobs.size
+
+    @property
+    def perplexity(self) -> float:
+        """The exponential of the negative mean log-probability; NaN if any of them is."""
+        mean = -float(np.sum(self.logprobs, dtype=np.float64)) / self.scored
+        try:
+            return math.exp(mean)
+        except OverflowError:  # a mean above 709 nats: only a broken model
+            return math.inf
+
+    def validate(self) -> None:
+        """Raises AssertionError where an invariant does not hold."""
+        assert self.logprobs.dtype == np.float32 and self.logprobs.ndim == 1
+        assert 0 < self.scored < self.tokens
+        assert self.tokens_per_s > 0.0
+
+
+def mean_abs_logprob_change(score: Score, baseline: Score) -> float:
+    """The mean of abs(log p - log p of the baseline) over the scored tokens.
+
+    Less noisy than a difference of perplexities, in which gains and losses of single tokens cancel.
+
+    Raises:
+      ValueError: the two did not score the same number of tokens.
+    """
+    if score.scored != baseline.scored:
+        raise ValueError(
+            f"baseline: expected {score.scored} scored tokens as in score, got {baseline.scored}"
+        )
+    change = score.logprobs.astype(np.float64) - baseline.logprobs.astype(np.float64)
+    return float(np.mean(np.abs(change)))
+
+
+def score(
+    logits: Logits,
+    tokens: Sequence[int] | np.ndarray,
+    *,
+    window: int = 512,
+    batch_size: int = 1,
+    progress: Progress | None = None,
+) -> Score:
+    """Scores a text, token by token.
+
+    Args:
+      logits: the model. Give one that owns weights as a pytree (a `jax.tree_util.Partial` of a
+        function and its weights, or any registered class with `__call__`): its arrays are then
+        arguments of the compiled pass. Arrays that a plain function closes over are copied into
+        the executable as constants.
+      tokens: token ids of the text, int[n], n >= 2.
+      window: tokens per window, >= 2. The first of each window is context and not scored. A last
+        window of 2 or more tokens is scored at its own length; a last window of one token has
+        nothing to score and is left out.
+      batch_size: windows per call. It changes the result of column-scope outlier rules, and
+        nothing else.
+      progress: told after each call how many tokens are done.
+
+    Returns:
+      The log-probabilities of the scored tokens, and the speed of the pass without compilation.
+
+    Raises:
+      ValueError: an argument is out of range, the text is too short, a token id is not in the
+        vocabulary, or `logits` gives another shape than [b, t, vocab].
+    """
+    ids = _checked_ids(tokens, window, batch_size)
+    calls = _calls(ids, window, batch_size)
+    model = jax.tree_util.Partial(logits) if jax.tree_util.all_leaves([logits]) else logits
+    total = sum(call.size for call in calls)
+    report = progress or (lambda done, total: None)
+    report(0, total)
+    compiled: dict[tuple[int, ...], jax.stages.Compiled] = {}
+    logprobs: list[np.ndarray] = []
+    seconds: list[float] = []
+    done = 0
+    for call in calls:
+        if call.shape not in compiled:
+            _check_vocabulary(model, call, int(ids.max()))
+            compiled[call.shape] = _token_logprobs.lower(model, call).compile()
+        start = time.perf_counter()
+        logprobs.append(np.asarray(compiled[call.shape](model, call)).ravel())
+        seconds.append(time.perf_counter() - start)
+        done += call.size
+        report(done, total)
+    alike = [s for call, s in zip(calls, seconds, strict=True) if call.shape == calls[0].shape]
+    speed = calls[0].size / float(np.median(alike))
+    return Score(logprobs=np.concatenate(logprobs), tokens=total, tokens_per_s=speed)
+
+
+@jax.jit
+def _token_logprobs(logits: Logits, tokens: jax.Array) -> jax.Array:
+    """The log p of tokens[:, 1:] given what stands before: float32[b, t - 1].
+
+    Gathered under the same jit as the model, so that float[b, t, vocab] never leaves the device
+    or outlives one call.
+    """
+    all_logits = logits(tokens)[:, :-1].astype(jnp.float32)
+    target = jnp.take_along_axis(all_logits, tokens[:, 1:, None], axis=-1)[..., 0]
+    return target - jax.nn.logsumexp(all_logits, axis=-1)
+
+
+def _checked_ids(tokens: Sequence[int] | np.ndarray, window: int, batch_size: int) -> np.ndarray:
+    ids = np.asarray(tokens)
+    if window < 2:
+        raise ValueError(f"window: expected at least 2 tokens, got {window}")
+    if batch_size < 1:
+        raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
+    if ids.ndim != 1 or (ids.size and not np.issubdtype(ids.dtype, np.integer)):
+        raise ValueError(f"tokens: expected int[n], got {ids.dtype}{list(ids.shape)}")
+    if ids.size < 2:
+        raise ValueError(f"tokens: expected at least 2 to have one to score, got {ids.size}")
+    if ids.min() < 0:
+        raise ValueError(f"tokens: expected ids of 0 or more, got {ids.min()}")
+    return ids.astype(np.int32)
+
+
+def _calls(ids: np.ndarray, window: int, batch_size: int) -> list[np.ndarray]:
+    """The text as int32[b, t] calls: whole windows, batch_size at a time, then the rest."""
+    whole = ids.size // window
+    full = ids[: whole * window].reshape(whole, window)
+    calls = [full[i : i + batch_size] for i in range(0, whole, batch_size)]
+    rest = ids[whole * window :]
+    return [*calls, rest[None, :]] if rest.size >= 2 else calls
+
+
+def _check_vocabulary(model: Logits, call: np.ndarray, highest: int) -> None:
+    """Checks the shape of the logits, and that every id is in it: a gather would not complain."""
+    out = jax.eval_shape(model, jax.ShapeDtypeStruct(call.shape, jnp.int32))
+    shape = getattr(out, "shape", None)
+    if shape is None or len(shape) != 3 or shape[:2] != call.shape:
+        raise ValueError(f"logits: expected [{call.shape[0]}, {call.shape[1]}, vocab], got {out}")
+    if highest >= shape[2]:
+        raise ValueError(
+            f"tokens: expected ids below the model's vocabulary of {shape[2]}, got {highest}"
+        )

@@ -1,0 +1,106 @@
+"""The plots of an evaluation report. Importing this needs matplotlib (the extra `plot`).
+
+Figures are made without pyplot: no global state, no display, nothing to close. The surprising
+fact: the axis of the perplexity change is linear up to 1 % and logarithmic above, for a collapsed
+method may be a hundred times worse than a good one.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from jaxint8.evaluation.report import BASELINE, Report, Row
+
+INK, MUTED, GRID, ACCENT = "#1f2933", "#9aa5b1", "#e4e7eb", "#0b6e99"
+# Okabe and Ito's colours, told apart by the colour-blind; the markers tell them apart in print.
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "h")
+
+
+def figures(report: Report) -> dict[str, Figure]:
+    """The plots of a report by file name; none if no row can be compared with the baseline."""
+    rows = [row for row in report.rows if row.method != BASELINE and _comparable(row)]
+    baseline = next((row for row in report.rows if row.method == BASELINE), None)
+    if not rows or baseline is None:
+        return {}
+    title = f"{report.model} on {report.text}, {report.tokens:,} tokens"
+    return {"quality.png": quality(rows, title), "speed.png": speed(rows, baseline, title)}
+
+
+def _comparable(row: Row) -> bool:
+    changes = (row.relative_change, row.mean_abs_logprob_change)
+    return all(change is not None and math.isfinite(change) for change in changes)
+
+
+def quality(rows: Sequence[Row], title: str) -> Figure:
+    """Two dot plots side by side: change of perplexity, and of the log-probabilities."""
+    figure = Figure(figsize=(10, 1.6 + 0.42 * len(rows)), dpi=120, layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    places = list(range(len(rows)))[::-1]
+    percents = [100 * (row.relative_change or 0.0) for row in rows]
+    changes = [row.mean_abs_logprob_change or 0.0 for row in rows]
+    left.set_xscale("symlog", linthresh=1.0)
+    left.set_xlabel("change of perplexity against float32, percent", color=INK)
+    right.set_xlabel("mean abs(Δ log p) against float32, nats", color=INK)
+    for axes, values in ((left, percents), (right, changes)):
+        axes.hlines(places, 0, values, color=MUTED, linewidth=1.5)
+        axes.plot(values, places, "o", color=ACCENT, markersize=7)
+        axes.axvline(0, color=INK, linewidth=0.8)
+        axes.margins(x=0.25, y=0.1)
+        axes.grid(axis="x", color=GRID)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right", "left"]].set_visible(False)
+        axes.tick_params(axis="y", length=0)
+    left.set_yticks(places, [row.method for row in rows])
+    left.xaxis.set_major_formatter("{x:g}")
+    right.set_xlim(0, 1.2 * max(changes) or 1.0)
+    for place, percent, change in zip(places, percents, changes, strict=True):
+        _label(left, f"{percent:+.2f} %", percent, place, before=percent < 0)
+        _label(right, f"{change:.3f}", change, place)
+    figure.suptitle(title, color=INK, fontsize=11)
+    return figure
+
+
+def speed(rows: Sequence[Row], baseline: Row, title: str) -> Figure:
+    """Quality against speed, prefill and decode side by side: better is down and to the right.
+
+    The speed of the baseline, whose change is zero by definition, is a dashed line.
+    """
+    panels = {"prefill": "prefill_tokens_per_s", "decode, one sequence": "decode_tokens_per_s"}
+    everyone = [*rows, baseline]
+    shown = {
+        name: attribute
+        for name, attribute in panels.items()
+        if all(getattr(row, attribute) is not None for row in everyone)
+    }
+    changes = [row.mean_abs_logprob_change or 0.0 for row in rows]
+    figure = Figure(figsize=(1.6 + 4.6 * len(shown), 4.4), dpi=120, layout="constrained")
+    all_axes = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]
+    for axes, (name, attribute) in zip(all_axes, shown.items(), strict=True):
+        for i, row in enumerate(rows):
+            place = getattr(row, attribute), changes[i]
+            style = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
+            axes.plot(*place, linestyle="", markersize=8, label=row.method, **style)
+        line = getattr(baseline, attribute)
+        axes.axvline(line, color=MUTED, linestyle="--", label=baseline.method)
+        axes.set_xlim(0, 1.1 * max(getattr(row, attribute) for row in everyone))
+        if min(changes) > 0:
+            axes.set_yscale("log")
+        axes.margins(y=0.15)
+        axes.set_xlabel(f"{name}, tokens/s", color=INK)
+        axes.grid(color=GRID)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+    all_axes[0].set_ylabel("mean abs(Δ log p) against float32, nats", color=INK)
+    handles, labels = all_axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center", frameon=False)
+    figure.suptitle(f"{title}: better is down and right", color=INK, fontsize=11)
+    return figure
+
+
+def _label(axes: Any, text: str, x: float, y: float, *, before: bool = False) -> None:
+    offset, align = ((-7, 0), "right") if before else ((7, 0), "left")
+    style = {"textcoords": "offset points", "va": "center", "fontsize": 9, "color": INK}
+    axes.annotate(text, (x, y), xytext=offset, ha=align, **style)
