@@ -1,0 +1,71 @@
+"""How every command line starts and ends: absl flags in, an exit status out.
+
+Status 0: done. 2: bad input, told in one line. 130: interrupted. Anything else is our bug and
+keeps its traceback. The surprising fact: the flags live in a registry of their own and not in
+absl's global one, so `--help` shows the command's flags and no other library's, and several
+commands can be imported into one process.
+"""
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from absl import flags
+
+
+class InputError(Exception):
+    """What the user gave cannot be used; the message is shown as one line."""
+
+
+@contextlib.contextmanager
+def input_errors() -> Iterator[None]:
+    """Within, a ValueError or an OSError is the input's fault: no such file, a broken checkpoint.
+
+    Keep it around the reading of input only: elsewhere the same errors are bugs, and need their
+    traceback.
+    """
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise InputError(str(error)) from error
+
+
+def launch(
+    usage: str,
+    define_flags: Callable[[flags.FlagValues], None],
+    run: Callable[[flags.FlagValues], None],
+    argv: Sequence[str] | None = None,
+) -> int:
+    """Parses the command line and runs the command.
+
+    Args:
+      usage: shown by --help above the flags.
+      define_flags: adds the command's flags to a registry.
+      run: the command; raises InputError for bad input.
+      argv: program name and arguments; None means sys.argv.
+
+    Returns:
+      The exit status.
+    """
+    arguments = list(sys.argv if argv is None else argv)
+    program = Path(arguments[0]).name
+    values = flags.FlagValues()
+    define_flags(values)
+    flags.DEFINE_bool("help", False, "Shows this help.", flag_values=values)
+    try:
+        positional = values(arguments)[1:]
+        if values["help"].value:
+            print(f"{usage.strip()}\n\nFlags:\n{values.get_help(prefix='  ')}")
+            return 0
+        if positional:
+            raise InputError(f"unexpected argument {positional[0]!r}: options are --name=value")
+        run(values)
+        return 0
+    except (flags.Error, InputError) as error:
+        message = " ".join(str(error).split())
+        print(f"{program}: {message} (see {program} --help)", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{program}: interrupted", file=sys.stderr)
+        return 130
