@@ -21,7 +21,7 @@ Scope = Literal["token", "column"]
 # Row root mean squares are computed from magnitudes rounded to this many steps of the row's absmax: 12 bits, so that
 # the squares (24 bits) of 2**17 values, the longest row allowed, can be summed exactly in two int32 halves.
 RMS_LEVELS = 4095
-SMALLEST_NORMAL = np.float32(2.0**-126)
+SMALLEST_SCALE = np.float32(2.0**-125)
 
 
 def _check(rule: str, value: float, scope: str) -> None:
@@ -138,6 +138,15 @@ def outlier_mask(x: jax.Array, rule: OutlierRule | None) -> jax.Array:
     return mask
 
 
+def divide(x: jax.Array, divisor: jax.Array | int) -> jax.Array:
+    """Returns the correctly rounded float32 quotient x / divisor, broadcasting.
+
+    XLA's algebraic simplifier turns a division by a constant, or by anything broadcast, into a multiplication by the
+    rounded reciprocal, which now and then moves a code. A select whose predicate it cannot decide keeps the division.
+    """
+    return x / jnp.where(x == x, jnp.asarray(divisor, jnp.float32), jnp.float32(1))
+
+
 def finite_rows(x: jax.Array) -> jax.Array:
     """Returns bool[m, 1]: True where every value of the row is finite."""
     return jnp.all(jnp.isfinite(x), axis=-1, keepdims=True)
@@ -157,13 +166,13 @@ def _relative_threshold(magnitude: jax.Array, value: float) -> tuple[jax.Array, 
     m, k = magnitude.shape
     if k == 0:
         return jnp.zeros((m, 1), jnp.float32), jnp.zeros((m, 1), bool)
-    unit = jnp.max(magnitude, axis=-1, keepdims=True) / jnp.float32(RMS_LEVELS)
-    usable = unit >= SMALLEST_NORMAL
-    steps = jnp.round(magnitude / jnp.where(usable, unit, jnp.float32(1)))
+    unit = divide(jnp.max(magnitude, axis=-1, keepdims=True), RMS_LEVELS)
+    usable = unit >= SMALLEST_SCALE
+    steps = jnp.round(divide(magnitude, jnp.where(usable, unit, jnp.float32(1))))
     steps = jnp.minimum(steps, jnp.float32(RMS_LEVELS)).astype(jnp.int32)
     square = steps * steps
     high = jnp.sum(square >> 12, axis=-1, keepdims=True)
     low = jnp.sum(square & 4095, axis=-1, keepdims=True)
     # 64 = sqrt(4096), the weight of the high half; each operation is rounded on its own, so no backend can differ.
-    root = jnp.sqrt((high + (low >> 12)).astype(jnp.float32) / jnp.float32(k))
+    root = jnp.sqrt(divide((high + (low >> 12)).astype(jnp.float32), k))
     return jnp.float32(value) * (unit * (jnp.float32(64) * root)), usable

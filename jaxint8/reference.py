@@ -13,7 +13,7 @@ CODE_MAX = 127
 OUTLIER_CODE_MAX = 127 * 128  # hi <= 127, see quantize_rows
 # 127 * sum(abs(codes of a row)) must stay below 2**31 for the int32 sum to be exact.
 SUM_OF_CODES_MAX = (2**31 - 1) // CODE_MAX
-SMALLEST_NORMAL = np.float32(2.0**-126)
+SMALLEST_SCALE = np.float32(2.0**-125)
 RMS_LEVELS = 4095
 
 
@@ -146,7 +146,7 @@ def int8_linear(
 
 def _scale(raw: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Returns (scale, usable): below the smallest normal, or not finite, a row counts as zero and has scale 1."""
-    usable = np.isfinite(raw) & (raw >= SMALLEST_NORMAL)
+    usable = np.isfinite(raw) & (raw >= SMALLEST_SCALE)
     return np.where(usable, raw, np.float32(1)).astype(np.float32), usable
 
 
@@ -155,7 +155,7 @@ def _relative_mask(magnitude: np.ndarray, value: np.float32) -> np.ndarray:
     if k == 0:
         return np.zeros((m, k), bool)
     unit = np.max(magnitude, axis=1, keepdims=True) / np.float32(RMS_LEVELS)
-    usable = unit >= SMALLEST_NORMAL
+    usable = unit >= SMALLEST_SCALE
     steps = np.rint(magnitude / np.where(usable, unit, np.float32(1)))
     steps = np.minimum(steps, RMS_LEVELS).astype(np.int64)
     mean = (np.sum(steps * steps, axis=1, keepdims=True) >> 12).astype(np.float32) / np.float32(k)

@@ -1,0 +1,57 @@
+# Every target does its own set-up: the virtual environment, the dependencies and the compiled kernels.
+VENV ?= .venv
+JAX ?= 0.12.0.1
+BIN := $(VENV)/bin
+BUILD := build/$(notdir $(VENV))
+FFI := $(shell find ffi -type f)
+# The interpreter: on the PATH, or known only to a version manager (newest first, 3.12 or newer).
+FIND_PYTHON = for p in "$$PYTHON" python3.12 python3.13 python3.14 python3 \
+	$$(ls -d "$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/3.*/bin/python3 "$$HOME"/.asdf/installs/python/3.*/bin/python3 \
+	"$$HOME"/.local/share/mise/installs/python/3.*/bin/python3 "$$HOME"/.local/share/uv/python/*/bin/python3 \
+	/opt/python*/bin/python3 "$$HOME"/miniconda3/bin/python3 "$$HOME"/miniforge3/bin/python3 2>/dev/null | sort -V); do \
+	[ -n "$$p" ] && "$$p" -c 'import sys, venv; sys.exit(sys.version_info < (3, 12))' 2>/dev/null && echo "$$p" && break; done
+
+.PHONY: setup demo test test-oldest-jax check format clean
+
+setup: $(VENV)/.installed
+
+$(VENV)/.dependencies: pyproject.toml .ci/constraints.txt
+	@command -v $${CXX:-c++} >/dev/null || { echo "make: no C++ compiler found: install g++ or clang++, or set CXX" >&2; exit 1; }
+	@python=$$($(FIND_PYTHON)); \
+	[ -n "$$python" ] || { echo "make: no Python >= 3.12 with venv found on the PATH or under a version manager: install one, or set PYTHON" >&2; exit 1; }; \
+	[ -x $(BIN)/python ] || { echo "make: creating $(VENV) with $$python"; "$$python" -m venv $(VENV); }
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c .ci/constraints.txt jax==$(JAX) jaxlib==$(JAX) \
+		$$($(BIN)/python .ci/requirements.py build run dev)
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.dependencies $(FFI)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps \
+		--config-settings=build-dir=$(BUILD) --editable .
+	@touch $@
+
+demo: setup
+	$(BIN)/jaxint8-eval --model=demo --text=demo --output=build/demo \
+		--methods=float32,bfloat16,absmax,vectorwise,llm_int8,relative,topk
+	$(BIN)/jaxint8-generate --model=demo --method=relative --max_new_tokens=48 \
+		--prompt="The best thing about a small language model is"
+
+test: setup
+	$(BIN)/python -m pytest
+
+# The oldest JAX that is supported; also the version that GPU hosts have.
+test-oldest-jax:
+	$(MAKE) test VENV=.venv-jax-0.11.2 JAX=0.11.2
+
+check: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+	$(BIN)/clang-format --dry-run --Werror $(filter %.h %.cc %.cu,$(FFI))
+
+format: setup
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+	$(BIN)/clang-format -i $(filter %.h %.cc %.cu,$(FFI))
+
+clean:
+	rm -rf build $(VENV) .venv-jax-0.11.2

@@ -1,0 +1,14 @@
+"""LLM.int8() for JAX: linear layers in int8 with the few outlier activations at higher precision.
+
+The pieces: `quantize` a kernel into a `QuantizedMatrix`, multiply with `int8_linear` under one of the outlier rules,
+or put `Dense8bit` where a Flax model has `Dense`. Whole checkpoints are loaded by `jaxint8.models.load`.
+"""
+
+from jaxint8.linear import int8_linear as int8_linear
+from jaxint8.outliers import RelativeThreshold as RelativeThreshold
+from jaxint8.outliers import Threshold as Threshold
+from jaxint8.outliers import TopK as TopK
+from jaxint8.quantize import QuantizedMatrix as QuantizedMatrix
+from jaxint8.quantize import quantize as quantize
+
+__version__ = "0.1.0"
