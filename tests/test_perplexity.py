@@ -154,36 +154,37 @@ def activations(weights, tokens):
 )
 def test_outlier_fractions(table, rule):
     weights = table * np.float32(1.5)
-    tokens = ids(24).reshape(2, 12)
-    shares = outlier_fractions(
-        jax.tree_util.Partial(activations, jnp.asarray(weights)), tokens, rule
-    )
-    first = weights[tokens].reshape(24, VOCAB)
-    second = first[:, :4] * np.float32(0.25)
+    calls = [ids(24).reshape(2, 12), ids(30).reshape(1, 30)]
+    model = jax.tree_util.Partial(activations, jnp.asarray(weights))
+    shares = outlier_fractions(model, calls, rule)
 
     def count(x):
         match rule:
             case None:
                 return 0
             case Threshold(scope="column"):
-                return 24 * int(np.sum(np.any(np.abs(x) >= 6.0, axis=0)))
+                return len(x) * int(np.sum(np.any(np.abs(x) >= 6.0, axis=0)))
             case Threshold():
                 return int(np.sum(np.abs(x) >= 6.0))
             case RelativeThreshold(value=value):
                 rms = np.sqrt(np.mean(np.square(x.astype(np.float64)), axis=1, keepdims=True))
                 return int(np.sum(np.abs(x) >= value * rms))
             case TopK(k=k):
-                return 24 * k
+                return len(x) * k
+        raise AssertionError(rule)
 
-    counts = count(first), count(second)
-    assert shares["first"] == counts[0] / first.size
-    assert shares["second"] == counts[1] / second.size
-    assert shares[""] == sum(counts) / (first.size + second.size)
+    rows = [weights[call.ravel()] for call in calls]
+    first = sum(count(x) for x in rows)
+    second = sum(count(x[:, :4] * np.float32(0.25)) for x in rows)
+    assert shares["first"] == first / (54 * VOCAB)
+    assert shares["second"] == second / (54 * 4)
+    assert shares[""] == (first + second) / (54 * (VOCAB + 4))
     assert (rule is None) == (shares[""] == 0.0)
 
 
 def test_outlier_fractions_refuses_what_it_cannot_measure():
-    with pytest.raises(ValueError, match=r"tokens: expected int\[b, t\], got shape \(3,\)"):
-        outlier_fractions(lambda t: {"x": t}, np.zeros(3, int), None)
-    with pytest.raises(ValueError, match="activations: expected the input of at least one linear"):
-        outlier_fractions(lambda t: {}, np.zeros((1, 3), int), None)
+    with pytest.raises(ValueError, match=r"calls: expected int\[b, t\], got shape \(3,\)"):
+        outlier_fractions(lambda t: {"x": t}, [np.zeros(3, int)], None)
+    for nothing in ([], [np.zeros((1, 3), int)]):
+        with pytest.raises(ValueError, match="activations: expected values that enter a linear"):
+            outlier_fractions(lambda t: {}, nothing, None)

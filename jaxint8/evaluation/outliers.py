@@ -6,7 +6,8 @@ column-scope rule takes every value of a column of which one is large.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -21,42 +22,43 @@ One entry per quantised input: products that share an input (query, key, value) 
 
 
 def outlier_fractions(
-    activations: Activations, tokens: np.ndarray, rule: OutlierRule | None
+    activations: Activations, calls: Sequence[np.ndarray], rule: OutlierRule | None
 ) -> dict[str, float]:
     """The share of values that `rule` selects, by layer, and over all layers under the name "".
 
     Args:
       activations: as `Activations`. As in `perplexity.score`, a pytree (`jax.tree_util.Partial`)
         keeps its arrays out of the executable.
-      tokens: int[b, t], one call.
+      calls: token ids int[b, t], one or more; a column-scope rule looks at one call at a time.
       rule: an outlier rule; None selects nothing.
 
     Returns:
       Layer name -> fraction in [0, 1].
 
     Raises:
-      ValueError: tokens is not [b, t], or there is no linear layer.
+      ValueError: a call is not [b, t], or no value enters a linear layer.
     """
-    if np.ndim(tokens) != 2:
-        raise ValueError(f"tokens: expected int[b, t], got shape {np.shape(tokens)}")
     leaf = jax.tree_util.all_leaves([activations])
     model = jax.tree_util.Partial(activations) if leaf else activations
-    ids = np.asarray(tokens, np.int32)
-    sizes = {
-        name: math.prod(x.shape)
-        for name, x in jax.eval_shape(model, jax.ShapeDtypeStruct(ids.shape, jnp.int32)).items()
-    }
-    if not any(sizes.values()):
-        raise ValueError("activations: expected the input of at least one linear layer, got none")
 
     @jax.jit
-    def counts(model: Activations, tokens: jax.Array) -> dict[str, jax.Array]:
+    def count(model: Activations, tokens: jax.Array) -> dict[str, jax.Array]:
         # Counted under the same jit as the model, so that no layer's input outlives its use.
         return {
             name: jnp.sum(outlier_mask(x.reshape(-1, x.shape[-1]), rule), dtype=jnp.int32)
             for name, x in model(tokens).items()
         }
 
-    found = {name: int(count) for name, count in counts(model, ids).items()}
+    found: Counter[str] = Counter()
+    sizes: Counter[str] = Counter()
+    for call in calls:
+        if call.ndim != 2:
+            raise ValueError(f"calls: expected int[b, t], got shape {call.shape}")
+        tokens = np.asarray(call, np.int32)
+        found.update({name: int(n) for name, n in count(model, tokens).items()})
+        inputs = jax.eval_shape(model, tokens)
+        sizes.update({name: math.prod(x.shape) for name, x in inputs.items()})
+    if not sizes.total():
+        raise ValueError("activations: expected values that enter a linear layer, got none")
     shares = {name: found[name] / size for name, size in sizes.items() if size}
-    return {"": sum(found.values()) / sum(sizes.values()), **shares}
+    return {"": found.total() / sizes.total(), **shares}

@@ -104,7 +104,7 @@ def score(
         vocabulary, or `logits` gives another shape than [b, t, vocab].
     """
     ids = _checked_ids(tokens, window, batch_size)
-    calls = _calls(ids, window, batch_size)
+    calls = cut(ids, window, batch_size)
     model = jax.tree_util.Partial(logits) if jax.tree_util.all_leaves([logits]) else logits
     total = sum(call.size for call in calls)
     report = progress or (lambda done, total: None)
@@ -125,6 +125,15 @@ def score(
     alike = [s for call, s in zip(calls, seconds, strict=True) if call.shape == calls[0].shape]
     speed = calls[0].size / float(np.median(alike))
     return Score(logprobs=np.concatenate(logprobs), tokens=total, tokens_per_s=speed)
+
+
+def cut(ids: np.ndarray, window: int, batch_size: int) -> list[np.ndarray]:
+    """A text int[n] as calls int[b, t]: whole windows, batch_size at a time, then the rest."""
+    whole = ids.size // window
+    full = ids[: whole * window].reshape(whole, window)
+    calls = [full[i : i + batch_size] for i in range(0, whole, batch_size)]
+    rest = ids[whole * window :]
+    return [*calls, rest[None, :]] if rest.size >= 2 else calls
 
 
 @jax.jit
@@ -152,15 +161,6 @@ def _checked_ids(tokens: Sequence[int] | np.ndarray, window: int, batch_size: in
     if ids.min() < 0:
         raise ValueError(f"tokens: expected ids of 0 or more, got {ids.min()}")
     return ids.astype(np.int32)
-
-
-def _calls(ids: np.ndarray, window: int, batch_size: int) -> list[np.ndarray]:
-    """The text as int32[b, t] calls: whole windows, batch_size at a time, then the rest."""
-    whole = ids.size // window
-    full = ids[: whole * window].reshape(whole, window)
-    calls = [full[i : i + batch_size] for i in range(0, whole, batch_size)]
-    rest = ids[whole * window :]
-    return [*calls, rest[None, :]] if rest.size >= 2 else calls
 
 
 def _check_vocabulary(model: Logits, call: np.ndarray, highest: int) -> None:
