@@ -1,0 +1,196 @@
+// The Python extension jaxint8._cpu: decodes FFI calls into Jobs and runs them on XLA's own thread pool. No arithmetic.
+#include <pybind11/pybind11.h>
+
+#include <string>
+#include <utility>
+
+#include "int8.h"
+#include "team.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace jaxint8::cpu {
+namespace {
+
+namespace ffi = xla::ffi;
+namespace py = pybind11;
+
+// Attributes of a call, decoded; the names are those of jaxint8/kernels.py.
+struct Attributes {
+  int64_t rule, column_scope, topk, float_outliers, rung;
+  float value;
+};
+
+ffi::Error Decode(const Attributes& attributes, Problem* p) {
+  p->rung = FindRung(attributes.rung);
+  if (p->rung == nullptr) {
+    return ffi::Error::InvalidArgument("rung: index " + std::to_string(attributes.rung) +
+                                       " is unknown or not supported by this machine");
+  }
+  if (attributes.rule < 0 || attributes.rule > 3) return ffi::Error::InvalidArgument("rule: expected 0..3");
+  p->options.rule = static_cast<Rule>(attributes.rule);
+  p->options.column_scope = attributes.column_scope != 0;
+  p->options.float_outliers = attributes.float_outliers != 0;
+  p->options.value = attributes.value;
+  p->options.topk = attributes.topk;
+  if (p->options.rule == Rule::kTopK && attributes.topk < 1) return ffi::Error::InvalidArgument("topk: expected >= 1");
+  if (p->k > kMaxK) return ffi::Error::InvalidArgument("k: expected at most " + std::to_string(kMaxK));
+  return ffi::Error::Success();
+}
+
+ffi::Error DecodeRows(const ffi::AnyBuffer& x, Problem* p) {
+  if (x.dimensions().size() != 2) return ffi::Error::InvalidArgument("x: expected rank 2");
+  switch (x.element_type()) {
+    case ffi::DataType::F32:
+      p->type = Type::kF32;
+      break;
+    case ffi::DataType::BF16:
+      p->type = Type::kBF16;
+      break;
+    case ffi::DataType::F16:
+      p->type = Type::kF16;
+      break;
+    default:
+      return ffi::Error::InvalidArgument("x: expected float32, bfloat16 or float16");
+  }
+  p->m = x.dimensions()[0];
+  p->k = x.dimensions()[1];
+  p->x = x.untyped_data();
+  return ffi::Error::Success();
+}
+
+ffi::Error Run(const Problem& problem, ffi::ThreadPool& pool) {
+  Job job(problem);
+  const bool ok = RunJob(job, pool.num_threads(), [&pool](auto task) { pool.Schedule(std::move(task)); });
+  return ok ? ffi::Error::Success() : ffi::Error(ffi::ErrorCode::kResourceExhausted, "jaxint8: out of memory");
+}
+
+bool Is(const ffi::AnyBuffer::Dimensions& dimensions, int64_t rows, int64_t columns) {
+  return dimensions.size() == 2 && dimensions[0] == rows && dimensions[1] == columns;
+}
+
+ffi::Error Quantize(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Result<ffi::BufferR2<ffi::S8>> lo,
+                    ffi::Result<ffi::BufferR2<ffi::S8>> hi, ffi::Result<ffi::BufferR1<ffi::F32>> row_scale,
+                    int64_t rule, int64_t column_scope, float value, int64_t topk, int64_t float_outliers,
+                    int64_t rung) {
+  Problem p{};
+  p.kind = Problem::Kind::kQuantize;
+  if (ffi::Error e = DecodeRows(x, &p); e.failure()) return e;
+  if (ffi::Error e = Decode({rule, column_scope, topk, float_outliers, rung, value}, &p); e.failure()) return e;
+  if (!Is(lo->dimensions(), p.m, p.k) || !Is(hi->dimensions(), p.m, p.k) || row_scale->dimensions()[0] != p.m) {
+    return ffi::Error::InvalidArgument("lo, hi, row_scale: expected the shape of x");
+  }
+  p.lo = lo->typed_data();
+  p.hi = hi->typed_data();
+  p.row_scale = row_scale->typed_data();
+  return Run(p, pool);
+}
+
+ffi::Error Product(ffi::ThreadPool pool, ffi::BufferR2<ffi::S8> a, ffi::BufferR2<ffi::S8> w,
+                   ffi::Result<ffi::BufferR2<ffi::S32>> y, int64_t rung) {
+  Problem p{};
+  p.kind = Problem::Kind::kProduct;
+  p.type = Type::kS32;
+  p.m = a.dimensions()[0];
+  p.k = a.dimensions()[1];
+  p.n = w.dimensions()[0];
+  p.x = a.typed_data();
+  p.w = w.typed_data();
+  p.y = y->typed_data();
+  if (ffi::Error e = Decode({0, 0, 0, 0, rung, 0}, &p); e.failure()) return e;
+  if (!Is(w.dimensions(), p.n, p.k) || !Is(y->dimensions(), p.m, p.n)) {
+    return ffi::Error::InvalidArgument("codes: expected int8[n, k] to fit a int8[m, k]");
+  }
+  return Run(p, pool);
+}
+
+ffi::Error Linear(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::BufferR2<ffi::S8> w, ffi::BufferR1<ffi::F32> w_scale,
+                  ffi::BufferR1<ffi::F32> bias, ffi::Result<ffi::AnyBuffer> y, int64_t rule, int64_t column_scope,
+                  float value, int64_t topk, int64_t float_outliers, int64_t rung) {
+  Problem p{};
+  p.kind = Problem::Kind::kLinear;
+  if (ffi::Error e = DecodeRows(x, &p); e.failure()) return e;
+  if (ffi::Error e = Decode({rule, column_scope, topk, float_outliers, rung, value}, &p); e.failure()) return e;
+  p.n = w.dimensions()[0];
+  const int64_t bias_length = bias.dimensions()[0];
+  if (!Is(w.dimensions(), p.n, p.k) || w_scale.dimensions()[0] != p.n || (bias_length != 0 && bias_length != p.n)) {
+    return ffi::Error::InvalidArgument("codes, scale, bias: expected int8[n, k], float32[n], float32[n] or [0]");
+  }
+  if (!Is(y->dimensions(), p.m, p.n) || y->element_type() != x.element_type()) {
+    return ffi::Error::InvalidArgument("y: expected [m, n] of the dtype of x");
+  }
+  p.w = w.typed_data();
+  p.w_scale = w_scale.typed_data();
+  p.bias = bias_length == 0 ? nullptr : bias.typed_data();
+  p.y = y->untyped_data();
+  return Run(p, pool);
+}
+
+XLA_FFI_DEFINE_HANDLER(kQuantize, Quantize,
+                       ffi::Ffi::Bind()
+                           .Ctx<ffi::ThreadPool>()
+                           .Arg<ffi::AnyBuffer>()
+                           .Ret<ffi::BufferR2<ffi::S8>>()
+                           .Ret<ffi::BufferR2<ffi::S8>>()
+                           .Ret<ffi::BufferR1<ffi::F32>>()
+                           .Attr<int64_t>("rule")
+                           .Attr<int64_t>("column_scope")
+                           .Attr<float>("value")
+                           .Attr<int64_t>("topk")
+                           .Attr<int64_t>("float_outliers")
+                           .Attr<int64_t>("rung"));
+
+XLA_FFI_DEFINE_HANDLER(kProduct, Product,
+                       ffi::Ffi::Bind()
+                           .Ctx<ffi::ThreadPool>()
+                           .Arg<ffi::BufferR2<ffi::S8>>()
+                           .Arg<ffi::BufferR2<ffi::S8>>()
+                           .Ret<ffi::BufferR2<ffi::S32>>()
+                           .Attr<int64_t>("rung"));
+
+XLA_FFI_DEFINE_HANDLER(kLinear, Linear,
+                       ffi::Ffi::Bind()
+                           .Ctx<ffi::ThreadPool>()
+                           .Arg<ffi::AnyBuffer>()
+                           .Arg<ffi::BufferR2<ffi::S8>>()
+                           .Arg<ffi::BufferR1<ffi::F32>>()
+                           .Arg<ffi::BufferR1<ffi::F32>>()
+                           .Ret<ffi::AnyBuffer>()
+                           .Attr<int64_t>("rule")
+                           .Attr<int64_t>("column_scope")
+                           .Attr<float>("value")
+                           .Attr<int64_t>("topk")
+                           .Attr<int64_t>("float_outliers")
+                           .Attr<int64_t>("rung"));
+
+template <typename Handler>
+py::capsule Capsule(Handler* handler) {
+  return py::capsule(reinterpret_cast<void*>(handler));
+}
+
+py::dict Registrations() {
+  py::dict targets;
+  targets["jaxint8_quantize"] = Capsule(kQuantize);
+  targets["jaxint8_product"] = Capsule(kProduct);
+  targets["jaxint8_linear"] = Capsule(kLinear);
+  return targets;
+}
+
+// [(name, supported here)], best first; the position is the `rung` attribute.
+py::list RungTable() {
+  py::list table;
+  int count = 0;
+  const Rung* const* rungs = Rungs(&count);
+  for (int i = 0; i < count; ++i) table.append(py::make_tuple(rungs[i]->name, rungs[i]->supported()));
+  return table;
+}
+
+}  // namespace
+}  // namespace jaxint8::cpu
+
+PYBIND11_MODULE(_cpu, module) {
+  module.doc() = "CPU kernels of jaxint8; use jaxint8.kernels.";
+  module.attr("jaxlib_version") = JAXINT8_JAXLIB_VERSION;
+  module.attr("ffi_version") = pybind11::make_tuple(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR);
+  module.def("registrations", &jaxint8::cpu::Registrations, "FFI target name -> capsule.");
+  module.def("rungs", &jaxint8::cpu::RungTable, "[(name, supported)], best first.");
+}

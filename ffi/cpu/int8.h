@@ -1,0 +1,167 @@
+// The CPU kernels of LLM.int8(), behind one plain header: no XLA, no Python, no instruction sets.
+//
+// Everything a caller needs is a Job (what to compute, cut into phases of independent items) and the table of rungs
+// (one per instruction set). Every rung gives the same bits: sums are exact in int32 and every float32 operation is
+// rounded on its own (these files are compiled with -ffp-contract=off).
+//
+// Letters: m rows, k in, n out. Weights are int8 [n, k], k contiguous, and are never kept in another format.
+#ifndef JAXINT8_FFI_CPU_INT8_H_
+#define JAXINT8_FFI_CPU_INT8_H_
+
+#include <cstdint>
+#include <memory>
+
+namespace jaxint8::cpu {
+
+// 127^2 * k must stay below 2^31 for a row of codes to have an exact int32 product.
+inline constexpr int64_t kMaxK = ((int64_t{1} << 31) - 1) / (127 * 127);
+// Outputs per block of work: four 512-bit registers of int32. Every rung computes blocks of at most this width.
+inline constexpr int64_t kBlockN = 64;
+// Up to this many rows a product is a bundle of dot products that streams the weights; above, it is tiled.
+inline constexpr int64_t kSmallM = 8;
+
+enum class Type : int32_t { kF32, kBF16, kF16, kS32 };
+enum class Rule : int32_t { kNone, kThreshold, kRelative, kTopK };
+
+// The outlier rule and how outliers are carried; see jaxint8/outliers.py and jaxint8/reference.py for the law.
+struct Options {
+  Rule rule = Rule::kNone;
+  bool column_scope = false;    // a column with an outlier in any finite row is out for every finite row
+  bool float_outliers = false;  // "float" arithmetic: outliers are added in float32; otherwise 128 * hi + lo
+  float value = 0;              // of kThreshold and kRelative, not NaN, >= 0
+  int64_t topk = 0;             // of kTopK, >= 1
+};
+
+struct Outlier {
+  int32_t column;
+  int32_t hi;   // high part of the code; 0 with float_outliers
+  float value;  // the activation itself
+};
+
+// What the quantiser knows of one row of activations. Its low codes lie elsewhere, zero-padded to a multiple of 64.
+struct Row {
+  float scale = 1;               // NaN: the row holds a non-finite value, its codes are 0
+  int32_t sum = 0;               // of the full codes 128 * hi + lo: cancels the offset of unsigned weights
+  int32_t count = 0;             // outliers
+  const Outlier* outliers = {};  // ascending columns
+};
+
+// 64 columns that hold an outlier in some row of a small product, gathered as if they were adjacent (see HiPlan).
+struct Segment {
+  int64_t block;     // of 64 columns: [64 * block, 64 * block + 64)
+  uint64_t mask;     // slots of the group that this block fills
+  uint8_t lane[64];  // per slot: column within the block
+};
+
+// The high parts of a small product (m <= kSmallM), columns without any outlier squeezed out: slot j of group g stands
+// for column columns[64 * g + j]. The weights of a group are gathered once per output row and serve all m rows.
+struct HiPlan {
+  int64_t groups = 0;
+  const int32_t* columns = {};        // [groups * 64], the padding repeats column 0
+  const int8_t* hi = {};              // [m][groups * 64], zero where not an outlier
+  const Segment* segments = {};       // of group g: [segment_start[g], segment_start[g + 1])
+  const int32_t* segment_start = {};  // [groups + 1]
+};
+
+// One block of integer product: c[i][j] = sum over k of (128 * hi + lo)[i] * w[j], for m rows and at most 64 outputs.
+struct Block {
+  const int8_t* lo;    // [m][stride]
+  int64_t stride;      // bytes, a multiple of 64, at least k rounded up to 64
+  const Row* rows;     // [m]
+  bool with_hi;        // some row may hold outliers that are carried as 128 * hi + lo
+  const HiPlan* plan;  // set when with_hi and m <= kSmallM
+  int64_t m;
+  const int8_t* w;  // [n][k]
+  int64_t n;        // 1..kBlockN
+  int64_t k;
+  int32_t* c;        // [m][kBlockN]
+  uint8_t* scratch;  // 64-byte aligned, scratch_bytes of the rung
+};
+
+// Buffers of k elements for the row functions; alive during one call only.
+struct RowScratch {
+  float* values;        // the row as float32
+  int32_t* index;       // columns of its outliers, ascending
+  int32_t* codes;       // their codes 128 * hi + lo; not written with float_outliers
+  float* outliers;      // their values
+  uint32_t* magnitude;  // bit patterns, for the selection of the largest
+};
+
+// The function table of one instruction set. The row functions are one source (rows.h) compiled per instruction set.
+struct Rung {
+  const char* name;
+  bool (*supported)();
+  // Sets marks[j] = 1 for each outlier of one row (column scope; relaxed atomic stores of the same value).
+  void (*mark)(const Options&, Type, const void* x, int64_t k, const RowScratch&, uint8_t* marks);
+  // Quantises one row into lo[k] and returns scale, sum and count; the outliers stand in the scratch. With column scope
+  // they are the given columns.
+  Row (*quantize)(const Options&, Type, const void* x, int64_t k, const int32_t* columns, int64_t columns_count,
+                  const RowScratch&, int8_t* lo);
+  void (*block)(const Block&);
+  // y[j] = round((float(c[j]) * scale) * w_scale[j] (+ extra[j]) (+ bias[j])) for j < n; extra and bias may be null.
+  void (*finish)(Type, const int32_t* c, int64_t n, float scale, const float* w_scale, const float* extra,
+                 const float* bias, void* y);
+  int64_t chunk_m;        // rows per block of a large product
+  int64_t scratch_bytes;  // per thread
+};
+
+// Bit pattern of the count-th largest of n magnitudes (reorders them); 1 <= count <= n.
+uint32_t SelectLargest(uint32_t* magnitudes, int64_t n, int64_t count);
+
+// All rungs compiled in, best first; the last is "scalar" and runs anywhere.
+const Rung* const* Rungs(int* count);
+// The rung of that index, or with -1 the best that this machine supports; null if unknown or not supported here.
+const Rung* FindRung(int64_t index);
+
+// What to compute. Pointers may be null where a size is 0; buffers need no alignment.
+struct Problem {
+  enum class Kind { kQuantize, kProduct, kLinear } kind;
+  const Rung* rung;
+  Options options;
+  Type type;  // of x, and of y in kLinear
+  int64_t m, k, n;
+  const void* x;         // [m][k]; int8 in kProduct
+  const int8_t* w;       // [n][k]; not in kQuantize
+  const float* w_scale;  // [n]; kLinear
+  const float* bias;     // [n] or null; kLinear
+  void* y;               // [m][n]; int32 in kProduct
+  int8_t* lo;            // kQuantize: [m][k]
+  int8_t* hi;            // kQuantize: [m][k]
+  float* row_scale;      // kQuantize: [m]
+};
+
+struct Workspace;
+
+// A computation cut into phases. Items of one phase are independent and may run on any threads at once; a phase may
+// start when every item of the one before has finished.
+class Job {
+ public:
+  explicit Job(const Problem& problem);
+  ~Job();
+  Job(const Job&) = delete;
+  Job& operator=(const Job&) = delete;
+
+  static constexpr int kPhases = 4;  // mark columns, quantise rows, plan the high parts, multiply
+  int64_t items(int phase) const { return items_[phase]; }
+  // Rough nanoseconds of the whole phase on one thread: decides whether waking another thread pays.
+  double cost(int phase) const { return cost_[phase]; }
+  void Run(int phase, int64_t item);
+
+ private:
+  void MarkColumns(int64_t item);
+  void QuantizeRows(int64_t item);
+  void CopyRows(int64_t item);
+  void PlanHi();
+  void Multiply(int64_t item);
+
+  Problem p_;
+  Workspace* ws_;
+  int64_t items_[kPhases] = {};
+  double cost_[kPhases] = {};
+  int64_t rows_per_item_ = 1;
+  int64_t chunk_m_ = 1, chunks_ = 1;
+};
+
+}  // namespace jaxint8::cpu
+
+#endif  // JAXINT8_FFI_CPU_INT8_H_

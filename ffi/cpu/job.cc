@@ -1,0 +1,346 @@
+// A computation cut into phases: what every rung shares. The items of a phase may run on any threads.
+//
+// Row quantisation and products meet in a Workspace, taken from a free list for the life of the job: buffers only grow,
+// so a steady state allocates nothing. The surprising fact is the size of an item: a block of 64 outputs is tall
+// enough (up to chunk_m rows) that packing its weights costs 64 / (16 * m) of the multiplications at worst.
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <mutex>
+#include <new>
+#include <vector>
+
+#include "int8.h"
+
+#if defined(__SSE__)
+#include <xmmintrin.h>
+#endif
+
+namespace jaxint8::cpu {
+namespace {
+
+constexpr int64_t kAlign = 64;
+// Workspaces above this are given back to the system after use.
+constexpr size_t kKeepBytes = size_t{64} << 20;
+
+int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t RoundUp(int64_t a, int64_t b) { return CeilDiv(a, b) * b; }
+
+// Aligned memory that only grows; its content does not survive growth.
+class Buffer {
+ public:
+  Buffer() = default;
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  ~Buffer() { std::free(data_); }
+
+  template <typename T>
+  T* Get(int64_t count) {
+    const size_t bytes = RoundUp(std::max<int64_t>(count, 1) * static_cast<int64_t>(sizeof(T)), kAlign);
+    if (bytes > size_) {
+      std::free(data_);
+      size_ = 0;
+      data_ = std::aligned_alloc(kAlign, bytes);
+      if (data_ == nullptr) throw std::bad_alloc();
+      size_ = bytes;
+    }
+    return static_cast<T*>(data_);
+  }
+  size_t size() const { return size_; }
+
+ private:
+  void* data_ = nullptr;
+  size_t size_ = 0;
+};
+
+// Buffers of one thread; used within one item, never across.
+struct ThreadScratch {
+  Buffer values, index, codes, outliers, magnitude, columns;
+  Buffer rung, c, extra, slots, gathered;
+
+  RowScratch Rows(int64_t k) {
+    return {values.Get<float>(k), index.Get<int32_t>(k), codes.Get<int32_t>(k), outliers.Get<float>(k),
+            magnitude.Get<uint32_t>(k)};
+  }
+};
+
+ThreadScratch& Scratch() {
+  thread_local ThreadScratch scratch;
+  return scratch;
+}
+
+// Standard rounding, subnormals kept: XLA may run its threads otherwise. Restored on leaving.
+class ScopedFloatState {
+ public:
+#if defined(__SSE__)
+  ScopedFloatState() : saved_(_mm_getcsr()) { _mm_setcsr(0x1f80); }
+  ~ScopedFloatState() { _mm_setcsr(saved_); }
+
+ private:
+  unsigned saved_;
+#elif defined(__aarch64__)
+  ScopedFloatState() {
+    asm volatile("mrs %0, fpcr" : "=r"(saved_));
+    asm volatile("msr fpcr, %0" : : "r"(uint64_t{0}));
+  }
+  ~ScopedFloatState() { asm volatile("msr fpcr, %0" : : "r"(saved_)); }
+
+ private:
+  uint64_t saved_;
+#endif
+};
+
+int64_t TypeSize(Type type) { return type == Type::kF32 || type == Type::kS32 ? 4 : 2; }
+
+template <typename T>
+const T* Advance(const T* base, int64_t bytes) {
+  return reinterpret_cast<const T*>(reinterpret_cast<const char*>(base) + bytes);
+}
+
+}  // namespace
+
+uint32_t SelectLargest(uint32_t* magnitudes, int64_t n, int64_t count) {
+  std::nth_element(magnitudes, magnitudes + (count - 1), magnitudes + n, std::greater<uint32_t>());
+  return magnitudes[count - 1];
+}
+
+struct Workspace {
+  Buffer lo, marks;
+  std::vector<Row> rows;
+  std::vector<std::vector<Outlier>> outliers;  // per item of the quantising phase
+  int64_t stride = 0;
+  // The plan of a small product; see HiPlan.
+  HiPlan plan;
+  std::vector<int32_t> columns, segment_start;
+  std::vector<int8_t> hi;
+  std::vector<Segment> segments;
+
+  size_t bytes() const {
+    size_t total = lo.size() + marks.size() + rows.capacity() * sizeof(Row);
+    for (const auto& list : outliers) total += list.capacity() * sizeof(Outlier);
+    return total;
+  }
+};
+
+namespace {
+
+struct FreeList {
+  std::mutex mutex;
+  std::vector<std::unique_ptr<Workspace>> list;
+};
+
+FreeList& Free() {
+  static auto* free_list = new FreeList;  // never destroyed: worker threads may outlive static objects
+  return *free_list;
+}
+
+Workspace* Acquire() {
+  std::lock_guard<std::mutex> lock(Free().mutex);
+  if (Free().list.empty()) return new Workspace;
+  Workspace* workspace = Free().list.back().release();
+  Free().list.pop_back();
+  return workspace;
+}
+
+void Release(Workspace* workspace) {
+  std::unique_ptr<Workspace> owned(workspace);
+  if (owned->bytes() > kKeepBytes) return;
+  std::lock_guard<std::mutex> lock(Free().mutex);
+  Free().list.push_back(std::move(owned));
+}
+
+}  // namespace
+
+Job::Job(const Problem& problem) : p_(problem), ws_(Acquire()) {
+  const bool multiplies = p_.kind != Problem::Kind::kQuantize;
+  const bool quantizes = p_.kind != Problem::Kind::kProduct;
+  if (p_.m == 0 || (multiplies && p_.n == 0)) return;
+  // Rows quantised by one item: about 64 Ki values, some 15 microseconds.
+  rows_per_item_ = std::max<int64_t>(1, (int64_t{1} << 16) / std::max<int64_t>(p_.k, 1));
+  const int64_t row_items = CeilDiv(p_.m, rows_per_item_);
+  const double values = static_cast<double>(p_.m) * static_cast<double>(p_.k);
+  if (quantizes && p_.options.column_scope) {
+    items_[0] = row_items;
+    cost_[0] = values * 0.15;
+    std::memset(ws_->marks.Get<uint8_t>(p_.k), 0, static_cast<size_t>(p_.k));
+  }
+  items_[1] = row_items;
+  cost_[1] = values * 0.25;
+  if (ws_->outliers.size() < static_cast<size_t>(row_items)) ws_->outliers.resize(row_items);
+  if (!multiplies) return;
+
+  ws_->rows.resize(p_.m);
+  // One cache line more than needed: rows at a stride of 4096 would all fall into the same set of the L1 cache.
+  ws_->stride = RoundUp(p_.k, 64) + 64;
+  ws_->lo.Get<int8_t>(p_.m * ws_->stride);
+  ws_->plan.groups = 0;
+  if (quantizes && p_.options.rule != Rule::kNone && !p_.options.float_outliers && p_.m <= kSmallM) items_[2] = 1;
+  const int64_t blocks = CeilDiv(p_.n, kBlockN);
+  chunks_ = CeilDiv(p_.m, p_.rung->chunk_m);
+  chunk_m_ = CeilDiv(p_.m, chunks_);
+  items_[3] = blocks * chunks_;
+  // Weights at 15 bytes, products at 250 per nanosecond and thread.
+  const double weights = static_cast<double>(p_.n) * static_cast<double>(p_.k);
+  cost_[3] = std::max(weights / 15, weights * static_cast<double>(p_.m) / 250);
+}
+
+Job::~Job() { Release(ws_); }
+
+void Job::Run(int phase, int64_t item) {
+  const ScopedFloatState state;
+  switch (phase) {
+    case 0:
+      return MarkColumns(item);
+    case 1:
+      return p_.kind == Problem::Kind::kProduct ? CopyRows(item) : QuantizeRows(item);
+    case 2:
+      return PlanHi();
+    default:
+      return Multiply(item);
+  }
+}
+
+void Job::MarkColumns(int64_t item) {
+  const RowScratch scratch = Scratch().Rows(p_.k);
+  const int64_t end = std::min(p_.m, (item + 1) * rows_per_item_);
+  for (int64_t i = item * rows_per_item_; i < end; ++i) {
+    const auto* x = static_cast<const char*>(p_.x) + i * p_.k * TypeSize(p_.type);
+    p_.rung->mark(p_.options, p_.type, x, p_.k, scratch, ws_->marks.Get<uint8_t>(p_.k));
+  }
+}
+
+void Job::QuantizeRows(int64_t item) {
+  const RowScratch scratch = Scratch().Rows(p_.k);
+  const bool rows_only = p_.kind == Problem::Kind::kQuantize;
+  int32_t* columns = Scratch().columns.Get<int32_t>(p_.k);
+  int64_t columns_count = 0;
+  if (p_.options.column_scope) {
+    const uint8_t* marks = ws_->marks.Get<uint8_t>(p_.k);
+    for (int64_t j = 0; j < p_.k; ++j) {
+      if (marks[j]) columns[columns_count++] = static_cast<int32_t>(j);
+    }
+  }
+  std::vector<Outlier>& outliers = ws_->outliers[item];
+  outliers.clear();
+  const int64_t begin = item * rows_per_item_, end = std::min(p_.m, begin + rows_per_item_);
+  for (int64_t i = begin; i < end; ++i) {
+    const auto* x = static_cast<const char*>(p_.x) + i * p_.k * TypeSize(p_.type);
+    int8_t* lo = rows_only ? p_.lo + i * p_.k : ws_->lo.Get<int8_t>(0) + i * ws_->stride;
+    const Row row = p_.rung->quantize(p_.options, p_.type, x, p_.k, columns, columns_count, scratch, lo);
+    if (rows_only) {
+      p_.row_scale[i] = row.scale;
+      int8_t* hi = p_.hi + i * p_.k;
+      std::memset(hi, 0, static_cast<size_t>(p_.k));
+      if (p_.options.float_outliers) continue;
+      for (int32_t j = 0; j < row.count; ++j) {
+        hi[scratch.index[j]] = static_cast<int8_t>((scratch.codes[j] + 64) >> 7);
+      }
+      continue;
+    }
+    std::memset(lo + p_.k, 0, static_cast<size_t>(ws_->stride - p_.k));
+    ws_->rows[i] = row;
+    for (int32_t j = 0; j < row.count; ++j) {
+      const int32_t hi = p_.options.float_outliers ? 0 : (scratch.codes[j] + 64) >> 7;
+      outliers.push_back({scratch.index[j], hi, scratch.outliers[j]});
+    }
+  }
+  if (rows_only) return;
+  const Outlier* next = outliers.data();  // set last: the list moves while it grows
+  for (int64_t i = begin; i < end; ++i) {
+    ws_->rows[i].outliers = next;
+    next += ws_->rows[i].count;
+  }
+}
+
+void Job::CopyRows(int64_t item) {
+  const int64_t begin = item * rows_per_item_, end = std::min(p_.m, begin + rows_per_item_);
+  for (int64_t i = begin; i < end; ++i) {
+    int8_t* lo = ws_->lo.Get<int8_t>(0) + i * ws_->stride;
+    std::memcpy(lo, static_cast<const int8_t*>(p_.x) + i * p_.k, static_cast<size_t>(p_.k));
+    std::memset(lo + p_.k, 0, static_cast<size_t>(ws_->stride - p_.k));
+    Row row;
+    for (int64_t j = 0; j < p_.k; ++j) row.sum += lo[j];
+    ws_->rows[i] = row;
+  }
+}
+
+void Job::PlanHi() {
+  Workspace& ws = *ws_;
+  ws.columns.clear();
+  for (int64_t i = 0; i < p_.m; ++i) {
+    for (int32_t j = 0; j < ws.rows[i].count; ++j) ws.columns.push_back(ws.rows[i].outliers[j].column);
+  }
+  std::sort(ws.columns.begin(), ws.columns.end());
+  ws.columns.erase(std::unique(ws.columns.begin(), ws.columns.end()), ws.columns.end());
+  const auto used = static_cast<int64_t>(ws.columns.size());
+  const int64_t groups = CeilDiv(used, 64), width = groups * 64;
+  ws.hi.assign(p_.m * width, 0);
+  for (int64_t i = 0; i < p_.m; ++i) {
+    auto slot = ws.columns.cbegin();
+    for (int32_t j = 0; j < ws.rows[i].count; ++j) {
+      const Outlier& outlier = ws.rows[i].outliers[j];
+      slot = std::lower_bound(slot, ws.columns.cend(), outlier.column);
+      ws.hi[i * width + (slot - ws.columns.cbegin())] = static_cast<int8_t>(outlier.hi);
+    }
+  }
+  ws.segments.clear();
+  ws.segment_start.assign(1, 0);
+  for (int64_t slot = 0; slot < used; ++slot) {
+    const int64_t block = ws.columns[slot] / 64;
+    if (slot % 64 == 0 || block != ws.segments.back().block) ws.segments.push_back({block, 0, {}});
+    Segment& segment = ws.segments.back();
+    segment.mask |= uint64_t{1} << (slot % 64);
+    segment.lane[slot % 64] = static_cast<uint8_t>(ws.columns[slot] % 64);
+    if (slot % 64 == 63 || slot + 1 == used) ws.segment_start.push_back(static_cast<int32_t>(ws.segments.size()));
+  }
+  ws.columns.resize(width, 0);
+  ws.plan = {groups, ws.columns.data(), ws.hi.data(), ws.segments.data(), ws.segment_start.data()};
+}
+
+void Job::Multiply(int64_t item) {
+  const int64_t j0 = item / chunks_ * kBlockN, i0 = item % chunks_ * chunk_m_;
+  ThreadScratch& scratch = Scratch();
+  Block b;
+  b.m = std::min(chunk_m_, p_.m - i0);
+  b.n = std::min(kBlockN, p_.n - j0);
+  if (b.m <= 0) return;
+  b.k = p_.k;
+  b.stride = ws_->stride;
+  b.lo = ws_->lo.Get<int8_t>(0) + i0 * ws_->stride;
+  b.rows = ws_->rows.data() + i0;
+  b.with_hi = p_.kind == Problem::Kind::kLinear && p_.options.rule != Rule::kNone && !p_.options.float_outliers;
+  b.plan = items_[2] ? &ws_->plan : nullptr;
+  b.w = p_.w + j0 * p_.k;
+  b.c = scratch.c.Get<int32_t>(b.m * kBlockN);
+  b.scratch = scratch.rung.Get<uint8_t>(p_.rung->scratch_bytes);
+  p_.rung->block(b);
+
+  if (p_.kind == Problem::Kind::kProduct) {
+    for (int64_t i = 0; i < b.m; ++i) {
+      auto* y = static_cast<int32_t*>(p_.y) + (i0 + i) * p_.n + j0;
+      std::memcpy(y, b.c + i * kBlockN, static_cast<size_t>(b.n) * sizeof *y);
+    }
+    return;
+  }
+  const float* bias = p_.bias ? p_.bias + j0 : nullptr;
+  for (int64_t i = 0; i < b.m; ++i) {
+    const Row& row = b.rows[i];
+    float extra[kBlockN];
+    const bool adds = p_.options.float_outliers && row.count > 0;
+    if (adds) {
+      // The paper's 16-bit part, in ascending order of column whatever the block: a row's bits depend on it alone.
+      std::fill_n(extra, b.n, 0.0f);
+      for (int32_t o = 0; o < row.count; ++o) {
+        const Outlier& outlier = row.outliers[o];
+        const int8_t* w = b.w + outlier.column;
+        for (int64_t j = 0; j < b.n; ++j) {
+          extra[j] += outlier.value * (p_.w_scale[j0 + j] * static_cast<float>(w[j * p_.k]));
+        }
+      }
+    }
+    auto* y = static_cast<char*>(p_.y) + ((i0 + i) * p_.n + j0) * TypeSize(p_.type);
+    p_.rung->finish(p_.type, b.c + i * kBlockN, b.n, row.scale, p_.w_scale + j0, adds ? extra : nullptr, bias, y);
+  }
+}
+
+}  // namespace jaxint8::cpu

@@ -1,0 +1,211 @@
+"""The compiled kernels as functions on JAX arrays: the only place that makes an FFI call.
+
+Each wrapper casts every attribute to exactly one type, because a call whose attribute once had the wrong type poisons
+JAX's cache for the right one. The surprising fact is the version guard: a handler built against newer FFI headers than
+the running jaxlib does not fail alone, it makes the whole CPU backend unusable, so it must never be registered.
+"""
+
+import functools
+import importlib
+import pathlib
+import re
+from collections.abc import Iterable
+from types import ModuleType
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import jaxlib.version
+import numpy as np
+
+from jaxint8.outliers import OutlierRule, RelativeThreshold, Threshold, TopK
+
+Arithmetic = Literal["int15", "float"]
+
+_AUTOMATIC = -1
+_RULES = {type(None): 0, Threshold: 1, RelativeThreshold: 2, TopK: 3}
+_BUILD_HINT = "build it with `make setup` or `pip install --no-build-isolation .`"
+
+
+def _runtime_ffi_version() -> tuple[int, int]:
+    """Returns (major, minor) of the FFI that the installed jaxlib speaks, from the headers that it ships."""
+    header = pathlib.Path(jax.ffi.include_dir()) / "xla" / "ffi" / "api" / "c_api.h"
+    text = header.read_text(encoding="utf-8")
+    found = re.findall(r"#define XLA_FFI_API_(MAJOR|MINOR) (\d+)", text)
+    version = {name: int(value) for name, value in found}
+    return version["MAJOR"], version["MINOR"]
+
+
+def check_version(module: ModuleType) -> None:
+    """Raises ImportError if the extension was built against a newer FFI than the installed jaxlib's.
+
+    Older is fine: XLA keeps its FFI compatible with handlers of the past year.
+    """
+    if module.jaxlib_version == jaxlib.version.__version__:
+        return
+    built, running = tuple(module.ffi_version), _runtime_ffi_version()
+    if built[0] != running[0] or built[1] > running[1]:
+        raise ImportError(
+            f"{module.__name__} was built for jaxlib {module.jaxlib_version} (FFI {built[0]}.{built[1]}), which jaxlib "
+            f"{jaxlib.version.__version__} (FFI {running[0]}.{running[1]}) cannot load: {_BUILD_HINT} beside this jaxlib"
+        )
+
+
+def _load(name: str) -> ModuleType | None:
+    try:
+        module = importlib.import_module(f"jaxint8.{name}")
+    except ModuleNotFoundError as error:
+        if error.name != f"jaxint8.{name}":
+            raise
+        return None
+    check_version(module)
+    return module
+
+
+def _register(module: ModuleType | None, platform: str) -> None:
+    if module is not None:
+        for target, handler in module.registrations().items():
+            jax.ffi.register_ffi_target(target, handler, platform=platform)
+
+
+_cpu = _load("_cpu")
+_cuda = _load("_cuda")
+_register(_cpu, "cpu")
+_register(_cuda, "CUDA")
+
+
+def platforms() -> tuple[str, ...]:
+    """Returns the JAX platforms that have compiled kernels in this installation."""
+    return tuple(name for name, module in (("cpu", _cpu), ("cuda", _cuda)) if module is not None)
+
+
+def available() -> tuple[str, ...]:
+    """Returns the compiled implementations that can run here: "cpu", and "cuda" if JAX has such a device."""
+    return tuple(name for name in platforms() if not why_not(name))
+
+
+def why_not(implementation: str) -> str:
+    """Returns why an implementation cannot be used here, in one line; empty if it can."""
+    if implementation not in platforms():
+        return f"this installation has no compiled {implementation} kernels; {_BUILD_HINT}"
+    if implementation == "cuda":
+        return _no_cuda_device()
+    return ""
+
+
+@functools.cache
+def _no_cuda_device() -> str:
+    try:
+        return "" if jax.devices("cuda") else "JAX found no CUDA device"
+    except RuntimeError:
+        return "JAX found no CUDA device"
+
+
+def available_rungs() -> tuple[str, ...]:
+    """Returns the instruction sets whose CPU kernels this machine can run, best first; the last is "scalar"."""
+    return tuple(name for name, supported in _rungs() if supported)
+
+
+def _rungs() -> Iterable[tuple[str, bool]]:
+    return _cpu.rungs() if _cpu is not None else ()
+
+
+def cpu_features() -> dict[str, bool]:
+    """Returns the instruction sets that have a CPU kernel, and whether this machine supports each."""
+    return dict(_rungs())
+
+
+def _rung_index(rung: str | None) -> int:
+    if rung is None:
+        return _AUTOMATIC
+    features = cpu_features()
+    if not features.get(rung, False):
+        raise ValueError(f"rung: expected one of {', '.join(available_rungs())}, got {rung!r}")
+    return list(features).index(rung)
+
+
+def _attributes(
+    rule: OutlierRule | None, arithmetic: Arithmetic, rung: str | None
+) -> dict[str, np.generic | int]:
+    """Returns the attributes of a call; each has one type, whatever the caller passed."""
+    if type(rule) not in _RULES:
+        raise TypeError(
+            f"rule: expected Threshold, RelativeThreshold, TopK or None, got {type(rule).__name__}"
+        )
+    if arithmetic not in ("int15", "float"):
+        raise ValueError(f"arithmetic: expected 'int15' or 'float', got {arithmetic!r}")
+    return {
+        "rule": int(_RULES[type(rule)]),
+        "column_scope": int(getattr(rule, "scope", "token") == "column"),
+        "value": np.float32(getattr(rule, "value", 0.0)),
+        "topk": int(getattr(rule, "k", 0)),
+        "float_outliers": int(arithmetic == "float"),
+        "rung": int(_rung_index(rung)),
+    }
+
+
+def quantize_rows(
+    x: jax.Array,
+    rule: OutlierRule | None,
+    arithmetic: Arithmetic = "int15",
+    *,
+    rung: str | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Quantises activations row by row, as `reference.quantize_rows` does.
+
+    Args:
+      x: float32, bfloat16 or float16[m, k].
+      rule: an outlier rule or None.
+      arithmetic: "int15" or "float".
+      rung: CPU only: the instruction set to use, one of `available_rungs()`; None for the best.
+
+    Returns:
+      (lo int8[m, k], hi int8[m, k], row_scale float32[m]).
+    """
+    m, k = x.shape
+    results = (
+        jax.ShapeDtypeStruct((m, k), jnp.int8),
+        jax.ShapeDtypeStruct((m, k), jnp.int8),
+        jax.ShapeDtypeStruct((m,), jnp.float32),
+    )
+    call = jax.ffi.ffi_call("jaxint8_quantize", results, vmap_method="sequential")
+    lo, hi, row_scale = call(x, **_attributes(rule, arithmetic, rung))
+    return lo, hi, row_scale
+
+
+def product(a: jax.Array, codes: jax.Array, *, rung: str | None = None) -> jax.Array:
+    """Returns the int32[m, n] product of int8[m, k] and int8[n, k] (both K-major), exact modulo 2**32."""
+    result = jax.ShapeDtypeStruct((a.shape[0], codes.shape[0]), jnp.int32)
+    call = jax.ffi.ffi_call("jaxint8_product", result, vmap_method="sequential")
+    return call(a, codes, rung=int(_rung_index(rung)))
+
+
+def linear(
+    x: jax.Array,
+    codes: jax.Array,
+    scale: jax.Array,
+    bias: jax.Array | None = None,
+    *,
+    rule: OutlierRule | None = None,
+    arithmetic: Arithmetic = "int15",
+    rung: str | None = None,
+) -> jax.Array:
+    """The whole layer in one call: row scales, outliers, codes, integer product, scales, bias, one rounding.
+
+    Args:
+      x: float32, bfloat16 or float16[m, k].
+      codes: int8[n, k]; -128 is legal.
+      scale: float32[n].
+      bias: float32[n] or None.
+      rule: an outlier rule or None.
+      arithmetic: "int15" or "float".
+      rung: CPU only: the instruction set to use, one of `available_rungs()`; None for the best.
+
+    Returns:
+      x.dtype[m, n], to the bit as `reference.int8_linear` gives it ("float": up to the order of the outlier sum).
+    """
+    if bias is None:
+        bias = jnp.zeros((0,), jnp.float32)
+    result = jax.ShapeDtypeStruct((x.shape[0], codes.shape[0]), x.dtype)
+    call = jax.ffi.ffi_call("jaxint8_linear", result, vmap_method="sequential")
+    return call(x, codes, scale, bias, **_attributes(rule, arithmetic, rung))
