@@ -8,6 +8,7 @@ conversion to int8 would make anyway.
 
 import math
 import os
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -60,8 +61,6 @@ class TensorReader(Protocol):
 class PositionedFile:
     """A file opened for reading at given offsets; safe to use from several threads."""
 
-    _fd = -1
-
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
@@ -69,9 +68,12 @@ class PositionedFile:
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be opened ({error.strerror})") from None
         self.size = os.fstat(self._fd).st_size
+        self.close = weakref.finalize(self, os.close, self._fd)  # a second call does nothing
 
     def read(self, offset: int, count: int, what: str) -> np.ndarray:
         """Returns uint8[count] from ``offset``; ``what`` names it if the file ends too early."""
+        if not self.close.alive:
+            raise ValueError(f"{self.path}: {what}: the checkpoint has been closed")
         buffer = np.empty(count, np.uint8)
         view = memoryview(buffer)
         done = 0
@@ -84,15 +86,6 @@ class PositionedFile:
                 )
             done += got
         return buffer
-
-    def close(self) -> None:
-        """Closes the file; a second call does nothing."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
-
-    def __del__(self) -> None:
-        self.close()
 
 
 def row_span(
