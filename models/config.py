@@ -121,7 +121,7 @@ class DecoderConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class QuantizationConfig:
-    """How the linear layers of a decoder are carried out in int8; the default is the paper's method.
+    """How a decoder's linear layers are carried out in int8; the default is the paper's method.
 
     Embeddings, norms and biases stay float, and so does the head unless ``lm_head`` says "int8".
     """

@@ -13,7 +13,6 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any, Literal
 
 import numpy as np
-
 from jaxint8.models.config import DecoderConfig
 
 # Where a parameter lives in the tree: ("layers", 3, "qkv", "weight") is

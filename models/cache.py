@@ -1,0 +1,82 @@
+"""The key-value cache of a decoder: preallocated arrays that a jitted step updates in place.
+
+Attention reads a layer's whole arrays, so a step costs as much as the cache is *long*, not as much
+as it could become: a cache starts small and is regrown to the next power of two when full. Rows of
+a batch are aligned at their ends (left padding), so that one scalar says where the next token of
+every row goes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxint8.models.config import DecoderConfig
+
+# Shorter caches save nothing: at this length a step's attention is a few percent of its time, and
+# every length is a program to compile.
+SMALLEST_CAPACITY = 128
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KVCache:
+    """Keys and values of every layer.
+
+    Invariants: slots ``start[row] <= slot < length`` of a row hold its tokens, in order; slots
+        before
+    are padding; those from ``length`` on are free. A row's token in slot ``s`` has position
+    ``s - start[row]``.
+    """
+
+    # One [b, kv_heads, capacity, head_dim] array for each layer: the heads come first because that
+    # is what both products of attention read without a transpose, and it is an axis to shard.
+    keys: list[jax.Array]
+    values: list[jax.Array]
+    # int32[b]: padding slots of each row.
+    start: jax.Array
+    # int32[]: slots in use, the same for every row.
+    length: jax.Array
+
+    @property
+    def capacity(self) -> int:
+        """Slots in all."""
+        return self.keys[0].shape[2]
+
+
+def init_cache(config: DecoderConfig, capacity: int, start: jax.Array, dtype: DTypeLike) -> KVCache:
+    """Returns an empty cache.
+
+    Args:
+        config: the decoder.
+        capacity: slots per row.
+        start: int32[b], how many tokens of left padding each row will have.
+        dtype: dtype of keys and values, that of the activations.
+
+    """
+    shape = (start.shape[0], config.kv_heads, capacity, config.head_dim)
+    return KVCache(
+        keys=[jnp.zeros(shape, dtype) for _ in range(config.layers)],
+        values=[jnp.zeros(shape, dtype) for _ in range(config.layers)],
+        start=start.astype(jnp.int32),
+        length=jnp.zeros((), jnp.int32),
+    )
+
+
+def grow_cache(cache: KVCache, capacity: int) -> KVCache:
+    """Returns the same cache with more free slots (one copy; amortised when capacities double)."""
+    extra = capacity - cache.capacity
+
+    def pad(array: jax.Array) -> jax.Array:
+        return jnp.pad(array, ((0, 0), (0, 0), (0, extra), (0, 0)))
+
+    return dataclasses.replace(
+        cache, keys=[pad(k) for k in cache.keys], values=[pad(v) for v in cache.values]
+    )
+
+
+def capacity_for(length: int) -> int:
+    """Returns the capacity of a cache that must hold ``length`` slots: a power of two."""
+    return max(SMALLEST_CAPACITY, 1 << (length - 1).bit_length())

@@ -1,0 +1,291 @@
+"""The decoder: one readable forward pass, pure functions on a dict of parameters.
+
+``forward`` is the whole model. What differs between families is a field of `DecoderConfig`; what
+differs between float and int8 is the type of a weight: an array ``[n, k]``, or a `QuantizedMatrix`
+of the same shape. Nothing else in this file knows which of the two it runs.
+
+The tree (``layers`` is a list, so that the loop below is unrolled: a scan over stacked weights
+would copy every layer's weights at every step):
+
+    embedding [vocab, embedding_size]   positions [max_positions + offset, hidden]   rope_factors
+    [head_dim / 2] project_in, project_out {weight}    final_norm {weight, bias}
+    lm_head {weight} layers[i]: attention_norm, mlp_norm {weight, bias}   qkv, out, up, down
+    {weight, bias}
+
+where ``qkv`` has the rows of q, k, v one below the other, and ``up`` those of gate and up when
+gated.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxint8.models.cache import KVCache
+from jaxint8.models.config import DecoderConfig, QuantizationConfig
+
+from jaxint8 import QuantizedMatrix, int8_linear
+
+Params = Mapping[str, Any]
+
+_ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": jax.nn.silu,
+    "relu": jax.nn.relu,
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+}
+
+
+def forward(
+    config: DecoderConfig,
+    params: Params,
+    tokens: jax.Array,
+    cache: KVCache | None = None,
+    *,
+    quantization: QuantizationConfig | None = None,
+    last_only: bool = False,
+) -> tuple[jax.Array, KVCache | None]:
+    """Runs the decoder on the next tokens of every row.
+
+    Args:
+        config: the architecture; static under jit.
+        params: the tree described at the top. Activations have the dtype of ``embedding``; norms,
+            softmax and sums of products are float32.
+        tokens: int32[b, t]. Without a cache, whole rows from position 0; with one, the t tokens
+            that follow those it holds (left padding included, see `KVCache`).
+        cache: keys and values of the tokens before; must have room for t more.
+        quantization: how `QuantizedMatrix` weights are carried out; static under jit.
+        last_only: whether only the last token's logits are wanted.
+
+    Returns:
+        Logits float32[b, t or 1, vocab], and the cache with the t tokens added (None without one).
+
+    """
+    x = jnp.take(params["embedding"], tokens, axis=0, mode="clip")
+    # Float32 means float32, also where a matrix unit would rather round its inputs.
+    precision = "highest" if x.dtype == jnp.float32 else None
+    with jax.default_matmul_precision(precision):
+        at = _place(config, params, tokens, cache)
+        x = at.only_tokens(x)
+        if "project_in" in params:
+            x = _linear(x, params["project_in"], quantization)
+        if config.positions == "learned":
+            x += jnp.take(
+                params["positions"], at.positions + config.position_offset, axis=0, mode="clip"
+            )
+        keys, values = [], []
+        for index, layer in enumerate(params["layers"]):
+            stored = None if cache is None else (cache.keys[index], cache.values[index])
+            x, stored = _layer(config, layer, x, at, stored, quantization)
+            if stored is not None:
+                keys.append(stored[0])
+                values.append(stored[1])
+        if config.final_norm:
+            x = _norm(config, x, params.get("final_norm", {}))
+        x = at.only_tokens(x)
+        if last_only:
+            x = x[:, -1:]
+        if "project_out" in params:
+            x = _linear(x, params["project_out"], quantization)
+        head = params["embedding"] if config.tied_embeddings else params["lm_head"]["weight"]
+        if cache is not None:
+            length = cache.length + tokens.shape[1]
+            cache = dataclasses.replace(cache, keys=keys, values=values, length=length)
+        return _product(x, head), cache
+
+
+@dataclasses.dataclass(frozen=True)
+class _Place:
+    """Where the tokens of one call stand, computed once for all layers."""
+
+    # int32[]: slot of the cache where the first token goes.
+    slot: jax.Array | int
+    # int32[b, t] position of each token in its row; padding counts as 0.
+    positions: jax.Array
+    # bool[b, 1, t, slots]: what each token attends to; None when that is plainly causal.
+    mask: jax.Array | None
+    # float32[b, t, 1, head_dim / 2] each, or None without rotary positions.
+    rope: tuple[jax.Array, jax.Array] | None
+    # bool[b, t, 1], False for padding; None when there is none.
+    valid: jax.Array | None
+
+    def only_tokens(self, x: jax.Array) -> jax.Array:
+        """Puts zeros in the rows of padding.
+
+        What a padding row holds can reach no other row through float arithmetic, but it would
+        through outlier columns and tensor-wide scales, which look at every row of a call.
+        """
+        return x if self.valid is None else jnp.where(self.valid, x, jnp.zeros((), x.dtype))
+
+
+def _place(
+    config: DecoderConfig, params: Params, tokens: jax.Array, cache: KVCache | None
+) -> _Place:
+    b, t = tokens.shape
+    offsets = jax.lax.broadcasted_iota(jnp.int32, (b, t), 1)
+    if cache is None:
+        slot, positions, mask, valid = 0, offsets, None, None
+    else:
+        slot, start = cache.length, cache.start[:, None]
+        slots = slot + offsets
+        positions = jnp.maximum(slots - start, 0)
+        seen = jax.lax.broadcasted_iota(jnp.int32, (1, 1, cache.capacity), 2)
+        mask = ((seen <= slots[:, :, None]) & (seen >= start[:, :, None]))[:, None]
+        # One token at a time is never padding.
+        valid = (slots >= start)[:, :, None] if t > 1 else None
+    rope = _rope_tables(config, params, positions) if config.positions == "rope" else None
+    return _Place(slot, positions, mask, rope, valid)
+
+
+def _layer(
+    config: DecoderConfig,
+    layer: Params,
+    x: jax.Array,
+    at: _Place,
+    stored: tuple[jax.Array, jax.Array] | None,
+    quantization: QuantizationConfig | None,
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
+    """Attention, then MLP, each with its norm before it or (post-norm) after the sum."""
+    attention_norm, mlp_norm = (
+        functools.partial(_norm, config, layer=layer.get(name, {}))
+        for name in ("attention_norm", "mlp_norm")
+    )
+    y = attention_norm(x) if config.norm_first else x
+    y, stored = _attention(config, layer, at.only_tokens(y), at, stored, quantization)
+    x += y
+    x = x if config.norm_first else attention_norm(x)
+    y = mlp_norm(x) if config.norm_first else x
+    x += _mlp(config, layer, at.only_tokens(y), at, quantization)
+    return x if config.norm_first else mlp_norm(x), stored
+
+
+def _attention(
+    config: DecoderConfig,
+    layer: Params,
+    x: jax.Array,
+    at: _Place,
+    stored: tuple[jax.Array, jax.Array] | None,
+    quantization: QuantizationConfig | None,
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
+    """Self-attention of x[b, t, hidden] to itself, or to a cache that it is first added to."""
+    b, t, _ = x.shape
+    # Heads of q, then those of k, then those of v.
+    fused = _linear(x, layer["qkv"], quantization).reshape(b, t, -1, config.head_dim)
+    turning = config.heads + config.kv_heads
+    turned = fused[:, :, :turning]
+    if at.rope is not None:
+        turned = _rotate(turned, at.rope)
+    query, key = turned[:, :, : config.heads], turned[:, :, config.heads :]
+    value = fused[:, :, turning:]
+    if stored is None:
+        y = _attend(query, key, value, is_causal=True)
+    else:
+        where = (0, 0, at.slot, 0)
+        new = (jnp.swapaxes(key, 1, 2), jnp.swapaxes(value, 1, 2))
+        stored = tuple(
+            jax.lax.dynamic_update_slice(s, n, where) for s, n in zip(stored, new, strict=True)
+        )
+        key, value = (jnp.swapaxes(s, 1, 2) for s in stored)
+        y = _attend(query, key, value, mask=at.mask)
+    y = at.only_tokens(y.reshape(b, t, config.query_size))
+    return _linear(y, layer["out"], quantization), stored
+
+
+def _attend(*args: jax.Array, **how: Any) -> jax.Array:
+    """jax.nn.dot_product_attention, which itself mixes dtypes (float32 softmax of bfloat16)."""
+    with jax.numpy_dtype_promotion("standard"):
+        return jax.nn.dot_product_attention(*args, **how)
+
+
+def _mlp(
+    config: DecoderConfig,
+    layer: Params,
+    x: jax.Array,
+    at: _Place,
+    quantization: QuantizationConfig | None,
+) -> jax.Array:
+    y = _linear(x, layer["up"], quantization).astype(jnp.float32)
+    activation = _ACTIVATIONS[config.activation]
+    gate = activation(y[..., : config.mlp_size])
+    y = gate * y[..., config.mlp_size :] if config.gated else gate
+    return _linear(at.only_tokens(y.astype(x.dtype)), layer["down"], quantization)
+
+
+def _linear(x: jax.Array, layer: Params, quantization: QuantizationConfig | None) -> jax.Array:
+    """x[..., k] times a weight [n, k] of either kind, plus its bias if any; x.dtype[..., n]."""
+    weight, bias = layer["weight"], layer.get("bias")
+    bias = None if bias is None else bias.astype(jnp.float32)
+    if isinstance(weight, QuantizedMatrix):
+        how = quantization or QuantizationConfig()
+        return int8_linear(
+            x,
+            weight,
+            bias,
+            outliers=how.outliers,
+            outlier_arithmetic=how.outlier_arithmetic,
+            implementation=how.implementation,
+        )
+    y = _product(x, weight)
+    y = y if bias is None else y + bias[None, None]
+    return y.astype(x.dtype)
+
+
+def _product(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """x[..., k] times a float weight [n, k], summed in float32; float32[..., n]."""
+    contract = (((x.ndim - 1,), (1,)), ((), ()))
+    return jax.lax.dot_general(x, weight, contract, preferred_element_type=jnp.float32)
+
+
+def _norm(config: DecoderConfig, x: jax.Array, layer: Params) -> jax.Array:
+    """Normalises the last axis in float32; x.dtype of the same shape."""
+    y = x.astype(jnp.float32)
+    if config.norm == "layer":
+        y -= jnp.mean(y, axis=-1, keepdims=True)
+    # A layer norm's variance is the mean square of what is left.
+    y *= jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + config.norm_epsilon)
+    if "weight" in layer:
+        y *= layer["weight"].astype(jnp.float32)[None, None]
+    if "bias" in layer:
+        y += layer["bias"].astype(jnp.float32)[None, None]
+    return y.astype(x.dtype)
+
+
+def rope_frequencies(config: DecoderConfig) -> np.ndarray:
+    """Returns the angle per position of each rotary pair, scaled; float32[head_dim / 2]."""
+    exponent = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
+    frequency = (1.0 / np.float32(config.rope_theta) ** exponent).astype(np.float32)
+    scaling = config.rope_scaling
+    if scaling is None:
+        return frequency
+    slow = frequency / np.float32(scaling.factor)
+    if scaling.kind == "linear":
+        return slow
+    # How many turns a pair makes over the original context decides between slow and unchanged.
+    turns = scaling.original_positions * frequency / np.float32(2 * np.pi)
+    low, high = scaling.low_frequency_factor, scaling.high_frequency_factor
+    share = np.clip((turns - low) / (high - low), 0.0, 1.0)
+    return ((1 - share) * slow + share * frequency).astype(np.float32)
+
+
+def _rope_tables(
+    config: DecoderConfig, params: Params, positions: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Cosine and sine of every token's angles, float32[b, t, 1, head_dim / 2] each."""
+    frequency = jnp.asarray(rope_frequencies(config))
+    if "rope_factors" in params:
+        frequency /= params["rope_factors"].astype(jnp.float32)
+    angle = positions[:, :, None, None].astype(jnp.float32) * frequency[None, None, None]
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def _rotate(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Turns each pair (i, i + head_dim / 2) of x[b, t, heads, head_dim] by its angle."""
+    cosine, sine = rope
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    turned = (first * cosine - second * sine, second * cosine + first * sine)
+    return jnp.concatenate(turned, axis=-1).astype(x.dtype)

@@ -1,0 +1,291 @@
+"""Generation: a prompt is run once, then a loop inside one jitted call makes token after token.
+
+The surprising fact is what is *not* compiled anew: prompts are padded on the left to a few lengths,
+caches have powers of two as capacity, and temperature, k, p, seed and the number of steps are
+run-time values. So a new prompt rarely costs a compilation, and a step never.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxint8.models.cache import KVCache, capacity_for, grow_cache, init_cache
+from jaxint8.models.config import DecoderConfig, QuantizationConfig
+from jaxint8.models.decoder import Params, forward
+from jaxint8.models.sampling import Draw, Sampling, next_tokens
+
+# Steps that one call of the jitted loop makes at most: enough that calling it costs nothing beside
+# them, and a bound on what is computed after the last row ended.
+CHUNK = 256
+SMALLEST_PADDED_PROMPT = 32
+
+
+class Tokenizer(Protocol):
+    """What generation needs of a tokenizer."""
+
+    def encode(self, text: str) -> list[int]:
+        """Returns the ids of a prompt, special tokens included where the model wants them."""
+        ...
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Returns the text of ids, special tokens left out."""
+        ...
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _State:
+    """What one step hands to the next."""
+
+    cache: KVCache
+    # int32[b]: last token of each row, not yet in the cache.
+    token: jax.Array
+    # bool[b]: rows that have ended.
+    done: jax.Array
+    # int32[]: tokens drawn so far.
+    step: jax.Array
+    # key[b]
+    keys: jax.Array
+
+
+_STATIC = ("config", "quantization", "capacity")
+
+
+@functools.partial(jax.jit, static_argnames=_STATIC)
+def _prefill(
+    params: Params,
+    tokens: jax.Array,
+    start: jax.Array,
+    draw: Draw,
+    keys: jax.Array,
+    *,
+    config: DecoderConfig,
+    quantization: QuantizationConfig | None,
+    capacity: int,
+) -> _State:
+    """Runs left-padded prompts int32[b, t] and draws the first token of each row."""
+    cache = init_cache(config, tokens.shape[1], start, params["embedding"].dtype)
+    logits, cache = forward(
+        config, params, tokens, cache, quantization=quantization, last_only=True
+    )
+    step = jnp.zeros((), jnp.int32)
+    token = next_tokens(logits[:, 0], draw, keys, step)
+    return _State(
+        grow_cache(cache, capacity), token, _is_end(token, config), step + jnp.int32(1), keys
+    )
+
+
+@functools.partial(jax.jit, static_argnames=_STATIC[:2], donate_argnames="state")
+def _decode(
+    params: Params,
+    state: _State,
+    steps: jax.Array,
+    draw: Draw,
+    *,
+    config: DecoderConfig,
+    quantization: QuantizationConfig | None,
+) -> tuple[_State, jax.Array]:
+    """Makes up to ``steps`` (at most CHUNK) tokens more; stops early once every row has ended.
+
+    Returns:
+        The state after them, and the tokens int32[b, CHUNK]; the first ``state.step`` minus its old
+        value columns are filled. What follows a row's end token has no meaning.
+
+    """
+    first = state.step
+
+    def more(carry: tuple[_State, jax.Array]) -> jax.Array:
+        state, _ = carry
+        return (state.step - first < steps) & ~jnp.all(state.done)
+
+    def body(carry: tuple[_State, jax.Array]) -> tuple[_State, jax.Array]:
+        state, made = carry
+        logits, cache = forward(
+            config, params, state.token[:, None], state.cache, quantization=quantization
+        )
+        token = next_tokens(logits[:, 0], draw, state.keys, state.step)
+        made = jax.lax.dynamic_update_slice(made, token[:, None], (0, state.step - first))
+        done = state.done | _is_end(token, config)
+        step = state.step + jnp.int32(1)
+        return _State(cache, token, done, step, state.keys), made
+
+    made = jnp.zeros((state.token.shape[0], CHUNK), jnp.int32)
+    return jax.lax.while_loop(more, body, (state, made))
+
+
+@functools.partial(jax.jit, static_argnames="capacity")
+def _grow(state: _State, *, capacity: int) -> _State:
+    return dataclasses.replace(state, cache=grow_cache(state.cache, capacity))
+
+
+def _is_end(token: jax.Array, config: DecoderConfig) -> jax.Array:
+    end = jnp.asarray(config.end_tokens, jnp.int32)
+    return jnp.any(token[:, None] == end[None, :], axis=-1)
+
+
+def padded_length(length: int) -> int:
+    """Returns the length that a prompt is padded to: a power of two, or one and a half of one."""
+    power = max(SMALLEST_PADDED_PROMPT, 1 << (length - 1).bit_length())
+    shorter = power // 4 * 3
+    return shorter if shorter >= SMALLEST_PADDED_PROMPT and length <= shorter else power
+
+
+def row_keys(prompts: Sequence[Sequence[int]], seed: int) -> jax.Array:
+    """Returns a key for each row, key[b], that depends on the seed and the row's prompt alone.
+
+    Only equal prompts differ by their order, so that asking twice in one batch gives two answers.
+    """
+    seen: collections.Counter[tuple[int, ...]] = collections.Counter()
+    order = []
+    for prompt in map(tuple, prompts):
+        order.append(seen[prompt])
+        seen[prompt] += 1
+    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(
+        jax.random.key(seed), jnp.asarray(order, jnp.uint32)
+    )
+
+
+def stream_tokens(
+    config: DecoderConfig,
+    params: Params,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    *,
+    quantization: QuantizationConfig | None = None,
+    sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
+    seed: int = 0,
+    chunk: int = 8,
+) -> Iterator[list[list[int]]]:
+    """Generates, handing out what each row has gained every few steps.
+
+    Args:
+        config: the architecture.
+        params: its parameters, float or int8.
+        prompts: token ids of each row; lengths may differ.
+        max_new_tokens: most tokens to add to a row.
+        quantization: how int8 weights are carried out.
+        sampling: greedy by default.
+        seed: of the rows' keys.
+        chunk: steps between two hand-outs, 1 to CHUNK.
+
+    Yields:
+        For each row the tokens since the last time; its end token is not among them, and after it
+        the lists are empty.
+
+    Raises:
+        ValueError: an argument, or a prompt, that cannot be; one line that names it.
+
+    """
+    prompts = [list(prompt) for prompt in prompts]
+    _check(config, prompts, max_new_tokens, chunk)
+    if not prompts or max_new_tokens == 0:
+        return
+    tokens, start = _left_pad(prompts)
+    total = tokens.shape[1] + max_new_tokens
+    how: dict[str, Any] = {"config": config, "quantization": quantization}
+    draw = Draw.of(sampling)
+    capacity = capacity_for(tokens.shape[1] + 1)
+    keys = row_keys(prompts, seed)
+    state = _prefill(params, tokens, start, draw, keys, capacity=capacity, **how)
+    ended = [False] * len(prompts)
+    yield _until_end(config, ended, np.asarray(state.token)[:, None])
+    made = 1
+    while made < max_new_tokens and not all(ended):
+        # The cache holds all but the last token drawn.
+        used = tokens.shape[1] + made - 1
+        if used == capacity:
+            capacity = min(2 * capacity, capacity_for(total))
+            state = _grow(state, capacity=capacity)
+        steps = min(chunk, max_new_tokens - made, capacity - used)
+        state, new = _decode(params, state, jnp.int32(steps), draw, **how)
+        count = int(state.step) - made
+        made += count
+        yield _until_end(config, ended, np.asarray(new[:, :count]))
+
+
+def generate_tokens(
+    config: DecoderConfig,
+    params: Params,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    *,
+    quantization: QuantizationConfig | None = None,
+    sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
+    seed: int = 0,
+) -> list[list[int]]:
+    """Generates for each prompt; arguments and errors are those of `stream_tokens`.
+
+    Returns:
+        The new tokens of each row, without its end token.
+
+    """
+    rows: list[list[int]] = [[] for _ in prompts]
+    for gained in stream_tokens(
+        config,
+        params,
+        prompts,
+        max_new_tokens,
+        quantization=quantization,
+        sampling=sampling,
+        seed=seed,
+        chunk=CHUNK,
+    ):
+        for row, new in zip(rows, gained, strict=True):
+            row.extend(new)
+    return rows
+
+
+def _check(
+    config: DecoderConfig, prompts: list[list[int]], max_new_tokens: int, chunk: int
+) -> None:
+    if max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens must be >= 0, got {max_new_tokens}")
+    if not 1 <= chunk <= CHUNK:
+        raise ValueError(f"chunk must be in 1 to {CHUNK}, got {chunk}")
+    for index, prompt in enumerate(prompts):
+        if not prompt:
+            raise ValueError(f"prompt {index} is empty: at least one token is needed")
+        if len(prompt) + max_new_tokens > config.max_positions:
+            raise ValueError(
+                f"prompt {index} has {len(prompt)} tokens, which with "
+                f"max_new_tokens={max_new_tokens} exceeds the model's {config.max_positions} positions"
+            )
+        check_tokens(config, np.asarray(prompt), f"prompt {index}")
+
+
+def check_tokens(config: DecoderConfig, tokens: np.ndarray, name: str) -> None:
+    """Raises TypeError or ValueError, naming the argument, unless all ids are in the vocabulary."""
+    if not np.issubdtype(tokens.dtype, np.integer):
+        raise TypeError(f"{name}: token ids must be integers, got {tokens.dtype}")
+    wrong = tokens[(tokens < 0) | (tokens >= config.vocab_size)]
+    if wrong.size:
+        raise ValueError(
+            f"{name}: token id {wrong.flat[0]} is outside the vocabulary of {config.vocab_size}"
+        )
+
+
+def _left_pad(prompts: list[list[int]]) -> tuple[jax.Array, jax.Array]:
+    """Returns int32[b, t] with the prompts at the right, and int32[b], the padding of each."""
+    length = padded_length(max(map(len, prompts)))
+    tokens = np.zeros((len(prompts), length), np.int32)
+    for row, prompt in zip(tokens, prompts, strict=True):
+        row[length - len(prompt) :] = prompt
+    start = np.array([length - len(prompt) for prompt in prompts], np.int32)
+    return jnp.asarray(tokens), jnp.asarray(start)
+
+
+def _until_end(config: DecoderConfig, ended: list[bool], new: np.ndarray) -> list[list[int]]:
+    """Cuts each row of int[b, t] before its end token; remembers in ``ended`` which had one."""
+    rows = []
+    for index, row in enumerate(new.tolist()):
+        cut = next((i for i, t in enumerate(row) if t in config.end_tokens), len(row))
+        rows.append([] if ended[index] else row[:cut])
+        ended[index] |= cut < len(row)
+    return rows

@@ -1,0 +1,180 @@
+"""LanguageModel: a decoder with its parameters and tokenizer, from text to logits and to text.
+
+It only ties together what the modules beside it do with arrays; everything it does can be had
+without it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+from jaxint8.models.config import DecoderConfig, QuantizationConfig
+from jaxint8.models.decoder import Params, forward
+from jaxint8.models.generate import Tokenizer, check_tokens, generate_tokens, stream_tokens
+from jaxint8.models.sampling import Sampling
+
+# What a byte-level tokenizer makes of a character whose last bytes have not come yet.
+_INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
+
+
+class LanguageModel:
+    """A decoder ready to use.
+
+    Attributes:
+        config: the architecture.
+        params: the tree of parameters (see ``decoder.py``).
+        quantization: how int8 weights are carried out; None when all are float.
+        tokenizer: between text and token ids; None when the checkpoint had none.
+
+    """
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        params: Params,
+        *,
+        tokenizer: Tokenizer | None = None,
+        quantization: QuantizationConfig | None = None,
+    ) -> None:
+        """Takes the parts as they are; nothing is copied or moved."""
+        self.config = config
+        self.params = params
+        self.quantization = quantization
+        self.tokenizer = tokenizer
+
+    def __repr__(self) -> str:
+        """Returns family, size and method."""
+        method = "float" if self.quantization is None else f"int8, {self.quantization.outliers}"
+        return f"LanguageModel({self.config.family}, {self.nbytes / 1e6:.1f} MB, {method})"
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all parameters, wherever they lie (replicas counted once)."""
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(self.params))
+
+    def logits(self, tokens: ArrayLike) -> jax.Array:
+        """Returns float32[b, t, vocab], the scores of the token that follows each prefix.
+
+        Args:
+            tokens: int[b, t] ids, every row from its start; t at most ``config.max_positions``.
+
+        Raises:
+            TypeError, ValueError: not integers, not two axes, too long, or an id not in the
+            vocabulary.
+
+        """
+        array = np.asarray(tokens)
+        check_tokens(self.config, array, "tokens")
+        if array.ndim != 2:
+            raise ValueError(f"tokens: expected int[b, t], got shape {list(array.shape)}")
+        if array.shape[1] > self.config.max_positions:
+            raise ValueError(
+                f"tokens: {array.shape[1]} per row exceed the model's {self.config.max_positions} "
+                "positions"
+            )
+        return _logits(
+            self.params,
+            jnp.asarray(array, jnp.int32),
+            config=self.config,
+            quantization=self.quantization,
+        )
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int = 0,
+    ) -> list[str]:
+        """Continues each prompt until its end token or ``max_new_tokens``; all in one batch.
+
+        What a row gets depends on its prompt, the options and the seed, not on the other rows (but
+        for column-scope outlier rules, which by definition look at the whole batch).
+
+        Args:
+            prompts: texts, none of them empty.
+            max_new_tokens: most tokens to add to a prompt.
+            temperature: 0 for the most likely token each time, else what divides the logits.
+            top_k: draw from the k most likely tokens only.
+            top_p: draw from the most likely tokens that make up this share only.
+            seed: the same seed gives the same texts.
+
+        Returns:
+            The continuations, without the prompts.
+
+        Raises:
+            ValueError: an option out of range, or a prompt that is empty or too long.
+
+        """
+        if isinstance(prompts, str):
+            raise TypeError("prompts: expected a sequence of strings, got one string")
+        tokenizer = self._tokenizer()
+        rows = generate_tokens(
+            self.config,
+            self.params,
+            [tokenizer.encode(prompt) for prompt in prompts],
+            max_new_tokens,
+            quantization=self.quantization,
+            sampling=Sampling(temperature, top_k, top_p),
+            seed=seed,
+        )
+        return [tokenizer.decode(row) for row in rows]
+
+    def stream(self, prompt: str, max_new_tokens: int, **options: Any) -> Iterator[str]:
+        """Yields the continuation of one prompt in pieces, as it is made.
+
+        Args:
+            prompt: a text.
+            max_new_tokens: most tokens to add.
+            **options: ``temperature``, ``top_k``, ``top_p`` and ``seed`` as for `generate`, and
+                ``chunk``, the steps between two pieces.
+
+        """
+        tokenizer = self._tokenizer()
+        names = ("temperature", "top_k", "top_p")
+        sampling = Sampling(**{name: options.pop(name) for name in names if name in options})
+        tokens: list[int] = []
+        shown = ""
+        for (new,) in stream_tokens(
+            self.config,
+            self.params,
+            [tokenizer.encode(prompt)],
+            max_new_tokens,
+            quantization=self.quantization,
+            sampling=sampling,
+            **options,
+        ):
+            tokens += new
+            text = tokenizer.decode(tokens)
+            # A character may be spread over tokens: hold it back until it is whole.
+            ready = text.rstrip(_INCOMPLETE)
+            if len(ready) > len(shown):
+                yield ready[len(shown) :]
+                shown = ready
+        rest = tokenizer.decode(tokens)[len(shown) :]
+        if rest:
+            yield rest
+
+    def _tokenizer(self) -> Tokenizer:
+        if self.tokenizer is None:
+            raise ValueError("this model was loaded without a tokenizer: use generate_tokens")
+        return self.tokenizer
+
+
+@functools.partial(jax.jit, static_argnames=("config", "quantization"))
+def _logits(
+    params: Params,
+    tokens: jax.Array,
+    *,
+    config: DecoderConfig,
+    quantization: QuantizationConfig | None,
+) -> jax.Array:
+    return forward(config, params, tokens, quantization=quantization)[0]

@@ -1,0 +1,119 @@
+"""Choosing the next token: greedy, or drawn after temperature, top-k and top-p.
+
+Nothing is sorted. The cut of top-k and of top-p is the largest threshold that still keeps enough;
+it is found bit by bit in the 32 bits of a float, so k and p are run-time values and the cost is 32
+passes over a row of logits instead of a sort of it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+_SIGN = jnp.iinfo(jnp.int32).min
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """What to draw from.
+
+    Attributes:
+        temperature: divides the logits; 0 is greedy (the most likely token, ties to the lower id),
+            for which the other two change nothing.
+        top_k: keep the k most likely tokens (and those as likely as the k-th); None keeps all.
+        top_p: keep the fewest most likely tokens whose probabilities, after temperature and top-k,
+            sum to at least p; None keeps all.
+
+    """
+
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+
+    def __post_init__(self) -> None:
+        """Checks the arguments."""
+        if not 0.0 <= self.temperature < float("inf"):
+            raise ValueError(f"temperature must be finite and >= 0, got {self.temperature}")
+        if self.top_k is not None and (self.top_k != int(self.top_k) or self.top_k < 1):
+            raise ValueError(f"top_k must be an integer >= 1 or None, got {self.top_k}")
+        if self.top_p is not None and not 0.0 < self.top_p <= 1.0:
+            raise ValueError(f"top_p must be in (0, 1] or None, got {self.top_p}")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Draw:
+    """A `Sampling` for jit: its numbers are leaves, only which of them are used is compiled in."""
+
+    temperature: jax.Array | None
+    top_k: jax.Array | None
+    top_p: jax.Array | None
+
+    @classmethod
+    def of(cls, sampling: Sampling) -> Draw:
+        """Returns the arrays that stand for ``sampling``; no temperature is greedy."""
+        if sampling.temperature == 0.0:
+            return cls(None, None, None)
+        k, p = sampling.top_k, sampling.top_p
+        return cls(
+            jnp.float32(sampling.temperature),
+            None if k is None else jnp.int32(min(k, jnp.iinfo(jnp.int32).max)),
+            None if p is None or p == 1.0 else jnp.float32(p),
+        )
+
+
+def next_tokens(logits: jax.Array, draw: Draw, keys: jax.Array, step: jax.Array) -> jax.Array:
+    """Chooses one token for every row.
+
+    Args:
+        logits: float32[b, vocab].
+        draw: how.
+        keys: key[b], one for each row; what a row draws depends on its own key and logits only.
+        step: int32[], how many tokens were drawn before.
+
+    Returns:
+        int32[b].
+
+    """
+    if draw.temperature is None:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    logits /= draw.temperature
+    if draw.top_k is not None:
+        logits = _keep(logits, lambda kept: jnp.sum(kept, axis=-1, dtype=jnp.int32) >= draw.top_k)
+    if draw.top_p is not None:
+        share = jax.nn.softmax(logits, axis=-1)
+        logits = _keep(
+            logits, lambda kept: jnp.sum(jnp.where(kept, share, 0.0), axis=-1) >= draw.top_p
+        )
+    keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, step)
+    # The largest of logits plus Gumbel noise is a draw from their softmax.
+    noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:], jnp.float32))(keys)
+    return jnp.argmax(logits + noise, axis=-1).astype(jnp.int32)
+
+
+def _keep(logits: jax.Array, enough: Callable[[jax.Array], jax.Array]) -> jax.Array:
+    """Sets to -inf what lies below the largest threshold for which ``enough`` holds.
+
+    Args:
+        logits: float32[b, vocab].
+        enough: from bool[b, vocab], what is kept, to bool[b]; must not turn true when less is kept.
+
+    Returns:
+        float32[b, vocab]; everything is kept where no threshold keeps enough.
+
+    """
+    bits = jax.lax.bitcast_convert_type(logits, jnp.int32)
+    # Flipping the magnitude of negative floats makes their bits sort like the floats.
+    order = jnp.where(bits < 0, bits ^ jnp.int32(0x7FFFFFFF), bits)
+
+    def try_bit(index: jax.Array, threshold: jax.Array) -> jax.Array:
+        bit = jax.lax.shift_right_logical(jnp.int32(_SIGN), index)
+        higher = threshold ^ bit
+        return jnp.where(enough(order >= higher[:, None]), higher, threshold)
+
+    lowest = jnp.full(logits.shape[:1], _SIGN, jnp.int32)
+    threshold = jax.lax.fori_loop(0, 32, try_bit, lowest)
+    return jnp.where(order >= threshold[:, None], logits, -jnp.inf)
