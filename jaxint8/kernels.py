@@ -46,8 +46,8 @@ def check_version(module: ModuleType) -> None:
     built, running = tuple(module.ffi_version), _runtime_ffi_version()
     if built[0] != running[0] or built[1] > running[1]:
         raise ImportError(
-            f"{module.__name__} was built for jaxlib {module.jaxlib_version} (FFI {built[0]}.{built[1]}), which jaxlib "
-            f"{jaxlib.version.__version__} (FFI {running[0]}.{running[1]}) cannot load: {_BUILD_HINT} beside this jaxlib"
+            f"{module.__name__} was built for jaxlib {module.jaxlib_version} (FFI {built[0]}.{built[1]}) and cannot be "
+            f"loaded by jaxlib {jaxlib.version.__version__} (FFI {running[0]}.{running[1]}): {_BUILD_HINT} anew"
         )
 
 
