@@ -1,0 +1,198 @@
+"""Families: configs, names of tensors, the row order of GGUF, and errors that say what is known."""
+
+import dataclasses
+import json
+import pathlib
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jaxint8.models.families import FAMILIES, family_from_gguf, family_from_hf
+from jaxint8.models.families.base import deinterleave_rows
+from test_decoder import CASES, GOLDENS, build, load_case, run
+
+from jaxint8.checkpoint import open_checkpoint
+
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+OPT = {
+    "model_type": "opt",
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "ffn_dim": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+
+
+def config_of(described: dict):
+    return family_from_hf(described).config_from_hf(described)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_tensor_is_used_once_in_its_shape(case: str) -> None:
+    config, _, _ = load_case(case)
+    family = family_from_hf(json.loads((GOLDENS / case / "config.json").read_text()))
+    reader = open_checkpoint(GOLDENS / case)
+    parts = [part for source in family.weight_map(config).values() for part in source.parts]
+    assert sorted(part.name for part in parts) == sorted(reader.names())
+    assert all(part.shape == reader.shape(part.name) for part in parts)
+
+
+def test_roles() -> None:
+    config = config_of(LLAMA)
+    kinds = {path: source.kind for path, source in FAMILIES[0].weight_map(config).items()}
+    assert kinds["embedding",] == "embedding"
+    assert kinds["layers", 1, "qkv", "weight"] == "linear"
+    assert kinds["layers", 1, "mlp_norm", "weight"] == "vector"
+    assert kinds["lm_head", "weight"] == "head"
+    assert sum(kind == "linear" for kind in kinds.values()) == 8
+
+
+def test_defaults_are_those_of_hugging_face() -> None:
+    llama = config_of(LLAMA)
+    assert (llama.kv_heads, llama.head_dim, llama.rope_theta) == (4, 8, 10000.0)
+    assert (llama.norm_epsilon, llama.max_positions, llama.tied_embeddings) == (1e-6, 2048, False)
+    opt = config_of(OPT)
+    assert (opt.norm_first, opt.final_norm, opt.qkv_bias, opt.tied_embeddings) == (True,) * 4
+    assert (opt.embedding_size, opt.max_positions, opt.position_offset) == (32, 2048, 2)
+    assert (opt.start_token, opt.end_tokens) == (2, (2,))
+
+
+def test_rope_as_written_before_transformers_5() -> None:
+    case = "llama_rope_llama3"
+    new = json.loads((GOLDENS / case / "config.json").read_text())
+    rope = new.pop("rope_parameters")
+    old = {**new, "rope_theta": rope.pop("rope_theta"), "rope_scaling": rope}
+    assert config_of(old) == load_case(case)[0]
+    older = {**LLAMA, "rope_scaling": {"type": "linear", "factor": 4.0}}
+    scaling = config_of(older).rope_scaling
+    assert scaling is not None
+    assert (scaling.kind, scaling.factor) == ("linear", 4.0)
+
+
+def test_several_end_tokens() -> None:
+    assert config_of({**LLAMA, "eos_token_id": [5, 7]}).end_tokens == (5, 7)
+    assert config_of({**LLAMA, "eos_token_id": 5}).end_tokens == (5,)
+    assert config_of(LLAMA).end_tokens == ()
+
+
+@pytest.mark.parametrize(
+    ("described", "message"),
+    [
+        ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel; known: LlamaForCausalLM"),
+        ({"model_type": "bloom"}, "bloom; known: .*OPTForCausalLM"),
+        ({}, "none given"),
+        ({**LLAMA, "rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "'yarn'"),
+        ({**LLAMA, "hidden_act": "mish"}, "hidden_act 'mish'"),
+        ({**OPT, "activation_function": "mish"}, "activation_function 'mish'"),
+        ({**LLAMA, "num_key_value_heads": 3}, r"heads \(4\) must be a multiple of kv_heads \(3\)"),
+        ({**LLAMA, "num_hidden_layers": 0}, "layers must be at least 1, got 0"),
+        ({**LLAMA, "head_dim": 7}, "even head_dim, got 7"),
+        ({key: LLAMA[key] for key in LLAMA if key != "hidden_size"}, "'hidden_size' is missing"),
+    ],
+)
+def test_errors_name_what_is_wrong(described: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as error:
+        config_of(described)
+    assert "\n" not in str(error.value)
+
+
+def interleave_rows(rows: np.ndarray, heads: int) -> np.ndarray:
+    """What llama.cpp's converter does to q and k, in the plainest way."""
+    head_dim = rows.shape[0] // heads
+    order = []
+    for head in range(heads):
+        for pair in range(head_dim // 2):
+            order += [head * head_dim + pair, head * head_dim + head_dim // 2 + pair]
+    return rows[np.array(order)]
+
+
+def test_deinterleave_undoes_interleave() -> None:
+    rows = np.arange(48 * 3).reshape(48, 3)
+    assert not (interleave_rows(rows, 4) == rows).all()
+    assert (deinterleave_rows(interleave_rows(rows, 4), 4) == rows).all()
+    assert (deinterleave_rows(interleave_rows(rows[:, 0], 3), 3) == rows[:, 0]).all()
+
+
+@pytest.mark.parametrize("case", ["llama_gqa_tied", "llama_biases", "llama_rope_llama3"])
+def test_gguf_names_and_row_order(case: str) -> None:
+    config, _, golden = load_case(case)
+    family = FAMILIES[0]
+    assert family.config_from_gguf is not None
+    assert family.gguf_weight_map is not None
+    hugging_face = family.weight_map(config)
+    gguf = family.gguf_weight_map(config)
+    assert gguf.keys() == hugging_face.keys()
+    reader = open_checkpoint(GOLDENS / case)
+    tensors = {}
+    for path, source in gguf.items():
+        for part, original in zip(source.parts, hugging_face[path].parts, strict=True):
+            value = reader.read(original.name)
+            if part.name.split(".")[2:3] in (["attn_q"], ["attn_k"]):
+                heads = config.heads if "attn_q" in part.name else config.kv_heads
+                value = interleave_rows(value, heads)
+            tensors[part.name] = value
+    metadata = {
+        "general.architecture": "llama",
+        "llama.embedding_length": config.hidden_size,
+        "llama.attention.head_count": config.heads,
+        "llama.attention.head_count_kv": config.kv_heads,
+        "llama.attention.key_length": config.head_dim,
+        "llama.block_count": config.layers,
+        "llama.feed_forward_length": config.mlp_size,
+        "llama.context_length": config.max_positions,
+        "llama.attention.layer_norm_rms_epsilon": config.norm_epsilon,
+        "llama.rope.freq_base": config.rope_theta,
+        "tokenizer.ggml.tokens": ["x"] * config.vocab_size,
+        "tokenizer.ggml.bos_token_id": 1,
+    }
+    assert family_from_gguf(metadata) is family
+    read = family.config_from_gguf(metadata, tensors.keys())
+    # Llama 3's scaling comes as a tensor of divisors (see the decoder's tests).
+    assert read == dataclasses.replace(config, rope_scaling=None)
+    logits, _ = run(config, build(gguf, tensors), jnp.asarray(golden["tokens"]))
+    np.testing.assert_allclose(logits, golden["logits"], atol=1e-4, rtol=0)
+
+
+def test_gguf_linear_scaling_and_divisors() -> None:
+    family = FAMILIES[0]
+    assert family.config_from_gguf is not None
+    assert family.gguf_weight_map is not None
+    metadata = {
+        "llama.embedding_length": 32,
+        "llama.attention.head_count": 4,
+        "llama.block_count": 1,
+        "llama.feed_forward_length": 48,
+        "llama.context_length": 64,
+        "llama.attention.layer_norm_rms_epsilon": 1e-5,
+        "llama.vocab_size": 96,
+        "llama.rope.scaling.type": "linear",
+        "llama.rope.scaling.factor": 4.0,
+        "tokenizer.ggml.eos_token_id": 2,
+    }
+    config = family.config_from_gguf(metadata, ["output.weight", "rope_freqs.weight"])
+    assert config.rope_scaling is not None
+    assert config.rope_scaling.factor == 4.0
+    assert config.end_tokens == (2,)
+    assert not config.tied_embeddings
+    sources = family.gguf_weight_map(config)
+    assert sources["rope_factors",].shape == (4,)
+    assert sources["lm_head", "weight"].names == ("output.weight",)
+    with pytest.raises(ValueError, match="rope scaling 'yarn'"):
+        family.config_from_gguf({**metadata, "llama.rope.scaling.type": "yarn"}, [])
+    with pytest.raises(ValueError, match="unknown GGUF architecture gemma; known: llama"):
+        family_from_gguf({"general.architecture": "gemma"})
+
+
+def test_only_the_registry_knows_families() -> None:
+    root = pathlib.Path(__file__).parents[1] / "models"
+    for path in root.glob("*.py"):
+        assert "families.llama" not in path.read_text()
+        assert "families.opt" not in path.read_text()

@@ -1,0 +1,308 @@
+"""Generation: greedy as Hugging Face, sampling by the book, rows apart, and no compilation per step."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jaxint8.models import generate
+from jaxint8.models.cache import SMALLEST_CAPACITY, capacity_for
+from jaxint8.models.generate import generate_tokens, padded_length, row_keys, stream_tokens
+from jaxint8.models.language_model import LanguageModel
+from jaxint8.models.sampling import Draw, Sampling, next_tokens
+from test_decoder import CASES, load_case, run
+
+SAMPLED = Sampling(temperature=1.3, top_k=40, top_p=0.95)
+
+
+def prompts_of(case: str, *lengths: int) -> list[list[int]]:
+    _, _, golden = load_case(case)
+    return [golden["tokens"][i % 2, :n].tolist() for i, n in enumerate(lengths)]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_greedy_as_hugging_face(case: str) -> None:
+    config, params, golden = load_case(case)
+    made = generate_tokens(config, params, prompts_of(case, 16, 16), 8)
+    assert made == golden["greedy"].tolist()
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), SAMPLED])
+def test_a_row_is_the_same_alone_and_in_any_batch(sampling: Sampling) -> None:
+    config, params, _ = load_case("llama_gqa_tied")
+    prompts = prompts_of("llama_gqa_tied", 3, 24, 1, 11)
+    together = generate_tokens(config, params, prompts, 10, sampling=sampling, seed=4)
+    alone = [
+        generate_tokens(config, params, [p], 10, sampling=sampling, seed=4)[0] for p in prompts
+    ]
+    assert together == alone
+    assert (
+        generate_tokens(config, params, prompts[::-1], 10, sampling=sampling, seed=4) == alone[::-1]
+    )
+    assert len({tuple(row) for row in alone}) == 4
+
+
+def test_generation_past_the_first_cache_equals_plain_forward() -> None:
+    config, params, _ = load_case("llama_rope_llama3")
+    (prompt,) = prompts_of("llama_rope_llama3", 20)
+    count = 2 * SMALLEST_CAPACITY
+    (made,) = generate_tokens(config, params, [prompt], count)
+    assert len(made) == count
+    whole = prompt + made
+    logits, _ = run(config, params, jnp.asarray([whole[:-1]]))
+    # Not the argmax itself: a near tie may fall either way when sums are taken in another order.
+    chosen = logits[0, len(prompt) - 1 :][jnp.arange(count), jnp.asarray(made)]
+    assert float(jnp.max(jnp.max(logits[0, len(prompt) - 1 :], axis=-1) - chosen)) < 1e-4
+
+
+def test_stops_at_the_end_token() -> None:
+    config, params, golden = load_case("llama_mha")
+    prompts = prompts_of("llama_mha", 16, 16)
+    greedy = golden["greedy"].tolist()
+    end = greedy[0][3]
+    stopping = dataclasses.replace(config, end_tokens=(end, 95))
+    expected = [row[: row.index(end)] if end in row else row for row in greedy]
+    assert generate_tokens(stopping, params, prompts, 8) == expected
+    # When all rows have ended, the loop does too.
+    first = dataclasses.replace(config, end_tokens=tuple({row[2] for row in greedy}))
+    gained = list(stream_tokens(first, params, prompts, 8, chunk=256))
+    assert len(gained) == 2
+    assert [len(row) for row in generate_tokens(first, params, prompts, 8)] <= [2, 2]
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 256])
+def test_streaming_gives_the_same_tokens(chunk: int) -> None:
+    config, params, _ = load_case("opt_pre_norm")
+    prompts = prompts_of("opt_pre_norm", 5, 9)
+    whole = generate_tokens(config, params, prompts, 12, sampling=SAMPLED, seed=1)
+    rows: list[list[int]] = [[], []]
+    pieces = 0
+    for gained in stream_tokens(config, params, prompts, 12, sampling=SAMPLED, seed=1, chunk=chunk):
+        pieces += 1
+        for row, new in zip(rows, gained, strict=True):
+            row.extend(new)
+    assert rows == whole
+    assert pieces == 1 + -(-11 // chunk)
+
+
+def test_seeds() -> None:
+    config, params, _ = load_case("llama_mha")
+    prompts = prompts_of("llama_mha", 6) * 3
+    make = [
+        generate_tokens(config, params, prompts, 12, sampling=SAMPLED, seed=s) for s in (0, 0, 1)
+    ]
+    assert make[0] == make[1]
+    assert make[0] != make[2]
+    # Equal prompts in one batch are drawn apart, the first of them as if it were alone.
+    assert len({tuple(row) for row in make[0]}) == 3
+    assert generate_tokens(config, params, prompts[:1], 12, sampling=SAMPLED)[0] == make[0][0]
+
+
+def draw_many(logits: np.ndarray, sampling: Sampling, count: int) -> np.ndarray:
+    keys = row_keys([[i] for i in range(1)] * count, seed=3)
+    rows = jnp.broadcast_to(jnp.asarray(logits, jnp.float32)[None], (count, len(logits)))
+    draw = jax.jit(next_tokens)
+    return np.bincount(draw(rows, Draw.of(sampling), keys, jnp.int32(0)), minlength=len(logits))
+
+
+def test_temperature_draws_from_the_softmax() -> None:
+    logits = np.array([1.0, 0.0, -1.0, 2.0])
+    count, temperature = 20_000, 1.7
+    expected = np.exp(logits / temperature)
+    expected /= expected.sum()
+    found = draw_many(logits, Sampling(temperature), count) / count
+    # Five standard deviations of a binomial share.
+    assert (abs(found - expected) < 5 * np.sqrt(expected * (1 - expected) / count)).all()
+
+
+@pytest.mark.parametrize(
+    ("sampling", "kept"),
+    [
+        (Sampling(1.0, top_k=1), {3}),
+        (Sampling(1.0, top_k=2), {3, 0, 5}),  # 0 and 5 are equally likely
+        (Sampling(1.0, top_k=4), {3, 0, 5, 1}),
+        (Sampling(1.0, top_k=99), {0, 1, 2, 3, 4, 5}),
+        (Sampling(1.0, top_p=1e-6), {3}),
+        (Sampling(1.0, top_p=0.5), {3}),  # the first alone has 0.547
+        (Sampling(1.0, top_p=0.6), {3, 0, 5}),
+        (Sampling(1.0, top_p=0.97), {3, 0, 5, 1, 2}),
+        (Sampling(1.0, top_p=1.0), {0, 1, 2, 3, 4, 5}),
+        # Within the top 3 the first has 0.576, so 0.56 is the first alone, but 0.56 of all is not.
+        (Sampling(1.0, top_k=3, top_p=0.56), {3}),
+        (Sampling(1.0, top_p=0.56), {3, 0, 5}),
+    ],
+)
+def test_cuts(sampling: Sampling, kept: set[int]) -> None:
+    logits = np.array([1.0, -0.5, -1.0, 2.0, -1.5, 1.0])
+    drawn = draw_many(logits, sampling, 4000)
+    assert set(np.flatnonzero(drawn)) == kept
+
+
+def test_cuts_agree_with_sorting() -> None:
+    rng = np.random.default_rng(0)
+    logits = jnp.asarray(rng.normal(size=(5, 1000)) * 4, jnp.float32)
+    keys = row_keys([[i] for i in range(5)], seed=0)
+    order = np.argsort(-np.asarray(logits), axis=-1)
+    for k in (1, 7, 500):
+        for step in range(20):
+            draw = Draw.of(Sampling(8.0, top_k=k))
+            tokens = np.asarray(jax.jit(next_tokens)(logits, draw, keys, jnp.int32(step)))
+            assert all(token in order[row, :k] for row, token in enumerate(tokens))
+
+
+def test_greedy_is_the_limit_of_every_cut() -> None:
+    config, params, golden = load_case("llama_mha")
+    prompts = prompts_of("llama_mha", 16, 16)
+    for sampling in (Sampling(2.0, top_k=1), Sampling(2.0, top_p=1e-9), Sampling(1e-4)):
+        made = generate_tokens(config, params, prompts, 8, sampling=sampling, seed=9)
+        assert made == golden["greedy"].tolist()
+
+
+def test_no_compilation_per_step_option_or_prompt() -> None:
+    config, params, _ = load_case("llama_mha")
+    config = dataclasses.replace(config, max_positions=63)  # its own programs, whatever ran before
+    before = generate._prefill._cache_size(), generate._decode._cache_size()
+    for length in (1, 2, 31, 32):
+        for new in (2, 9, 30):
+            generate_tokens(config, params, [[3] * length], new)
+    after = generate._prefill._cache_size(), generate._decode._cache_size()
+    assert (after[0] - before[0], after[1] - before[1]) == (1, 1)
+    for sampling in (SAMPLED, Sampling(0.2, 1, 0.1), Sampling(5.0, 90, 0.5)):
+        for seed in (0, 7):
+            generate_tokens(config, params, [[3, 4]], 9, sampling=sampling, seed=seed)
+    final = generate._prefill._cache_size(), generate._decode._cache_size()
+    assert (final[0] - after[0], final[1] - after[1]) == (1, 1)
+
+
+def test_the_cache_is_updated_in_place() -> None:
+    config, params, _ = load_case("llama_mha")
+    how = {"config": config, "quantization": None}
+    draw, keys = Draw.of(Sampling()), row_keys([[1]], 0)
+    start = jnp.zeros((1,), jnp.int32)
+    state = generate._prefill(
+        params, jnp.ones((1, 32), jnp.int32), start, draw, keys, capacity=128, **how
+    )
+    pointers = [k.unsafe_buffer_pointer() for k in state.cache.keys + state.cache.values]
+    for _ in range(3):
+        state, _ = generate._decode(params, state, jnp.int32(5), draw, **how)
+    after = [k.unsafe_buffer_pointer() for k in state.cache.keys + state.cache.values]
+    assert after == pointers
+    # And the loop's body does not copy a layer's keys or values either.
+    text = generate._decode.lower(params, state, jnp.int32(5), draw, **how).compile().as_text()
+    shape = f"f32[1,{config.kv_heads},128,{config.head_dim}]"
+    assert shape in text
+    assert not [line for line in text.splitlines() if f"= {shape}" in line and " copy(" in line]
+
+
+def test_lengths() -> None:
+    lengths = [padded_length(n) for n in range(1, 2049)]
+    assert all(n <= p < max(33, 1.5 * n) for n, p in enumerate(lengths, 1))
+    assert sorted(set(lengths)) == [32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048]
+    assert [capacity_for(n) for n in (1, 128, 129, 256, 257)] == [128, 128, 256, 256, 512]
+
+
+def test_nothing_to_do() -> None:
+    config, params, _ = load_case("llama_mha")
+    assert generate_tokens(config, params, [], 5) == []
+    assert generate_tokens(config, params, [[1], [2, 3]], 0) == [[], []]
+    assert [len(row) for row in generate_tokens(config, params, [[1], [2, 3]], 1)] == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "new", "message"),
+    [
+        ([[1], []], 5, "prompt 1 is empty"),
+        ([[1]], -1, "max_new_tokens must be >= 0, got -1"),
+        ([[1] * 60], 5, "prompt 0 has 60 tokens, .*max_new_tokens=5 exceeds the model's 64"),
+        ([[1], [96]], 5, "prompt 1: token id 96 is outside the vocabulary of 96"),
+        ([[-1]], 5, "token id -1"),
+    ],
+)
+def test_bad_prompts(prompts: list[list[int]], new: int, message: str) -> None:
+    config, params, _ = load_case("llama_mha")
+    with pytest.raises(ValueError, match=message) as error:
+        generate_tokens(config, params, prompts, new)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"temperature": -0.1}, "temperature must be finite and >= 0, got -0.1"),
+        ({"temperature": float("nan")}, "temperature"),
+        ({"temperature": float("inf")}, "temperature"),
+        ({"top_k": 0}, "top_k must be an integer >= 1 or None, got 0"),
+        ({"top_k": 1.5}, "top_k"),
+        ({"top_p": 0.0}, r"top_p must be in \(0, 1\] or None, got 0.0"),
+        ({"top_p": 1.1}, "top_p"),
+    ],
+)
+def test_bad_options(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Sampling(**options)
+
+
+class Letters:
+    """A tokenizer of 96 characters; ids 90 and up are the bytes of a character of several."""
+
+    def encode(self, text: str) -> list[int]:
+        return [ord(c) - 32 for c in text]
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        data = b"".join(
+            bytes([t + 32]) if t < 90 else b"\xc3" if t % 2 else b"\xa9" for t in tokens
+        )
+        return data.decode(errors="replace")
+
+
+def model_of(case: str) -> LanguageModel:
+    config, params, _ = load_case(case)
+    return LanguageModel(config, params, tokenizer=Letters())
+
+
+def test_language_model() -> None:
+    model = model_of("llama_mha")
+    prompts = ["Hello", "int8"]
+    texts = model.generate(prompts, 10)
+    rows = generate_tokens(model.config, model.params, [Letters().encode(p) for p in prompts], 10)
+    assert texts == [Letters().decode(row) for row in rows]
+    assert model.nbytes == sum(leaf.nbytes for leaf in jax.tree.leaves(model.params))
+    assert "llama" in repr(model)
+    _, _, golden = load_case("llama_mha")
+    logits = model.logits(golden["tokens"])
+    assert logits.dtype == jnp.float32
+    np.testing.assert_allclose(logits, golden["logits"], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_streamed_text_is_the_generated_text(seed: int) -> None:
+    model = model_of("opt_post_norm")
+    options = {"temperature": 3.0, "seed": seed}
+    (whole,) = model.generate(["Hello"], 40, **options)
+    pieces = list(model.stream("Hello", 40, chunk=1, **options))
+    assert "".join(pieces) == whole
+    assert all(pieces)
+    assert len(pieces) > 10
+
+
+def test_language_model_refuses() -> None:
+    model = model_of("llama_mha")
+    with pytest.raises(TypeError, match="prompts: expected a sequence of strings, got one string"):
+        model.generate("Hello", 3)
+    with pytest.raises(ValueError, match="prompt 0 is empty"):
+        model.generate([""], 3)
+    with pytest.raises(ValueError, match="temperature"):
+        model.generate(["a"], 3, temperature=-1.0)
+    with pytest.raises(TypeError, match="token ids must be integers, got float64"):
+        model.logits(np.zeros((1, 3)))
+    with pytest.raises(ValueError, match=r"tokens: expected int\[b, t\], got shape \[3\]"):
+        model.logits([1, 2, 3])
+    with pytest.raises(ValueError, match="65 per row exceed the model's 64 positions"):
+        model.logits(np.zeros((1, 65), np.int32))
+    with pytest.raises(ValueError, match="token id 96 is outside the vocabulary"):
+        model.logits([[96]])
+    silent = LanguageModel(model.config, model.params)
+    with pytest.raises(ValueError, match="without a tokenizer"):
+        silent.generate(["a"], 3)
