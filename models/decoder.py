@@ -218,7 +218,11 @@ def _mlp(
 
 def _linear(x: jax.Array, layer: Params, quantization: QuantizationConfig | None) -> jax.Array:
     """x[..., k] times a weight [n, k] of either kind, plus its bias if any; x.dtype[..., n]."""
+    if "tap" in layer:  # see observe.py
+        layer["tap"](x)
     weight, bias = layer["weight"], layer.get("bias")
+    if "tap" in layer:  # see observe.py
+        layer["tap"](x)
     bias = None if bias is None else bias.astype(jnp.float32)
     if isinstance(weight, QuantizedMatrix):
         how = quantization or QuantizationConfig()
