@@ -37,11 +37,11 @@ def load_text(source: str) -> Text:
       OSError: the file cannot be read, or the demo text cannot be downloaded.
     """
     if source == "demo":
-        return Text("demo", SEPARATOR.join(_read(Path(p)) for p in download.demo_text_files()))
+        return Text("demo", SEPARATOR.join(read(Path(p)) for p in download.demo_text_files()))
     if source == "pydoc":
         return Text("pydoc", _pydoc_topics())
     path = Path(source)
-    content = _read(path)
+    content = read(path)
     if path.suffix == ".jsonl":
         content = SEPARATOR.join(_json_lines(path, content))
     if not content.strip():
@@ -49,20 +49,24 @@ def load_text(source: str) -> Text:
     return Text(path.name, content)
 
 
-def _read(path: Path) -> str:
-    """The file as it stands: no newline is translated, for that would change the tokens."""
-    if path.is_dir():
-        raise IsADirectoryError(f"text: expected a file, got the directory {path}")
-    if not path.exists():
-        raise FileNotFoundError(
-            f'text: no such file: {path} (expected a file, or one of "demo", "pydoc")'
-        )
+def read(path: Path, name: str = "text") -> str:
+    """The file as it stands: no newline is translated, for that would change the tokens.
+
+    Args:
+      path: a UTF-8 file; a byte order mark is left out.
+      name: what errors call it.
+
+    Raises:
+      ValueError: it is not UTF-8.
+      OSError: it cannot be read.
+    """
     try:
-        return path.read_bytes().decode("utf-8-sig")  # a byte order mark is not text
+        return path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(
-            f"text: {path} is not UTF-8: {error.reason} at byte {error.start}"
-        ) from None
+        where = f"{error.reason} at byte {error.start}"
+        raise ValueError(f"{name}: {path} is not UTF-8: {where}") from None
+    except OSError as error:
+        raise OSError(f"{name}: {path} cannot be read: {error.strerror}") from None
 
 
 def _json_lines(path: Path, content: str) -> Iterator[str]:
