@@ -4,6 +4,9 @@ The pieces: `quantize` a kernel into a `QuantizedMatrix`, multiply with `int8_li
 or put `Dense8bit` where a Flax model has `Dense`. Whole checkpoints are loaded by `jaxint8.models.load`.
 """
 
+from jaxint8 import nnx as nnx
+from jaxint8.convert import convert_params as convert_params
+from jaxint8.dense import Dense8bit as Dense8bit
 from jaxint8.linear import int8_linear as int8_linear
 from jaxint8.outliers import RelativeThreshold as RelativeThreshold
 from jaxint8.outliers import Threshold as Threshold

@@ -7,6 +7,7 @@ code for both ways of carrying out the outlier part stands here as well; it is t
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Literal
 
 import jax
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxint8 import kernels, reference
-from jaxint8.outliers import OutlierRule, as_rule, outlier_mask
+from jaxint8.outliers import OutlierRule, as_rule, is_token_scope, outlier_mask
 from jaxint8.quantize import Arithmetic, QuantizedMatrix, QuantizedRows, quantize_rows, validate
 
 Implementation = Literal["cuda", "cpu", "xla", "reference"]
@@ -89,17 +90,23 @@ def _check(
         raise ValueError("x: expected at least one axis, got a scalar")
     k, n = w.shape
     if x.shape[-1] != k:
-        raise ValueError(f"x: last axis must be k = {k} to fit w of shape {w.shape}, got {list(x.shape)}")
+        raise ValueError(
+            f"x: last axis must be k = {k} to fit w of shape {w.shape}, got {list(x.shape)}"
+        )
     if bias is not None and (bias.dtype not in FLOATS or bias.shape != (n,)):
         raise ValueError(f"bias: expected float[{n}], got {bias.dtype}{list(bias.shape)}")
     if arithmetic not in ("int15", "float", None):
-        raise ValueError(f"outlier_arithmetic: expected 'int15', 'float' or None, got {arithmetic!r}")
+        raise ValueError(
+            f"outlier_arithmetic: expected 'int15', 'float' or None, got {arithmetic!r}"
+        )
     if implementation not in ("cuda", "cpu", "xla", "reference", None):
         raise ValueError(
             f"implementation: expected 'cuda', 'cpu', 'xla', 'reference' or None, got {implementation!r}"
         )
     if implementation in ("cuda", "cpu") and implementation not in kernels.available():
-        raise ValueError(f"implementation: {implementation!r} is not available: {kernels.why_not(implementation)}")
+        raise ValueError(
+            f"implementation: {implementation!r} is not available: {kernels.why_not(implementation)}"
+        )
     return arithmetic or "int15"
 
 
@@ -119,25 +126,27 @@ def _linear(
         return portable(x, codes, scale, bias)
     if implementation == "reference":
         return _reference_linear(x, codes, scale, bias, rule, arithmetic)
-    compiled = functools.partial(kernels.linear, rule=rule, arithmetic=arithmetic)
+    compiled = _compiled(rule, arithmetic)
     if implementation is not None:
         return compiled(x, codes, scale, bias)
-    platforms = {platform: compiled for platform in kernels.platforms()}
+    platforms = dict.fromkeys(kernels.platforms(), compiled)
     return jax.lax.platform_dependent(x, codes, scale, bias, default=portable, **platforms)
 
 
-def _linear_forward(x, codes, scale, bias, rule, arithmetic, implementation):  # noqa: ANN001, ANN202
+def _linear_forward(x, codes, scale, bias, rule, arithmetic, implementation):
     y = _linear(x, codes, scale, bias, rule, arithmetic, implementation)
     empty = jnp.zeros((0,), x.dtype)  # carries the dtype of dx
     return y, (codes, scale, bias, empty)
 
 
-def _linear_backward(rule, arithmetic, implementation, residuals, g):  # noqa: ANN001, ANN202
+def _linear_backward(rule, arithmetic, implementation, residuals, g):
     del rule, arithmetic, implementation
     codes, scale, bias, empty = residuals
     g = g.astype(jnp.float32)
     dx = jax.lax.dot_general(
-        g * scale[None, :], codes.astype(jnp.float32), (((1,), (0,)), ((), ())),
+        g * scale[None, :],
+        codes.astype(jnp.float32),
+        (((1,), (0,)), ((), ())),
         precision=jax.lax.Precision.HIGHEST,
     )
     dbias = None if bias is None else jnp.sum(g, axis=0)
@@ -150,6 +159,52 @@ def _linear_backward(rule, arithmetic, implementation, residuals, g):  # noqa: A
 
 
 _linear.defvjp(_linear_forward, _linear_backward)
+
+
+@functools.cache
+def _compiled(rule: OutlierRule | None, arithmetic: Arithmetic) -> Callable[..., jax.Array]:
+    """The kernel as a function that vmap folds into rows, where a row's result does not depend on the others."""
+
+    @jax.custom_batching.custom_vmap
+    def call(x: jax.Array, codes: jax.Array, scale: jax.Array, bias: jax.Array | None) -> jax.Array:
+        return kernels.linear(x, codes, scale, bias, rule=rule, arithmetic=arithmetic)
+
+    @call.def_vmap
+    def _(size: int, batched: list[bool], *args: jax.Array | None) -> tuple[jax.Array, bool]:
+        x, codes, scale, bias = args
+        if is_token_scope(rule) and not any(jax.tree.leaves(batched[1:])):
+            _, m, k = x.shape
+            return call(x.reshape(size * m, k), codes, scale, bias).reshape(size, m, -1), True
+        mapped = [a for a, b in zip(args, batched, strict=True) if b is True]
+
+        def one(part: list[jax.Array]) -> jax.Array:
+            parts = iter(part)
+            return call(
+                *(next(parts) if b is True else a for a, b in zip(args, batched, strict=True))
+            )
+
+        return jax.lax.map(one, mapped), True
+
+    return call
+
+
+def absmax_linear(x: jax.Array, w: QuantizedMatrix, bias: jax.Array | None = None) -> jax.Array:
+    """The paper's plain absmax layer (section 2.1), kept for comparison: one scale for all of the activations.
+
+    Args:
+      x: float[..., k].
+      w: a QuantizedMatrix of shape (k, n), made with `quantize(kernel, per="tensor")`.
+      bias: float[n] or None.
+
+    Returns:
+      x.dtype[..., n].
+    """
+    _check(x, w, bias, None, None)
+    k, n = w.shape
+    rows = quantize_rows(x.reshape(math.prod(x.shape[:-1]), k), None, per="tensor")
+    y = (product(rows, w.codes).astype(jnp.float32) * rows.scale) * w.scale[None, :]
+    y = finish(y, None if bias is None else bias.astype(jnp.float32), x.dtype)
+    return y.reshape(*x.shape[:-1], n)
 
 
 def xla_linear(
@@ -232,7 +287,7 @@ def _reference_linear(
     rule: OutlierRule | None,
     arithmetic: Arithmetic,
 ) -> jax.Array:
-    def call(x, codes, scale, bias):  # noqa: ANN001, ANN202
+    def call(x, codes, scale, bias):
         args = (np.asarray(a) if a is not None else None for a in (x, codes, scale, bias))
         return reference.int8_linear(*args, rule, arithmetic)
 

@@ -96,7 +96,9 @@ def as_rule(outliers: OutlierRule | float | None) -> OutlierRule | None:
     """Returns the rule that a user's argument means: a number is ``Threshold(number)``, None no decomposition."""
     if outliers is None or isinstance(outliers, OutlierRule):
         return outliers
-    if isinstance(outliers, int | float | np.floating | np.integer) and not isinstance(outliers, bool):
+    if isinstance(outliers, int | float | np.floating | np.integer) and not isinstance(
+        outliers, bool
+    ):
         return Threshold(float(outliers))
     raise TypeError(
         "outliers: expected Threshold, RelativeThreshold, TopK, a number or None, "

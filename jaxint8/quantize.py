@@ -10,7 +10,6 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
 from jaxint8.outliers import SMALLEST_SCALE, OutlierRule, divide, finite_rows, outlier_mask
@@ -52,7 +51,10 @@ class QuantizedMatrix:
     @property
     def nbytes(self) -> int:
         """Bytes of codes and scales."""
-        return self.codes.size * self.codes.dtype.itemsize + self.scale.size * self.scale.dtype.itemsize
+        return (
+            self.codes.size * self.codes.dtype.itemsize
+            + self.scale.size * self.scale.dtype.itemsize
+        )
 
     def dequantize(self, dtype: DTypeLike = jnp.float32) -> jax.Array:
         """Returns the kernel that the codes stand for, ``dtype``[k, n] (computed in float32, rounded once)."""
@@ -62,12 +64,16 @@ class QuantizedMatrix:
 def validate(matrix: QuantizedMatrix) -> None:
     """Raises TypeError or ValueError, naming what is wrong, unless ``matrix`` keeps its static invariants."""
     if not isinstance(matrix, QuantizedMatrix):
-        raise TypeError(f"w: expected a QuantizedMatrix (see jaxint8.quantize), got {type(matrix).__name__}")
+        raise TypeError(
+            f"w: expected a QuantizedMatrix (see jaxint8.quantize), got {type(matrix).__name__}"
+        )
     codes, scale = matrix.codes, matrix.scale
     if codes.dtype != jnp.int8 or codes.ndim != 2:
         raise ValueError(f"w.codes: expected int8[n, k], got {codes.dtype}{list(codes.shape)}")
     if scale.dtype != jnp.float32 or scale.shape != codes.shape[:1]:
-        raise ValueError(f"w.scale: expected float32[{codes.shape[0]}], got {scale.dtype}{list(scale.shape)}")
+        raise ValueError(
+            f"w.scale: expected float32[{codes.shape[0]}], got {scale.dtype}{list(scale.shape)}"
+        )
     check_k(codes.shape[1])
 
 
@@ -180,7 +186,9 @@ def quantize_rows(
             room = (SUM_OF_CODES_MAX - CODE_MAX * (k - count)) // jnp.maximum(count, 1)
             limit = jnp.minimum(room, OUTLIER_CODE_MAX)
             outlier = jnp.max(jnp.where(mask, magnitude, 0.0), axis=1, keepdims=True, initial=0.0)
-            raw = jnp.where(count > 0, jnp.maximum(raw, divide(outlier, limit.astype(jnp.float32))), raw)
+            raw = jnp.where(
+                count > 0, jnp.maximum(raw, divide(outlier, limit.astype(jnp.float32))), raw
+            )
             bound = jnp.where(mask, limit, CODE_MAX)
     if per == "tensor":
         raw = jnp.broadcast_to(jnp.max(raw, initial=0.0), raw.shape)
@@ -204,5 +212,7 @@ def usable_scale(raw: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _round_clip(values: jax.Array, scale: jax.Array, bound: jax.Array | int) -> jax.Array:
-    codes = jnp.round(divide(values, scale)).astype(jnp.int32)  # |codes| <= 2**14 + 1: the quotient is at most bound * (1 + ulp)
+    codes = jnp.round(divide(values, scale)).astype(
+        jnp.int32
+    )  # |codes| <= 2**14 + 1: the quotient is at most bound * (1 + ulp)
     return jnp.clip(codes, -jnp.asarray(bound, jnp.int32), jnp.asarray(bound, jnp.int32))

@@ -113,7 +113,9 @@ def product(a: np.ndarray, codes: np.ndarray) -> np.ndarray:
     total = np.zeros((a.shape[0], codes.shape[0]), np.int64)
     for start in range(0, a.shape[1], 512):
         part = slice(start, start + 512)
-        total += (a[:, part].astype(np.float32) @ codes[:, part].T.astype(np.float32)).astype(np.int64)
+        total += (a[:, part].astype(np.float32) @ codes[:, part].T.astype(np.float32)).astype(
+            np.int64
+        )
     return total.astype(np.int32)
 
 
@@ -132,15 +134,14 @@ def int8_linear(
     """
     lo, hi, row_scale = quantize_rows(x, rule, arithmetic)
     acc = (product(hi, codes).astype(np.int64) * 128 + product(lo, codes)).astype(np.int32)
-    y = (acc.astype(np.float32) * row_scale[:, None]) * scale[None, :].astype(np.float32)
-    if arithmetic == "float":
-        mask = outlier_mask(x, rule)
-        outliers = np.where(mask, x.astype(np.float64), 0.0)
-        dequantized = codes.astype(np.float32) * scale[:, None].astype(np.float32)
-        y = (y.astype(np.float64) + outliers @ dequantized.T.astype(np.float64)).astype(np.float32)
-    if bias is not None:
-        y = y + bias.astype(np.float32)[None, :]
-    with np.errstate(over="ignore"):  # a float16 result may overflow to inf, as in any float16 matmul
+    with np.errstate(over="ignore", invalid="ignore"):  # a result may overflow to inf, as in any floating product
+        y = (acc.astype(np.float32) * row_scale[:, None]) * scale[None, :].astype(np.float32)
+        if arithmetic == "float":
+            outliers = np.where(outlier_mask(x, rule), x.astype(np.float64), 0.0)
+            weights = codes.astype(np.float32) * scale[:, None].astype(np.float32)
+            y = (y.astype(np.float64) + outliers @ weights.T.astype(np.float64)).astype(np.float32)
+        if bias is not None:
+            y = y + bias.astype(np.float32)[None, :]
         return y.astype(x.dtype)
 
 

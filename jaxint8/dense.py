@@ -1,0 +1,72 @@
+"""Dense8bit for Flax Linen: `flax.linen.Dense` with an int8 kernel.
+
+The codes live in their own collection, "quant", so that optimisers, weight decay and parameter counts never see them;
+only the bias is a parameter. A fresh module is all zeros: weights come from `jaxint8.convert_params`, not from init.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.typing import DTypeLike
+
+from jaxint8.linear import Implementation, int8_linear
+from jaxint8.outliers import OutlierRule
+from jaxint8.quantize import Arithmetic, QuantizedMatrix
+
+COLLECTION = "quant"
+Names = tuple[str | None, ...]
+
+
+class Dense8bit(nn.Module):
+    """A linear layer with int8 weights and LLM.int8() outlier decomposition (paper, section 3).
+
+    Attributes:
+      features: n, the width of the output.
+      use_bias: whether a bias float[n] is added (parameter "bias").
+      outliers: Threshold, RelativeThreshold, TopK; a number means Threshold(number); None means no decomposition.
+      outlier_arithmetic: "int15", "float", or None for the library's choice; see `jaxint8.int8_linear`.
+      dtype: dtype of the computation and output; None keeps that of the input.
+      param_dtype: dtype of the bias.
+      implementation: "cuda", "cpu", "xla", "reference", or None for the best that exists.
+      kernel_axes: logical partition names of the codes [n, k] (output channels first); None: no metadata.
+      bias_init: initialiser of the bias.
+    """
+
+    features: int
+    use_bias: bool = True
+    outliers: OutlierRule | float | None = 6.0
+    outlier_arithmetic: Arithmetic | None = None
+    dtype: DTypeLike | None = None
+    param_dtype: DTypeLike = jnp.float32
+    implementation: Implementation | None = None
+    kernel_axes: tuple[str | None, str | None] | None = None
+    bias_init: Callable[..., jax.Array] = nn.initializers.zeros_init()
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps float[..., k] to float[..., n]."""
+        k = x.shape[-1]
+        codes = self._quant(
+            "codes", lambda: jnp.zeros((self.features, k), jnp.int8), self.kernel_axes
+        )
+        output_axis = None if self.kernel_axes is None else self.kernel_axes[:1]
+        scale = self._quant("scale", lambda: jnp.ones((self.features,), jnp.float32), output_axis)
+        bias = None
+        if self.use_bias:
+            bias = self.param("bias", self.bias_init, (self.features,), self.param_dtype)
+        if self.dtype is not None:
+            x = x.astype(self.dtype)
+        return int8_linear(
+            x,
+            QuantizedMatrix(codes, scale),
+            bias,
+            outliers=self.outliers,
+            outlier_arithmetic=self.outlier_arithmetic,
+            implementation=self.implementation,
+        )
+
+    def _quant(self, name: str, init: Callable[[], jax.Array], names: Names | None) -> jax.Array:
+        init = init if names is None else nn.with_partitioning(init, names)
+        return nn.unbox(self.variable(COLLECTION, name, init).value)

@@ -1,0 +1,105 @@
+"""Dense8bit for Flax NNX: `flax.nnx.Linear` with an int8 kernel.
+
+Codes and scale are variables of the type `Quantized`, not `Param`, so that `nnx.grad` and optimisers that select
+parameters pass them by. A fresh layer is all zeros; `Dense8bit.from_linear` converts a trained one.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from jaxint8.linear import Implementation, int8_linear
+from jaxint8.outliers import OutlierRule
+from jaxint8.quantize import Arithmetic, QuantizedMatrix, quantize
+
+
+class Quantized(nnx.Variable):
+    """The type of variables that hold int8 codes and their scales."""
+
+
+class Dense8bit(nnx.Module):
+    """A linear layer with int8 weights and LLM.int8() outlier decomposition (paper, section 3).
+
+    Attributes:
+      codes: Quantized int8[n, k].
+      scale: Quantized float32[n].
+      bias: Param float[n], or None.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        use_bias: bool = True,
+        outliers: OutlierRule | float | None = 6.0,
+        outlier_arithmetic: Arithmetic | None = None,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
+        implementation: Implementation | None = None,
+        rngs: nnx.Rngs,
+    ) -> None:
+        """Makes a layer of zeros.
+
+        Args:
+          in_features: k.
+          out_features: n.
+          use_bias: whether a bias is added.
+          outliers: Threshold, RelativeThreshold, TopK; a number means Threshold(number); None: no decomposition.
+          outlier_arithmetic: "int15", "float" or None for the library's choice; see `jaxint8.int8_linear`.
+          dtype: dtype of the computation and output; None keeps that of the input.
+          param_dtype: dtype of the bias.
+          implementation: "cuda", "cpu", "xla", "reference", or None for the best that exists.
+          rngs: accepted like any NNX layer's; nothing is drawn from it.
+        """
+        del rngs
+        self.in_features = in_features
+        self.out_features = out_features
+        self.outliers = outliers
+        self.outlier_arithmetic: Arithmetic | None = outlier_arithmetic
+        self.dtype = dtype
+        self.implementation: Implementation | None = implementation
+        self.codes = Quantized(jnp.zeros((out_features, in_features), jnp.int8))
+        self.scale = Quantized(jnp.ones((out_features,), jnp.float32))
+        self.bias = nnx.Param(jnp.zeros((out_features,), param_dtype)) if use_bias else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps float[..., k] to float[..., n]."""
+        if self.dtype is not None:
+            x = x.astype(self.dtype)
+        return int8_linear(
+            x,
+            QuantizedMatrix(self.codes[...], self.scale[...]),
+            None if self.bias is None else self.bias[...],
+            outliers=self.outliers,
+            outlier_arithmetic=self.outlier_arithmetic,
+            implementation=self.implementation,
+        )
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nnx.Linear,
+        *,
+        outliers: OutlierRule | float | None = 6.0,
+        outlier_arithmetic: Arithmetic | None = None,
+        implementation: Implementation | None = None,
+    ) -> "Dense8bit":
+        """Returns a layer with the quantised kernel and the bias of a trained `nnx.Linear`."""
+        layer = cls(
+            linear.in_features,
+            linear.out_features,
+            use_bias=linear.use_bias,
+            outliers=outliers,
+            outlier_arithmetic=outlier_arithmetic,
+            dtype=linear.dtype,
+            param_dtype=linear.param_dtype,
+            implementation=implementation,
+            rngs=nnx.Rngs(0),
+        )
+        matrix = quantize(linear.kernel[...])
+        layer.codes[...], layer.scale[...] = matrix.codes, matrix.scale
+        if layer.bias is not None and linear.bias is not None:
+            layer.bias[...] = linear.bias[...]
+        return layer
