@@ -11,9 +11,9 @@ import numpy as np
 from jaxint8.checkpoint.base import CheckpointError, TensorReader
 
 CODE_MAX = np.float32(127)
-ROW_MAJOR = (
-    0  # weight_format; the others are tilings of GPUs before 2023 that nothing writes any more
-)
+# Row by row; the other layouts are tilings of GPUs before 2023 that nothing writes any more.
+ROW_MAJOR = 0
+SUFFIXES = ("SCB", "weight_format")  # of the tensors beside a weight
 
 
 def is_int8(reader: TensorReader, name: str) -> bool:
@@ -46,11 +46,6 @@ def is_int8(reader: TensorReader, name: str) -> bool:
 def companion(name: str, suffix: str) -> str:
     """Names a tensor that belongs to weight ``name``: "a.b.weight", "SCB" -> "a.b.SCB"."""
     return name.removesuffix("weight") + suffix
-
-
-def is_companion(name: str) -> bool:
-    """Whether ``name`` is one that `is_int8` accounts for."""
-    return name.endswith((".SCB", ".weight_format"))
 
 
 def read_scale(reader: TensorReader, name: str) -> np.ndarray:
