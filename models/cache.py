@@ -13,6 +13,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
+
 from jaxint8.models.config import DecoderConfig
 
 # Shorter caches save nothing: at this length a step's attention is a few percent of its time, and
@@ -31,8 +32,9 @@ class KVCache:
     ``s - start[row]``.
     """
 
-    # One [b, kv_heads, capacity, head_dim] array for each layer: the heads come first because that
-    # is what both products of attention read without a transpose, and it is an axis to shard.
+    # One array for each layer, keys [b, kv_heads, head_dim, capacity], values [b, kv_heads,
+    # capacity, head_dim]: heads outside, an axis to shard; and for a single query both products of
+    # attention then run along the last axis, which a vector unit reads without a transpose.
     keys: list[jax.Array]
     values: list[jax.Array]
     # int32[b]: padding slots of each row.
@@ -43,7 +45,7 @@ class KVCache:
     @property
     def capacity(self) -> int:
         """Slots in all."""
-        return self.keys[0].shape[2]
+        return self.values[0].shape[2]
 
 
 def init_cache(config: DecoderConfig, capacity: int, start: jax.Array, dtype: DTypeLike) -> KVCache:
@@ -56,10 +58,10 @@ def init_cache(config: DecoderConfig, capacity: int, start: jax.Array, dtype: DT
         dtype: dtype of keys and values, that of the activations.
 
     """
-    shape = (start.shape[0], config.kv_heads, capacity, config.head_dim)
+    rows, heads, width = start.shape[0], config.kv_heads, config.head_dim
     return KVCache(
-        keys=[jnp.zeros(shape, dtype) for _ in range(config.layers)],
-        values=[jnp.zeros(shape, dtype) for _ in range(config.layers)],
+        keys=[jnp.zeros((rows, heads, width, capacity), dtype) for _ in range(config.layers)],
+        values=[jnp.zeros((rows, heads, capacity, width), dtype) for _ in range(config.layers)],
         start=start.astype(jnp.int32),
         length=jnp.zeros((), jnp.int32),
     )
@@ -67,13 +69,11 @@ def init_cache(config: DecoderConfig, capacity: int, start: jax.Array, dtype: DT
 
 def grow_cache(cache: KVCache, capacity: int) -> KVCache:
     """Returns the same cache with more free slots (one copy; amortised when capacities double)."""
-    extra = capacity - cache.capacity
-
-    def pad(array: jax.Array) -> jax.Array:
-        return jnp.pad(array, ((0, 0), (0, 0), (0, extra), (0, 0)))
-
+    none, extra = (0, 0), (0, capacity - cache.capacity)
     return dataclasses.replace(
-        cache, keys=[pad(k) for k in cache.keys], values=[pad(v) for v in cache.values]
+        cache,
+        keys=[jnp.pad(k, (none, none, none, extra)) for k in cache.keys],
+        values=[jnp.pad(v, (none, none, extra, none)) for v in cache.values],
     )
 
 

@@ -25,11 +25,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jaxint8.models.cache import KVCache
-from jaxint8.models.config import DecoderConfig, QuantizationConfig
 
 from jaxint8 import QuantizedMatrix, int8_linear
+from jaxint8.linear import absmax_linear
+from jaxint8.models.attention import attend, attend_one, rope_tables, rotate, store
+from jaxint8.models.cache import KVCache
+from jaxint8.models.config import DecoderConfig, QuantizationConfig
 
 Params = Mapping[str, Any]
 
@@ -138,7 +139,8 @@ def _place(
         mask = ((seen <= slots[:, :, None]) & (seen >= start[:, :, None]))[:, None]
         # One token at a time is never padding.
         valid = (slots >= start)[:, :, None] if t > 1 else None
-    rope = _rope_tables(config, params, positions) if config.positions == "rope" else None
+    factors = params.get("rope_factors")
+    rope = rope_tables(config, positions, factors) if config.positions == "rope" else None
     return _Place(slot, positions, mask, rope, valid)
 
 
@@ -179,27 +181,20 @@ def _attention(
     turning = config.heads + config.kv_heads
     turned = fused[:, :, :turning]
     if at.rope is not None:
-        turned = _rotate(turned, at.rope)
+        turned = rotate(turned, at.rope)
     query, key = turned[:, :, : config.heads], turned[:, :, config.heads :]
     value = fused[:, :, turning:]
-    if stored is None:
-        y = _attend(query, key, value, is_causal=True)
+    if stored is not None:
+        stored = store(stored, key, value, at.slot)
+    if stored is None or t == stored[1].shape[2]:  # a cache that t tokens fill was empty before
+        y = attend(query, key, value, at.mask)
+    elif t == 1:
+        y = attend_one(query, *stored, at.mask)
     else:
-        where = (0, 0, at.slot, 0)
-        new = (jnp.swapaxes(key, 1, 2), jnp.swapaxes(value, 1, 2))
-        stored = tuple(
-            jax.lax.dynamic_update_slice(s, n, where) for s, n in zip(stored, new, strict=True)
-        )
-        key, value = (jnp.swapaxes(s, 1, 2) for s in stored)
-        y = _attend(query, key, value, mask=at.mask)
+        key, value = jnp.transpose(stored[0], (0, 3, 1, 2)), jnp.swapaxes(stored[1], 1, 2)
+        y = attend(query, key, value, at.mask)
     y = at.only_tokens(y.reshape(b, t, config.query_size))
     return _linear(y, layer["out"], quantization), stored
-
-
-def _attend(*args: jax.Array, **how: Any) -> jax.Array:
-    """jax.nn.dot_product_attention, which itself mixes dtypes (float32 softmax of bfloat16)."""
-    with jax.numpy_dtype_promotion("standard"):
-        return jax.nn.dot_product_attention(*args, **how)
 
 
 def _mlp(
@@ -221,11 +216,11 @@ def _linear(x: jax.Array, layer: Params, quantization: QuantizationConfig | None
     if "tap" in layer:  # see observe.py
         layer["tap"](x)
     weight, bias = layer["weight"], layer.get("bias")
-    if "tap" in layer:  # see observe.py
-        layer["tap"](x)
     bias = None if bias is None else bias.astype(jnp.float32)
     if isinstance(weight, QuantizedMatrix):
         how = quantization or QuantizationConfig()
+        if how.activations == "tensor":
+            return absmax_linear(x, weight, bias)
         return int8_linear(
             x,
             weight,
@@ -257,39 +252,3 @@ def _norm(config: DecoderConfig, x: jax.Array, layer: Params) -> jax.Array:
     if "bias" in layer:
         y += layer["bias"].astype(jnp.float32)[None, None]
     return y.astype(x.dtype)
-
-
-def rope_frequencies(config: DecoderConfig) -> np.ndarray:
-    """Returns the angle per position of each rotary pair, scaled; float32[head_dim / 2]."""
-    exponent = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
-    frequency = (1.0 / np.float32(config.rope_theta) ** exponent).astype(np.float32)
-    scaling = config.rope_scaling
-    if scaling is None:
-        return frequency
-    slow = frequency / np.float32(scaling.factor)
-    if scaling.kind == "linear":
-        return slow
-    # How many turns a pair makes over the original context decides between slow and unchanged.
-    turns = scaling.original_positions * frequency / np.float32(2 * np.pi)
-    low, high = scaling.low_frequency_factor, scaling.high_frequency_factor
-    share = np.clip((turns - low) / (high - low), 0.0, 1.0)
-    return ((1 - share) * slow + share * frequency).astype(np.float32)
-
-
-def _rope_tables(
-    config: DecoderConfig, params: Params, positions: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Cosine and sine of every token's angles, float32[b, t, 1, head_dim / 2] each."""
-    frequency = jnp.asarray(rope_frequencies(config))
-    if "rope_factors" in params:
-        frequency /= params["rope_factors"].astype(jnp.float32)
-    angle = positions[:, :, None, None].astype(jnp.float32) * frequency[None, None, None]
-    return jnp.cos(angle), jnp.sin(angle)
-
-
-def _rotate(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Turns each pair (i, i + head_dim / 2) of x[b, t, heads, head_dim] by its angle."""
-    cosine, sine = rope
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    turned = (first * cosine - second * sine, second * cosine + first * sine)
-    return jnp.concatenate(turned, axis=-1).astype(x.dtype)

@@ -11,11 +11,12 @@ import collections
 import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
 from jaxint8.models.cache import KVCache, capacity_for, grow_cache, init_cache
 from jaxint8.models.config import DecoderConfig, QuantizationConfig
 from jaxint8.models.decoder import Params, forward
@@ -25,18 +26,6 @@ from jaxint8.models.sampling import Draw, Sampling, next_tokens
 # them, and a bound on what is computed after the last row ended.
 CHUNK = 256
 SMALLEST_PADDED_PROMPT = 32
-
-
-class Tokenizer(Protocol):
-    """What generation needs of a tokenizer."""
-
-    def encode(self, text: str) -> list[int]:
-        """Returns the ids of a prompt, special tokens included where the model wants them."""
-        ...
-
-    def decode(self, tokens: Sequence[int]) -> str:
-        """Returns the text of ids, special tokens left out."""
-        ...
 
 
 @jax.tree_util.register_dataclass

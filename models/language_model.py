@@ -14,13 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
+
 from jaxint8.models.config import DecoderConfig, QuantizationConfig
 from jaxint8.models.decoder import Params, forward
-from jaxint8.models.generate import Tokenizer, check_tokens, generate_tokens, stream_tokens
+from jaxint8.models.generate import check_tokens, generate_tokens, stream_tokens
 from jaxint8.models.sampling import Sampling
-
-# What a byte-level tokenizer makes of a character whose last bytes have not come yet.
-_INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
+from jaxint8.models.tokenizer import Tokenizer
 
 
 class LanguageModel:
@@ -141,9 +140,7 @@ class LanguageModel:
         tokenizer = self._tokenizer()
         names = ("temperature", "top_k", "top_p")
         sampling = Sampling(**{name: options.pop(name) for name in names if name in options})
-        tokens: list[int] = []
-        shown = ""
-        for (new,) in stream_tokens(
+        gained = stream_tokens(
             self.config,
             self.params,
             [tokenizer.encode(prompt)],
@@ -151,17 +148,8 @@ class LanguageModel:
             quantization=self.quantization,
             sampling=sampling,
             **options,
-        ):
-            tokens += new
-            text = tokenizer.decode(tokens)
-            # A character may be spread over tokens: hold it back until it is whole.
-            ready = text.rstrip(_INCOMPLETE)
-            if len(ready) > len(shown):
-                yield ready[len(shown) :]
-                shown = ready
-        rest = tokenizer.decode(tokens)[len(shown) :]
-        if rest:
-            yield rest
+        )
+        yield from tokenizer.decode_stream(token for (new,) in gained for token in new)
 
     def _tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:

@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jaxint8.models.attention import rope_frequencies
 from jaxint8.models.cache import init_cache
 from jaxint8.models.config import DecoderConfig, QuantizationConfig
-from jaxint8.models.decoder import forward, rope_frequencies
+from jaxint8.models.decoder import forward
 from jaxint8.models.families import family_from_hf
 
 from jaxint8 import QuantizedMatrix, RelativeThreshold, Threshold, quantize

@@ -1,18 +1,22 @@
 """Generation: greedy as Hugging Face, sampling by the book, rows apart, and no compilation per step."""
 
 import dataclasses
-from collections.abc import Sequence
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers
+from test_decoder import CASES, load_case, run
+from tokenizers import decoders, models
+
 from jaxint8.models import generate
 from jaxint8.models.cache import SMALLEST_CAPACITY, capacity_for
 from jaxint8.models.generate import generate_tokens, padded_length, row_keys, stream_tokens
 from jaxint8.models.language_model import LanguageModel
 from jaxint8.models.sampling import Draw, Sampling, next_tokens
-from test_decoder import CASES, load_case, run
+from jaxint8.models.tokenizer import Tokenizer
 
 SAMPLED = Sampling(temperature=1.3, top_k=40, top_p=0.95)
 
@@ -244,30 +248,27 @@ def test_bad_options(options: dict, message: str) -> None:
         Sampling(**options)
 
 
-class Letters:
-    """A tokenizer of 96 characters; ids 90 and up are the bytes of a character of several."""
-
-    def encode(self, text: str) -> list[int]:
-        return [ord(c) - 32 for c in text]
-
-    def decode(self, tokens: Sequence[int]) -> str:
-        data = b"".join(
-            bytes([t + 32]) if t < 90 else b"\xc3" if t % 2 else b"\xa9" for t in tokens
-        )
-        return data.decode(errors="replace")
+@functools.cache
+def letters() -> Tokenizer:
+    """One id for each printable character, but the last six are bytes of longer characters."""
+    vocabulary = {chr(32 + i): i for i in range(90)}
+    vocabulary |= {f"<0x{byte:02X}>": 90 + i for i, byte in enumerate(b"\xc3\xa9\xe2\x82\xac\xf0")}
+    backend = tokenizers.Tokenizer(models.BPE(vocabulary, [], byte_fallback=True))
+    backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    return Tokenizer(backend)
 
 
 def model_of(case: str) -> LanguageModel:
     config, params, _ = load_case(case)
-    return LanguageModel(config, params, tokenizer=Letters())
+    return LanguageModel(config, params, tokenizer=letters())
 
 
 def test_language_model() -> None:
     model = model_of("llama_mha")
     prompts = ["Hello", "int8"]
     texts = model.generate(prompts, 10)
-    rows = generate_tokens(model.config, model.params, [Letters().encode(p) for p in prompts], 10)
-    assert texts == [Letters().decode(row) for row in rows]
+    rows = generate_tokens(model.config, model.params, [letters().encode(p) for p in prompts], 10)
+    assert texts == [letters().decode(row) for row in rows]
     assert model.nbytes == sum(leaf.nbytes for leaf in jax.tree.leaves(model.params))
     assert "llama" in repr(model)
     _, _, golden = load_case("llama_mha")

@@ -1,0 +1,127 @@
+"""Attention and rotary positions, as pure functions on arrays.
+
+Many queries at once are jax.nn.dot_product_attention, a block of queries at a time so that no block
+computes what it may not see. A single query is written out: on a CPU, XLA would copy and transpose
+a layer's whole cache for the two small matrix products, which costs several times what they do.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxint8.models.config import DecoderConfig
+
+# Queries of a block: at least so many, and at most so many blocks, each being compiled by itself.
+SMALLEST_BLOCK = 128
+MOST_BLOCKS = 8
+
+
+def attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None) -> jax.Array:
+    """Attention of t tokens to s slots.
+
+    Args:
+        query: float[b, t, heads, head_dim].
+        key: the same dtype, [b, s, kv_heads, head_dim]; ``heads`` is a multiple of ``kv_heads``.
+        value: as ``key``.
+        mask: bool[b, 1, t, s], what each token sees. Where t == s, the tokens are those in the
+            slots, and a token sees none after its own; None: it sees all up to its own.
+
+    Returns:
+        query.dtype[b, t, heads, head_dim]; softmax in float32.
+    """
+    t, s = query.shape[1], key.shape[1]
+    if mask is None:
+        mask = jnp.tril(jnp.ones((t, t), bool))[None, None]
+    block = max(SMALLEST_BLOCK, -(-t // MOST_BLOCKS))
+    parts = []
+    # The function itself mixes dtypes (a float32 softmax of bfloat16 products).
+    with jax.numpy_dtype_promotion("standard"):
+        for first in range(0, t, block):
+            last = min(first + block, t)
+            seen = last if t == s else s
+            parts.append(
+                jax.nn.dot_product_attention(
+                    query[:, first:last],
+                    key[:, :seen],
+                    value[:, :seen],
+                    mask=mask[:, :, first:last, :seen],
+                )
+            )
+    return jnp.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
+
+
+def attend_one(query: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array) -> jax.Array:
+    """Attention of one token per row to a cache, products and softmax in float32.
+
+    Args:
+        query: float[b, 1, heads, head_dim].
+        keys: the same dtype, [b, kv_heads, head_dim, slots].
+        values: the same dtype, [b, kv_heads, slots, head_dim].
+        mask: bool[b, 1, 1, slots]; every token sees at least one slot.
+
+    Returns:
+        query.dtype[b, 1, heads, head_dim].
+    """
+    b, _, heads, width = query.shape
+    group = (b, keys.shape[1], heads // keys.shape[1], width, 1)
+    scaled = query.astype(jnp.float32).reshape(group) * np.float32(width**-0.5)
+    scores = jnp.sum(scaled * keys[:, :, None].astype(jnp.float32), axis=3)
+    share = jax.nn.softmax(jnp.where(mask, scores, -jnp.inf), axis=-1)
+    y = jnp.sum(share[..., None] * values[:, :, None].astype(jnp.float32), axis=3)
+    return y.reshape(query.shape).astype(query.dtype)
+
+
+def store(
+    stored: tuple[jax.Array, jax.Array], key: jax.Array, value: jax.Array, slot: jax.Array | int
+) -> tuple[jax.Array, jax.Array]:
+    """Writes key and value [b, t, kv_heads, head_dim] of new tokens into a layer's cache."""
+    keys, values = stored
+    new_keys, new_values = jnp.transpose(key, (0, 2, 3, 1)), jnp.swapaxes(value, 1, 2)
+    return (
+        jax.lax.dynamic_update_slice(keys, new_keys, (0, 0, 0, slot)),
+        jax.lax.dynamic_update_slice(values, new_values, (0, 0, slot, 0)),
+    )
+
+
+def rope_frequencies(config: DecoderConfig) -> np.ndarray:
+    """Returns the angle per position of each rotary pair, scaled; float32[head_dim / 2]."""
+    exponent = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
+    frequency = (1.0 / np.float32(config.rope_theta) ** exponent).astype(np.float32)
+    scaling = config.rope_scaling
+    if scaling is None:
+        return frequency
+    slow = frequency / np.float32(scaling.factor)
+    if scaling.kind == "linear":
+        return slow
+    # How many turns a pair makes over the original context decides between slow and unchanged.
+    turns = scaling.original_positions * frequency / np.float32(2 * np.pi)
+    low, high = scaling.low_frequency_factor, scaling.high_frequency_factor
+    share = np.clip((turns - low) / (high - low), 0.0, 1.0)
+    return ((1 - share) * slow + share * frequency).astype(np.float32)
+
+
+def rope_tables(
+    config: DecoderConfig, positions: jax.Array, factors: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+    """Returns cosine and sine of every token's angles, float32[b, t, 1, head_dim / 2] each.
+
+    Args:
+        config: the decoder.
+        positions: int32[b, t].
+        factors: divisors of the frequencies [head_dim / 2], where the checkpoint has them.
+    """
+    frequency = jnp.asarray(rope_frequencies(config))
+    if factors is not None:
+        frequency /= factors.astype(jnp.float32)
+    angle = positions[:, :, None, None].astype(jnp.float32) * frequency[None, None, None]
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def rotate(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Turns each pair (i, i + head_dim / 2) of x[b, t, heads, head_dim] by its angle."""
+    cosine, sine = rope
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    turned = (first * cosine - second * sine, second * cosine + first * sine)
+    return jnp.concatenate(turned, axis=-1).astype(x.dtype)
