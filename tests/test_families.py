@@ -7,11 +7,11 @@ import pathlib
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jaxint8.models.families import FAMILIES, family_from_gguf, family_from_hf
-from jaxint8.models.families.base import deinterleave_rows
 from test_decoder import CASES, GOLDENS, build, load_case, run
 
 from jaxint8.checkpoint import open_checkpoint
+from jaxint8.models.families import FAMILIES, family_from_gguf, family_from_hf
+from jaxint8.models.families.base import deinterleave_rows
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -63,6 +63,22 @@ def test_defaults_are_those_of_hugging_face() -> None:
     assert (opt.norm_first, opt.final_norm, opt.qkv_bias, opt.tied_embeddings) == (True,) * 4
     assert (opt.embedding_size, opt.max_positions, opt.position_offset) == (32, 2048, 2)
     assert (opt.start_token, opt.end_tokens) == (2, (2,))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_configs_survive_writing(case: str) -> None:
+    config = dataclasses.replace(load_case(case)[0], end_tokens=(3, 5), start_token=1)
+    for there in (config, dataclasses.replace(config, end_tokens=(7,))):
+        family = family_from_hf({"model_type": config.family})
+        written = json.loads(json.dumps(family.config_to_hf(there)))
+        assert family_from_hf(written) is family
+        assert family.config_from_hf(written) == there
+
+
+def test_rotary_divisors_cannot_be_written() -> None:
+    config = dataclasses.replace(config_of(LLAMA), rope_factors=True)
+    with pytest.raises(ValueError, match="no place in config.json"):
+        FAMILIES[0].config_to_hf(config)
 
 
 def test_rope_as_written_before_transformers_5() -> None:

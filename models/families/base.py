@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any, Literal
 
 import numpy as np
+
 from jaxint8.models.config import DecoderConfig
 
 # Where a parameter lives in the tree: ("layers", 3, "qkv", "weight") is
@@ -93,6 +94,8 @@ class Family:
     model_type: str
     # Hugging Face config.json -> ours. Raises ValueError for what the decoder cannot do.
     config_from_hf: Callable[[Mapping[str, Any]], DecoderConfig]
+    # The way back, for saving: a config.json that config_from_hf reads as the same config.
+    config_to_hf: Callable[[DecoderConfig], dict[str, Any]]
     # Tensor names of the Hugging Face checkpoint.
     weight_map: Callable[[DecoderConfig], WeightMap]
     # Some checkpoints were saved from the bare decoder: this prefix is missing from every name, or
@@ -174,6 +177,15 @@ def required(config: Mapping[str, Any], key: str) -> Any:
     if config.get(key) is None:
         raise ValueError(f"model config: {key!r} is missing")
     return config[key]
+
+
+def token_ids(config: DecoderConfig) -> dict[str, Any]:
+    """Returns "bos_token_id" and "eos_token_id" as a config.json has them; see `end_tokens`."""
+    end = config.end_tokens
+    return {
+        "bos_token_id": config.start_token,
+        "eos_token_id": list(end) if len(end) > 1 else end[0] if end else None,
+    }
 
 
 def end_tokens(value: int | list[int] | None) -> tuple[int, ...]:

@@ -20,6 +20,7 @@ from jaxint8.models.families.base import (
     norm_sources,
     required,
     table_source,
+    token_ids,
 )
 
 _ACTIVATIONS = {
@@ -93,6 +94,59 @@ def config_from_hf(config: Mapping[str, Any]) -> DecoderConfig:
         start_token=config.get("bos_token_id"),
         end_tokens=end_tokens(config.get("eos_token_id")),
     )
+
+
+def config_to_hf(config: DecoderConfig) -> dict[str, Any]:
+    """Writes what `config_from_hf` reads.
+
+    Raises:
+        ValueError: the rotary frequencies have divisors of their own (a GGUF file's), for which a
+            config.json has no key.
+    """
+    if config.rope_factors:
+        raise ValueError(
+            "llama config: rotary divisors of a GGUF file have no place in config.json"
+        )
+    activation = next(name for name, ours in _ACTIVATIONS.items() if ours == config.activation)
+    return {
+        "architectures": [FAMILY.architectures[0]],
+        "model_type": FAMILY.model_type,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "num_key_value_heads": config.kv_heads,
+        "head_dim": config.head_dim,
+        "intermediate_size": config.mlp_size,
+        "max_position_embeddings": config.max_positions,
+        "rms_norm_eps": config.norm_epsilon,
+        # Both spellings, for readers before and since transformers 5.
+        "rope_theta": config.rope_theta,
+        "rope_scaling": _rope_to_hf(config.rope_scaling),
+        "rope_parameters": {
+            "rope_type": "default",
+            **(_rope_to_hf(config.rope_scaling) or {}),
+            "rope_theta": config.rope_theta,
+        },
+        "hidden_act": activation,
+        "attention_bias": config.qkv_bias,
+        "mlp_bias": config.mlp_bias,
+        "tie_word_embeddings": config.tied_embeddings,
+        **token_ids(config),
+    }
+
+
+def _rope_to_hf(scaling: RopeScaling | None) -> dict[str, Any] | None:
+    if scaling is None:
+        return None
+    written: dict[str, Any] = {"rope_type": scaling.kind, "factor": scaling.factor}
+    if scaling.kind == "llama3":
+        written |= {
+            "low_freq_factor": scaling.low_frequency_factor,
+            "high_freq_factor": scaling.high_frequency_factor,
+            "original_max_position_embeddings": scaling.original_positions,
+        }
+    return written
 
 
 def weight_map(config: DecoderConfig) -> WeightMap:
@@ -208,6 +262,7 @@ FAMILY = Family(
     architectures=("LlamaForCausalLM", "LlamaModel"),
     model_type="llama",
     config_from_hf=config_from_hf,
+    config_to_hf=config_to_hf,
     weight_map=weight_map,
     optional_prefix="model.",
     gguf_architecture="llama",

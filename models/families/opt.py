@@ -19,6 +19,7 @@ from jaxint8.models.families.base import (
     norm_sources,
     required,
     table_source,
+    token_ids,
 )
 
 _POSITION_OFFSET = 2
@@ -70,6 +71,29 @@ def config_from_hf(config: Mapping[str, Any]) -> DecoderConfig:
     )
 
 
+def config_to_hf(config: DecoderConfig) -> dict[str, Any]:
+    """Writes what `config_from_hf` reads."""
+    activation = next(name for name, ours in _ACTIVATIONS.items() if ours == config.activation)
+    return {
+        "architectures": [FAMILY.architectures[0]],
+        "model_type": FAMILY.model_type,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "ffn_dim": config.mlp_size,
+        "max_position_embeddings": config.max_positions,
+        "word_embed_proj_dim": config.embedding_size,
+        "activation_function": activation,
+        "do_layer_norm_before": config.norm_first,
+        "_remove_final_layer_norm": config.norm_first and not config.final_norm,
+        "layer_norm_elementwise_affine": config.norm_affine,
+        "enable_bias": config.qkv_bias,
+        "tie_word_embeddings": config.tied_embeddings,
+        **token_ids(config),
+    }
+
+
 def weight_map(config: DecoderConfig) -> WeightMap:
     """Names in a Hugging Face checkpoint."""
     decoder, hidden, embedding = "model.decoder", config.hidden_size, config.embedding_size
@@ -114,6 +138,7 @@ FAMILY = Family(
     architectures=("OPTForCausalLM", "OPTModel"),
     model_type="opt",
     config_from_hf=config_from_hf,
+    config_to_hf=config_to_hf,
     weight_map=weight_map,
     optional_prefix="model.",
 )
