@@ -9,10 +9,10 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 import tokenizers
-from jaxint8.models.tokenizer import Tokenizer
 
 from jaxint8 import download
 from jaxint8.checkpoint import CheckpointError, open_checkpoint
+from jaxint8.models.tokenizer import Tokenizer
 
 GOLDENS = Path(__file__).parent / "goldens" / "tokenizers"
 BYTE_LEVEL = json.loads((GOLDENS / "byte_level.json").read_text())

@@ -1,0 +1,282 @@
+"""Loads a model: checkpoint in, `LanguageModel` out, converted to int8 while it is read.
+
+First everything but the weights is read and held against what the architecture needs, so that a
+checkpoint that does not fit is refused in milliseconds, with a list of all that is wrong. The
+surprising fact is how little a tensor's name can be trusted: the same model is saved with and
+without a prefix, with its tied head once or twice, with buffers that nobody reads.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from jaxint8 import download
+from jaxint8.checkpoint import CheckpointError, TensorReader, bitsandbytes, open_checkpoint
+from jaxint8.models import families, reading
+from jaxint8.models.config import DecoderConfig, QuantizationConfig, as_quantization
+from jaxint8.models.families import Family, Part, Source, WeightMap
+from jaxint8.models.families.base import end_tokens
+from jaxint8.models.language_model import LanguageModel
+from jaxint8.models.tokenizer import TOKENIZER_FILES, Tokenizer, read_json
+
+# Methods of the evaluation that leave the weights float, in that precision.
+FLOAT_METHODS = ("float32", "bfloat16")
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+_HUB_FILES = ("*.json", "*.safetensors", "merges.txt")
+# Buffers that some versions of transformers saved beside the weights.
+_IGNORED = re.compile(r".*\.(rotary_emb\.inv_freq|attn\.(masked_)?bias)")
+
+
+def load(
+    source: str | os.PathLike[str],
+    *,
+    quantization: QuantizationConfig | str | None = "llm_int8",
+    dtype: DTypeLike | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+) -> LanguageModel:
+    """Loads a decoder, and converts its linear layers to int8 on the way.
+
+    Args:
+        source: a directory as Hugging Face lays it out (config.json, model.safetensors or shards
+            with an index, tokenizer.json), a ``.gguf`` file, "demo" for SmolLM2-135M-Instruct
+            (downloaded once), or the id of a model on the Hugging Face hub, "owner/name" or
+            "owner/name@revision", if huggingface_hub is installed (the extra ``hub``). Linear
+            layers that bitsandbytes has saved as int8 keep their codes.
+        quantization: a QuantizationConfig, the name of one ("absmax", "vectorwise", "llm_int8",
+            "relative", "topk"), or None for float weights; "float32" and "bfloat16" mean None in
+            that dtype.
+        dtype: of the float weights and of activations: float32 or bfloat16. None is bfloat16 on
+            accelerators and float32 on a CPU, where bfloat16 is slower. Norms and biases are always
+            float32.
+        mesh: must be None; see Raises.
+
+    Raises:
+        CheckpointError: the files are missing, broken or do not fit together; a weight is not
+            finite; the tokenizer is of an unknown kind. One line that names the file.
+        ValueError, TypeError: an argument cannot be, or the architecture is not known.
+        DownloadError: the demo model is not cached and cannot be fetched.
+        NotImplementedError: a mesh, or a quantization with an int8 head, was given.
+
+    """
+    if mesh is not None:
+        raise NotImplementedError("mesh: loading onto several devices is not implemented yet")
+    if isinstance(quantization, str) and quantization in FLOAT_METHODS:
+        quantization, dtype = None, dtype or quantization
+    method = as_quantization(quantization)
+    if method is not None and method.lm_head == "int8":
+        raise NotImplementedError('quantization: lm_head="int8" is not implemented yet')
+    chosen = _dtype(dtype)
+    checkpoint = describe(source)
+    _check(checkpoint)
+    params = _read(checkpoint, method, chosen)
+    checkpoint.reader.close()
+    return LanguageModel(
+        checkpoint.config, params, tokenizer=checkpoint.tokenizer, quantization=method
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """What a checkpoint says of itself; no weight has been read yet.
+
+    Attributes:
+        reader: its tensors.
+        family: the architecture.
+        config: its sizes.
+        sources: where every parameter comes from.
+        tokenizer: None when the checkpoint has no tokenizer files at all.
+
+    """
+
+    reader: TensorReader
+    family: Family
+    config: DecoderConfig
+    sources: WeightMap
+    tokenizer: Tokenizer | None
+
+
+def describe(source: str | os.PathLike[str]) -> Checkpoint:
+    """Opens a checkpoint and reads all but its weights; see `load` for ``source`` and errors."""
+    reader = open_checkpoint(_resolve(source))
+    try:
+        if reader.path.suffix == ".gguf":
+            return _describe_gguf(reader)
+        return _describe_hf(reader)
+    except BaseException:
+        reader.close()
+        raise
+
+
+def _resolve(source: str | os.PathLike[str]) -> Path:
+    """Returns the file or directory that ``source`` means, downloading if needed."""
+    path = Path(source)
+    if path.exists():
+        return path
+    if str(source) == "demo":
+        return download.demo_model_path()
+    if not isinstance(source, str) or not _HUB_ID.fullmatch(source):
+        raise CheckpointError(
+            f"{source}: no such file or directory, and neither 'demo' nor the id of a model "
+            "on the hub ('owner/name')"
+        )
+    try:
+        import huggingface_hub
+    except ImportError:
+        raise CheckpointError(
+            f"{source}: no such file or directory; to fetch it from the Hugging Face hub, "
+            "install huggingface_hub (pip install 'jaxint8[hub]')"
+        ) from None
+    name, _, revision = source.partition("@")
+    try:
+        found = huggingface_hub.snapshot_download(
+            name, revision=revision or None, allow_patterns=list(_HUB_FILES)
+        )
+    except Exception as error:  # the library has a dozen kinds, of requests and of its own
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(f"{source}: cannot be fetched from the hub: {reason}") from None
+    return Path(found)
+
+
+def _describe_gguf(reader: TensorReader) -> Checkpoint:
+    try:
+        family = families.family_from_gguf(reader.metadata)
+        assert family.config_from_gguf is not None
+        assert family.gguf_weight_map is not None
+        config = family.config_from_gguf(reader.metadata, reader.names())
+    except ValueError as error:
+        raise CheckpointError(f"{reader.path}: {error}") from None
+    tokenizer = None
+    if "tokenizer.ggml.model" in reader.metadata:
+        tokenizer = Tokenizer.from_gguf(reader.metadata, reader.path)
+        config = _with_end_tokens(config, tokenizer.end_tokens)
+    return Checkpoint(reader, family, config, family.gguf_weight_map(config), tokenizer)
+
+
+def _describe_hf(reader: TensorReader) -> Checkpoint:
+    directory = reader.path.parent
+    path = directory / "config.json"
+    if not path.is_file():
+        raise CheckpointError(f"{path}: is missing; it says what the tensors are")
+    described = read_json(path)
+    kept = described.get("quantization_config") or {}
+    if kept and not kept.get("load_in_8bit"):
+        kind = kept.get("quant_method", "an unknown method")
+        raise CheckpointError(
+            f"{path}: the weights are quantised with {kind}; "
+            "float weights and bitsandbytes int8 can be read"
+        )
+    try:
+        family = families.family_from_hf(described)
+        config = family.config_from_hf(described)
+    except (ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    generation = read_json(directory / "generation_config.json").get("eos_token_id")
+    config = _with_end_tokens(config, end_tokens(generation))
+    sources = family.weight_map(config)
+    prefix = family.optional_prefix
+    if prefix and not any(name.startswith(prefix) for name in reader.names()):
+        sources = {path: _without_prefix(source, prefix) for path, source in sources.items()}
+    has_tokenizer = any((directory / name).is_file() for name in TOKENIZER_FILES)
+    tokenizer = Tokenizer.from_directory(directory) if has_tokenizer else None
+    return Checkpoint(reader, family, config, sources, tokenizer)
+
+
+def _with_end_tokens(config: DecoderConfig, more: tuple[int, ...]) -> DecoderConfig:
+    return dataclasses.replace(config, end_tokens=tuple(dict.fromkeys(config.end_tokens + more)))
+
+
+def _without_prefix(source: Source, prefix: str) -> Source:
+    parts = tuple(
+        dataclasses.replace(part, name=part.name.removeprefix(prefix)) for part in source.parts
+    )
+    return dataclasses.replace(source, parts=parts)
+
+
+def _dtype(dtype: DTypeLike | None) -> np.dtype[Any]:
+    if dtype is None:
+        return np.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
+    known = [np.dtype(np.float32), np.dtype(jnp.bfloat16)]
+    try:
+        return known[known.index(np.dtype(jnp.dtype(dtype)))]
+    except (TypeError, ValueError):
+        raise ValueError(f"dtype: expected float32 or bfloat16, got {dtype!r}") from None
+
+
+# Checking
+
+
+def _check(checkpoint: Checkpoint) -> None:
+    """Raises CheckpointError, listing what is wrong, unless the tensors are just those expected."""
+    reader, config = checkpoint.reader, checkpoint.config
+    names = set(reader.names())
+    problems: dict[str, list[str]] = {"missing": [], "of a wrong shape or dtype": []}
+    used: set[str] = set()
+    for source in checkpoint.sources.values():
+        for part in source.parts:
+            used.add(part.name)
+            if part.name not in names:
+                problems["missing"].append(part.name)
+            elif not _fits(reader, part, source):
+                problems["of a wrong shape or dtype"].append(
+                    f"{part.name} (expected {list(part.shape)}, "
+                    f"got {reader.dtype(part.name)}{list(reader.shape(part.name))})"
+                )
+    used |= {bitsandbytes.companion(name, x) for name in used for x in bitsandbytes.SUFFIXES}
+    if config.tied_embeddings:
+        used.add("lm_head.weight")  # the same as the embedding, saved once more
+    problems["not known"] = sorted(n for n in names - used if not _IGNORED.fullmatch(n))
+    found = [f"{what}: {_some(which)}" for what, which in problems.items() if which]
+    if found:
+        raise CheckpointError(
+            f"{reader.path}: the tensors are not those of a {config.family} model of "
+            f"{config.layers} layers; {'; '.join(found)}"
+        )
+
+
+def _fits(reader: TensorReader, part: Part, source: Source) -> bool:
+    if reader.shape(part.name) != part.shape:
+        return False
+    if source.kind in ("linear", "head") and bitsandbytes.is_int8(reader, part.name):
+        return True
+    return jnp.issubdtype(reader.dtype(part.name), jnp.floating)
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(names[:6])
+    return shown + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+
+
+# Reading
+
+
+def _read(
+    checkpoint: Checkpoint, method: QuantizationConfig | None, dtype: np.dtype[Any]
+) -> dict[str, Any]:
+    """Returns the tree of parameters."""
+    sources = checkpoint.sources
+    params: dict[str, Any] = {"layers": [{} for _ in range(checkpoint.config.layers)]}
+    with reading.Pool(sum(math.prod(source.shape) for source in sources.values())) as pool:
+        for path, source in sources.items():
+            if method is not None and source.kind == "linear":
+                value = reading.int8_matrix(
+                    checkpoint.reader, source, pool, per_tensor=method.weights == "tensor"
+                )
+            else:
+                kept = np.dtype(np.float32) if source.kind == "vector" else dtype
+                value = reading.float_array(checkpoint.reader, source, pool, kept)
+            node: Any = params
+            for key in path[:-1]:
+                node = node[key] if isinstance(key, int) else node.setdefault(key, {})
+            # Waiting keeps at most one host copy alive beside what a device has.
+            node[path[-1]] = jax.block_until_ready(jax.device_put(value))
+    return params
