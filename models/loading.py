@@ -12,6 +12,7 @@ import dataclasses
 import math
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from jaxint8.models.tokenizer import TOKENIZER_FILES, Tokenizer, read_json
 # Methods of the evaluation that leave the weights float, in that precision.
 FLOAT_METHODS = ("float32", "bfloat16")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+_HEAD = "lm_head.weight"
 _HUB_FILES = ("*.json", "*.safetensors", "merges.txt")
 # Buffers that some versions of transformers saved beside the weights.
 _IGNORED = re.compile(r".*\.(rotary_emb\.inv_freq|attn\.(masked_)?bias)")
@@ -144,6 +146,11 @@ def _resolve(source: str | os.PathLike[str]) -> Path:
     except Exception as error:  # the library has a dozen kinds, of requests and of its own
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(f"{source}: cannot be fetched from the hub: {reason}") from None
+    if not any(Path(found).glob("*.safetensors")):
+        raise CheckpointError(
+            f"{source}: this revision holds no safetensors, and pickled weights are not read; "
+            f"name one that does, often the conversion bot's pull request: {name}@refs/pr/NUMBER"
+        )
     return Path(found)
 
 
@@ -185,7 +192,12 @@ def _describe_hf(reader: TensorReader) -> Checkpoint:
     sources = family.weight_map(config)
     prefix = family.optional_prefix
     if prefix and not any(name.startswith(prefix) for name in reader.names()):
-        sources = {path: _without_prefix(source, prefix) for path, source in sources.items()}
+        sources = {
+            path: _renamed(source, lambda name: name.removeprefix(prefix))
+            for path, source in sources.items()
+        }
+    if config.tied_embeddings:
+        sources = _with_tied_head(sources, reader)
     has_tokenizer = any((directory / name).is_file() for name in TOKENIZER_FILES)
     tokenizer = Tokenizer.from_directory(directory) if has_tokenizer else None
     return Checkpoint(reader, family, config, sources, tokenizer)
@@ -195,10 +207,17 @@ def _with_end_tokens(config: DecoderConfig, more: tuple[int, ...]) -> DecoderCon
     return dataclasses.replace(config, end_tokens=tuple(dict.fromkeys(config.end_tokens + more)))
 
 
-def _without_prefix(source: Source, prefix: str) -> Source:
-    parts = tuple(
-        dataclasses.replace(part, name=part.name.removeprefix(prefix)) for part in source.parts
-    )
+def _with_tied_head(sources: WeightMap, reader: TensorReader) -> WeightMap:
+    """Of a matrix with two names, some converters keep the head's instead of the embedding's."""
+    names = set(reader.names())
+    embedding = sources["embedding",]
+    if _HEAD in names and not names.issuperset(embedding.names):
+        return {**sources, ("embedding",): _renamed(embedding, lambda _: _HEAD)}
+    return sources
+
+
+def _renamed(source: Source, rename: Callable[[str], str]) -> Source:
+    parts = tuple(dataclasses.replace(part, name=rename(part.name)) for part in source.parts)
     return dataclasses.replace(source, parts=parts)
 
 
@@ -233,7 +252,7 @@ def _check(checkpoint: Checkpoint) -> None:
                 )
     used |= {bitsandbytes.companion(name, x) for name in used for x in bitsandbytes.SUFFIXES}
     if config.tied_embeddings:
-        used.add("lm_head.weight")  # the same as the embedding, saved once more
+        used.add(_HEAD)  # the same as the embedding, saved once more
     problems["not known"] = sorted(n for n in names - used if not _IGNORED.fullmatch(n))
     found = [f"{what}: {_some(which)}" for what, which in problems.items() if which]
     if found:

@@ -289,6 +289,12 @@ def test_buffers_and_second_copies_of_a_tied_head_are_ignored(tmp_path: Path) ->
     write_checkpoint(tmp_path, held)
     shutil.copy(directory / "config.json", tmp_path)
     assert_same(load(tmp_path).params, load(directory).params)
+    del held["model.embed_tokens.weight"]
+    write_checkpoint(tmp_path, held)
+    assert_same(load(tmp_path).params, load(directory).params)
+    del held["lm_head.weight"]
+    write_checkpoint(tmp_path, held)
+    refused(tmp_path, "missing: model.embed_tokens.weight$")
 
 
 @pytest.mark.parametrize("quantization", [None, "llm_int8", "absmax"])
@@ -365,6 +371,8 @@ def test_hub_ids(monkeypatch: pytest.MonkeyPatch) -> None:
     assert Hub.asked == [("llama_mha", "refs/pr/1")]
     with pytest.raises(CheckpointError, match="some/thing: cannot be fetched .*: 401: no such"):
         load("some/thing")
+    with pytest.raises(CheckpointError, match=r"tokenizers: this revision holds no safetensors"):
+        load("tokenizers")
 
 
 def test_arguments_are_checked() -> None:
@@ -380,6 +388,18 @@ def test_arguments_are_checked() -> None:
         load(directory, mesh=mesh)
     with pytest.raises(NotImplementedError, match='quantization: lm_head="int8"'):
         load(directory, quantization=QuantizationConfig(lm_head="int8"))
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_bar_shows_on_a_terminal_only(
+    terminal: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(reading, "_PATIENCE", -1.0)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    load(GOLDENS / "llama_mha")
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert ("loading" in captured.err) == terminal
 
 
 # Memory
