@@ -1,0 +1,164 @@
+// What kernels may do, as a small set of functions with two implementations: CUDA here, and one block at a time on the
+// CPU in executor/device.h. Kernels are written against these names only, so the same source runs in both.
+//
+// A kernel is a struct with Params, kMaxThreads, kMinBlocks and a static Run(const Params&). All memory goes through
+// Load and Store on Ptr<T>, which is a bare pointer here and a bounds-checked one there. Warp functions must be reached
+// by all 32 lanes, barriers by all threads of the block.
+#ifndef JAXINT8_FFI_CUDA_DEVICE_H_
+#define JAXINT8_FFI_CUDA_DEVICE_H_
+
+#include <cstdint>
+
+namespace jaxint8::cuda {
+
+// Vectors for wide accesses; their alignment is that which the hardware demands.
+struct alignas(8) Word2 {
+  uint32_t x, y;
+};
+struct alignas(16) Word4 {
+  uint32_t x, y, z, w;
+};
+
+}  // namespace jaxint8::cuda
+
+#ifndef __CUDACC__
+#include "executor/device.h"
+#else
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#define JAXINT8_DEVICE __device__ __forceinline__
+
+namespace jaxint8::cuda {
+
+template <typename T>
+using Ptr = T*;
+
+template <typename U, typename T>
+JAXINT8_DEVICE U* Cast(T* p) {
+  return reinterpret_cast<U*>(p);
+}
+
+JAXINT8_DEVICE int ThreadIndex() { return static_cast<int>(threadIdx.x); }
+JAXINT8_DEVICE int BlockThreads() { return static_cast<int>(blockDim.x); }
+JAXINT8_DEVICE int64_t BlockIndex() { return blockIdx.x; }
+JAXINT8_DEVICE int64_t BlockCount() { return gridDim.x; }
+
+JAXINT8_DEVICE uint8_t* SharedMemory() {
+  extern __shared__ __align__(1024) uint8_t shared[];
+  return shared;
+}
+
+JAXINT8_DEVICE void Barrier() { __syncthreads(); }
+JAXINT8_DEVICE void WarpBarrier() { __syncwarp(); }
+
+template <typename T>
+JAXINT8_DEVICE T Load(const T* p) {
+  return *p;
+}
+// A wide access through a pointer to narrower elements.
+template <typename V, typename T>
+JAXINT8_DEVICE V LoadAs(const T* p) {
+  return *reinterpret_cast<const V*>(p);
+}
+// Read-only data that is read once: do not keep it in the first-level cache.
+JAXINT8_DEVICE Word4 LoadStreaming(const int8_t* p) {
+  Word4 v;
+  asm("ld.global.nc.L1::no_allocate.L2::256B.v4.u32 {%0, %1, %2, %3}, [%4];"
+      : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+      : "l"(p));
+  return v;
+}
+template <typename T>
+JAXINT8_DEVICE void Store(T* p, T value) {
+  *p = value;
+}
+template <typename V, typename T>
+JAXINT8_DEVICE void StoreAs(T* p, V value) {
+  *reinterpret_cast<V*>(p) = value;
+}
+// A read that may race with AtomicOr and may be stale.
+JAXINT8_DEVICE uint32_t LoadRelaxed(const uint32_t* p) { return *reinterpret_cast<const volatile uint32_t*>(p); }
+JAXINT8_DEVICE void AtomicOr(uint32_t* p, uint32_t bits) { atomicOr(p, bits); }
+JAXINT8_DEVICE uint32_t AtomicAdd(uint32_t* p, uint32_t value) { return atomicAdd(p, value); }
+
+JAXINT8_DEVICE uint32_t WarpMax(uint32_t v) { return __reduce_max_sync(~0u, v); }
+JAXINT8_DEVICE uint32_t WarpSum(uint32_t v) { return __reduce_add_sync(~0u, v); }
+JAXINT8_DEVICE uint32_t WarpOr(uint32_t v) { return __reduce_or_sync(~0u, v); }
+JAXINT8_DEVICE uint32_t ShuffleXor(uint32_t v, int lanes) { return __shfl_xor_sync(~0u, v, lanes); }
+JAXINT8_DEVICE uint32_t Shuffle(uint32_t v, int lane) { return __shfl_sync(~0u, v, lane); }
+
+// Copies 16 bytes to shared memory asynchronously, or zeros if not valid.
+JAXINT8_DEVICE void CopyAsync16(uint8_t* shared, const int8_t* global, bool valid) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(
+                   static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
+               "l"(global), "r"(valid ? 16 : 0)
+               : "memory");
+}
+JAXINT8_DEVICE void CopyAsyncCommit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// Waits until at most kPending of this thread's committed groups are under way.
+template <int kPending>
+JAXINT8_DEVICE void CopyAsyncWait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// Four 8 x 16-byte matrices; lane i gives the address of row i % 8 of matrix i / 8. Afterwards v[j] of lane i holds
+// bytes 4 * (i % 4) .. + 3 of row i / 4 of matrix j.
+JAXINT8_DEVICE void LoadMatrix4(const uint8_t* row, uint32_t (&v)[4]) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
+               : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(row)))
+               : "memory");
+}
+
+// c[16 x 8] += a[16 x 32] * b[8 x 32]^T, int8 with int32 sums that wrap. With g = lane / 4 and t = lane % 4: a[0] is
+// row g, k 4t..4t+3; a[1] row g + 8; a[2] row g, k 16+4t..; a[3] row g + 8, k 16+4t..; b0 is row g, k 4t..; b1 k
+// 16+4t..; c[0], c[1] are row g, columns 2t, 2t + 1; c[2], c[3] row g + 8.
+JAXINT8_DEVICE void Mma(int32_t (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+// Programmatic dependent launch: a kernel launched as kOverlapped may start before the one before it in the stream
+// ends. It must wait here before it reads what that one writes.
+JAXINT8_DEVICE void WaitForPreviousKernel() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+JAXINT8_DEVICE void AllowNextKernel() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+JAXINT8_DEVICE float FloatFromBits(uint32_t bits) { return __uint_as_float(bits); }
+JAXINT8_DEVICE uint32_t Bits(float x) { return __float_as_uint(x); }
+JAXINT8_DEVICE float HalfToFloat(uint16_t h) { return __half2float(__ushort_as_half(h)); }
+JAXINT8_DEVICE uint16_t FloatToHalf(float x) { return __half_as_ushort(__float2half_rn(x)); }
+JAXINT8_DEVICE uint16_t FloatToBFloat(float x) { return __bfloat16_as_ushort(__float2bfloat16_rn(x)); }
+// Correctly rounded whatever the compiler's flags.
+JAXINT8_DEVICE float Divide(float x, float y) { return __fdiv_rn(x, y); }
+JAXINT8_DEVICE float SquareRoot(float x) { return __fsqrt_rn(x); }
+JAXINT8_DEVICE float Multiply(float x, float y) { return __fmul_rn(x, y); }
+JAXINT8_DEVICE float Add(float x, float y) { return __fadd_rn(x, y); }
+JAXINT8_DEVICE float IntToFloat(int32_t v) { return __int2float_rn(v); }
+JAXINT8_DEVICE float WideToFloat(int64_t v) { return __ll2float_rn(v); }
+JAXINT8_DEVICE int32_t RoundToInt(float x) { return __float2int_rn(x); }  // half to even
+JAXINT8_DEVICE int PopulationCount(uint32_t v) { return __popc(v); }
+JAXINT8_DEVICE int LowestBit(uint32_t v) { return __ffs(static_cast<int>(v)) - 1; }
+
+template <typename Kernel>
+__global__ void __launch_bounds__(Kernel::kMaxThreads, Kernel::kMinBlocks)
+    Entry(const __grid_constant__ typename Kernel::Params params) {
+  Kernel::Run(params);
+}
+
+}  // namespace jaxint8::cuda
+
+#endif  // __CUDACC__
+#endif  // JAXINT8_FFI_CUDA_DEVICE_H_

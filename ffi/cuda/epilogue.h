@@ -1,0 +1,48 @@
+// From int32 sums to outputs: the two scales, the bias, one rounding. Every float32 operation is rounded on its own.
+#ifndef JAXINT8_FFI_CUDA_EPILOGUE_H_
+#define JAXINT8_FFI_CUDA_EPILOGUE_H_
+
+#include "device.h"
+#include "int8.h"
+
+namespace jaxint8::cuda {
+
+struct Epilogue {
+  Type type;                   // of y; kS32 stores the sums themselves
+  Ptr<const float> row_scale;  // [m]
+  Ptr<const float> w_scale;    // [n]
+  Ptr<const float> bias;       // [n] or null
+  Ptr<uint8_t> y;              // [m][n]
+  int64_t n;
+};
+
+JAXINT8_DEVICE float Finish(int32_t sum, float row_scale, float w_scale, bool has_bias, float bias) {
+  const float y = Multiply(Multiply(IntToFloat(sum), row_scale), w_scale);
+  return has_bias ? Add(y, bias) : y;
+}
+
+JAXINT8_DEVICE uint16_t Narrow(Type type, float y) { return type == Type::kBF16 ? FloatToBFloat(y) : FloatToHalf(y); }
+
+JAXINT8_DEVICE void StoreOutput(const Epilogue& e, int64_t row, int64_t column, int32_t sum, float row_scale,
+                                float w_scale, float bias) {
+  const int64_t at = row * e.n + column;
+  if (e.type == Type::kS32) {
+    StoreAs<int32_t>(e.y + 4 * at, sum);
+    return;
+  }
+  const float y = Finish(sum, row_scale, w_scale, static_cast<bool>(e.bias), bias);
+  if (e.type == Type::kF32) {
+    StoreAs<float>(e.y + 4 * at, y);
+  } else {
+    StoreAs<uint16_t>(e.y + 2 * at, Narrow(e.type, y));
+  }
+}
+
+// (128 * hi + lo) . w, from the two sums; wraps on the way, the result fits.
+JAXINT8_DEVICE int32_t Combine(int32_t lo, int32_t hi) {
+  return static_cast<int32_t>(static_cast<uint32_t>(lo) + (static_cast<uint32_t>(hi) << 7));
+}
+
+}  // namespace jaxint8::cuda
+
+#endif  // JAXINT8_FFI_CUDA_EPILOGUE_H_

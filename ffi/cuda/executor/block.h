@@ -1,0 +1,358 @@
+// Runs kernels on the CPU, one block at a time: every thread is a fiber, warps and barriers work as on a GPU, and
+// memory is watched. Found and reported with the source line: accesses out of bounds or misaligned, reads of memory
+// that nothing wrote, races (two accesses to a byte, one of them a write, with no barrier between them), barriers and
+// warp functions that some threads do not reach, copies read before they were waited for.
+//
+// A fault can be planted at any call in a kernel (see Plant), to show that the tests would notice it.
+#ifndef JAXINT8_FFI_CUDA_EXECUTOR_BLOCK_H_
+#define JAXINT8_FFI_CUDA_EXECUTOR_BLOCK_H_
+
+#include <setjmp.h>
+#include <ucontext.h>
+
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <map>
+#include <memory>
+#include <set>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+namespace jaxint8::cuda {
+
+// A place in a kernel's source.
+struct Site {
+  const char* file;
+  int line;
+  static constexpr Site Here(const char* file = __builtin_FILE(), int line = __builtin_LINE()) { return {file, line}; }
+  std::string Name() const {
+    const std::string path = file;
+    return path.substr(path.rfind('/') + 1) + ":" + std::to_string(line);
+  }
+};
+
+// The faults that can be planted at a site.
+enum class Fault : int { kNone, kSkipBarrier, kShiftIndex, kSwapFragment, kSkipWait };
+
+struct Plant {
+  Fault fault = Fault::kNone;
+  std::string site;
+};
+
+struct Failure : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+// Who touched a byte and when. Two touches are ordered if a barrier of the block, or one of their warp, lies between.
+struct Touch {
+  int32_t thread = -1;   // -1: never
+  bool several = false;  // other threads as well since the last barrier (reads)
+  bool atomic = false;
+  uint32_t launch = 0, block = 0, block_epoch = 0, warp_epoch = 0;
+};
+
+struct Shadow {
+  Touch write, read;
+  bool defined = false;
+};
+
+// A range of memory that kernels may use.
+struct Buffer {
+  uint8_t* data;
+  int64_t bytes;
+  bool shared;
+  std::vector<Shadow> shadow;
+};
+
+class Machine;
+Machine& TheMachine();
+
+class Machine {
+ public:
+  static constexpr int64_t kStack = 256 * 1024;
+
+  Plant plant;
+  unsigned order = 0;  // the order in which threads run between barriers: forwards, backwards, mixed
+  int64_t multiprocessors = 2;
+  std::map<std::string, int> sites;  // every site seen, with the fault that can be planted there
+  int64_t launches = 0, blocks = 0;
+  int worst_bank_conflict = 0;  // of LoadMatrix4: accesses to one bank in one phase
+
+  void Reset() {
+    buffers_.clear();
+    sites.clear();
+    launches = blocks = 0;
+    worst_bank_conflict = 0;
+    launch_ = 0;
+  }
+
+  // Registers memory; `defined` is whether a kernel may read it before one has written it.
+  Buffer* Add(void* data, int64_t bytes, bool defined, bool shared = false) {
+    auto* p = static_cast<uint8_t*>(data);
+    for (auto& b : buffers_) {
+      if (!shared && b->data == p && b->bytes == bytes) return b.get();
+    }
+    buffers_.push_back(std::make_unique<Buffer>(Buffer{p, bytes, shared, std::vector<Shadow>(bytes)}));
+    for (auto& s : buffers_.back()->shadow) s.defined = defined;
+    return buffers_.back().get();
+  }
+
+  void Define(Buffer* buffer, int64_t offset, int64_t bytes) {
+    for (int64_t i = offset; i < offset + bytes; ++i) buffer->shadow[i].defined = true;
+  }
+
+  // The buffer that holds [data, data + bytes), in which kernels may use that range only; null if there is none.
+  Buffer* Find(const void* data) {
+    const auto* p = static_cast<const uint8_t*>(data);
+    for (auto& b : buffers_) {
+      if (p >= b->data && p < b->data + b->bytes) return b.get();
+    }
+    return nullptr;
+  }
+
+  void Launch(int64_t blocks_count, int threads, int64_t shared_bytes, const std::function<void()>& body) {
+    if (threads % 32 != 0 || threads < 32 || threads > 1024) throw Failure("launch: bad number of threads");
+    ++launches;
+    ++launch_;
+    Prepare(threads);
+    body_ = &body;
+    for (int64_t b = 0; b < blocks_count; ++b) {
+      ++blocks;
+      block_ = b;
+      block_count_ = blocks_count;
+      shared_.assign(static_cast<size_t>(shared_bytes + 1024), 0xcd);
+      auto* base = reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(shared_.data()) + 1023) / 1024 * 1024);
+      shared_buffer_ = std::make_unique<Buffer>(
+          Buffer{base, shared_bytes, true, std::vector<Shadow>(static_cast<size_t>(shared_bytes))});
+      RunBlock();
+    }
+  }
+
+  int thread() const { return current_; }
+  int threads() const { return static_cast<int>(fibers_.size()); }
+  int64_t block() const { return block_; }
+  int64_t block_count() const { return block_count_; }
+  Buffer* shared_buffer() { return shared_buffer_.get(); }
+
+  void Note(const Site& site, Fault fault) { sites[site.Name() + " " + std::to_string(static_cast<int>(fault))]++; }
+  bool Planted(const Site& site, Fault fault) {
+    Note(site, fault);
+    return plant.fault == fault && site.Name() == plant.site;
+  }
+
+  // Checks an access; returns its address.
+  uint8_t* Access(Buffer* buffer, int64_t low, int64_t high, int64_t offset, int64_t bytes, int64_t align, bool write,
+                  bool atomic, const Site& site) {
+    if (Planted(site, Fault::kShiftIndex)) offset += bytes;
+    if (buffer == nullptr) Fail(site, "null pointer");
+    if (offset < low || offset + bytes > high) {
+      Fail(site, (buffer->shared ? "shared" : "device") + std::string(" memory out of bounds: offset ") +
+                     std::to_string(offset - low) + " + " + std::to_string(bytes) + " of " +
+                     std::to_string(high - low));
+    }
+    if (reinterpret_cast<uintptr_t>(buffer->data + offset) % align != 0) Fail(site, "misaligned access");
+    for (int64_t i = offset; i < offset + bytes; ++i) Touched(buffer->shadow[i], write, atomic, site);
+    return buffer->data + offset;
+  }
+
+  void Barrier(const Site& site) {
+    if (Planted(site, Fault::kSkipBarrier)) return;
+    Fiber& f = fibers_[current_];
+    f.at = site;
+    f.state = State::kBlock;
+    if (++waiting_block_ == threads()) {
+      for (Fiber& other : fibers_) {
+        if (other.state != State::kBlock || other.at.line != site.line)
+          Fail(site, "barrier not reached by all threads");
+        other.state = State::kReady;
+      }
+      waiting_block_ = 0;
+      ++block_epoch_;
+    } else {
+      Yield();
+    }
+  }
+
+  // Runs `operation` once all lanes of the warp have arrived with their `argument`; the operation sees all of them.
+  void Collective(const Site& site, void* argument, const std::function<void(void* const*)>& operation) {
+    Warp& warp = warps_[current_ / 32];
+    Fiber& f = fibers_[current_];
+    f.at = site;
+    warp.arguments[current_ % 32] = argument;
+    f.state = State::kWarp;
+    if (++warp.waiting == 32) {
+      for (int lane = 0; lane < 32; ++lane) {
+        Fiber& other = fibers_[current_ / 32 * 32 + lane];
+        if (other.state != State::kWarp || other.at.line != site.line)
+          Fail(site, "lanes of a warp are at different calls");
+      }
+      operation(warp.arguments);
+      for (int lane = 0; lane < 32; ++lane) fibers_[current_ / 32 * 32 + lane].state = State::kReady;
+      warp.waiting = 0;
+    } else {
+      Yield();
+    }
+  }
+
+  void WarpBarrier(const Site& site) {
+    if (Planted(site, Fault::kSkipBarrier)) return;
+    Collective(site, nullptr, [this](void* const*) { ++warps_[current_ / 32].epoch; });
+  }
+
+  struct Copy {
+    uint8_t* to;
+    const uint8_t* from;  // null: zeros
+  };
+  std::vector<Copy>& open_copies() { return fibers_[current_].open; }
+  std::vector<std::vector<Copy>>& groups() { return fibers_[current_].groups; }
+
+  [[noreturn]] void Fail(const Site& site, const std::string& what) const {
+    throw Failure(site.Name() + ": " + what + " (block " + std::to_string(block_) + ", thread " +
+                  std::to_string(current_) + ")");
+  }
+
+ private:
+  enum class State { kReady, kBlock, kWarp, kDone };
+  struct Fiber {
+    State state = State::kReady;
+    Site at{"", 0};
+    ucontext_t start;
+    jmp_buf resume;
+    bool started = false;
+    std::unique_ptr<uint8_t[]> stack;
+    std::vector<Copy> open;
+    std::vector<std::vector<Copy>> groups;
+  };
+  struct Warp {
+    int waiting = 0;
+    uint32_t epoch = 0;
+    void* arguments[32] = {};
+  };
+
+  void Prepare(int threads) {
+    if (static_cast<int>(fibers_.size()) != threads) fibers_ = std::vector<Fiber>(static_cast<size_t>(threads));
+    for (Fiber& f : fibers_) {
+      if (!f.stack) f.stack.reset(new uint8_t[kStack]);
+    }
+    warps_.assign(static_cast<size_t>(threads / 32), Warp());
+  }
+
+  static void Entry() {
+    Machine& m = TheMachine();
+    try {
+      (*m.body_)();
+    } catch (...) {
+      m.error_ = std::current_exception();
+    }
+    m.fibers_[m.current_].state = State::kDone;
+    _longjmp(m.scheduler_, 1);
+  }
+
+  void RunBlock() {
+    waiting_block_ = 0;
+    block_epoch_ = 0;
+    for (Warp& w : warps_) w = Warp();
+    for (Fiber& f : fibers_) {
+      f.state = State::kReady;
+      f.started = false;
+      f.open.clear();
+      f.groups.clear();
+    }
+    error_ = nullptr;
+    const int n = threads();
+    bool progress = true;
+    while (progress) {
+      progress = false;
+      for (int i = 0; i < n; ++i) {
+        const int at = order == 0 ? i : order == 1 ? n - 1 - i : static_cast<int>((i * 37LL + 11) % n);
+        if (fibers_[at].state != State::kReady) continue;
+        progress = true;
+        Resume(at);
+        if (error_) {
+          // The other fibers are abandoned where they stand; what they hold is trivially destructible.
+          std::rethrow_exception(error_);
+        }
+      }
+    }
+    for (int i = 0; i < n; ++i) {
+      if (fibers_[i].state != State::kDone) {
+        current_ = i;
+        Fail(fibers_[i].at, "waits for threads that never come");
+      }
+      if (!fibers_[i].open.empty() || !fibers_[i].groups.empty()) {
+        current_ = i;
+        Fail(fibers_[i].at, "kernel ends with copies under way");
+      }
+    }
+  }
+
+  void Resume(int at) {
+    current_ = at;
+    Fiber& f = fibers_[at];
+    if (_setjmp(scheduler_) == 0) {
+      if (f.started) _longjmp(f.resume, 1);
+      f.started = true;
+      getcontext(&f.start);
+      f.start.uc_stack.ss_sp = f.stack.get();
+      f.start.uc_stack.ss_size = kStack;
+      f.start.uc_link = nullptr;
+      makecontext(&f.start, reinterpret_cast<void (*)()>(&Machine::Entry), 0);
+      setcontext(&f.start);
+    }
+  }
+
+  void Yield() {
+    if (_setjmp(fibers_[current_].resume) == 0) _longjmp(scheduler_, 1);
+  }
+
+  Touch Now(bool atomic) const {
+    return {current_, false, atomic, launch_, static_cast<uint32_t>(block_), block_epoch_, warps_[current_ / 32].epoch};
+  }
+
+  // Whether touch a is certain to come before one that happens now.
+  bool Before(const Touch& a, bool other_threads) const {
+    if (a.thread < 0 || a.launch != launch_) return true;
+    if (a.block != static_cast<uint32_t>(block_)) return false;
+    if (a.block_epoch < block_epoch_) return true;
+    if (!other_threads && a.thread == current_) return true;
+    return a.thread / 32 == current_ / 32 && a.warp_epoch < warps_[current_ / 32].epoch;
+  }
+
+  void Touched(Shadow& s, bool write, bool atomic, const Site& site) {
+    if (!(s.write.atomic && atomic) && !Before(s.write, false)) {
+      Fail(site,
+           std::string(write ? "write" : "read") + " races with a write of thread " + std::to_string(s.write.thread));
+    }
+    if (write) {
+      if (!(s.read.atomic && atomic) && !Before(s.read, s.read.several)) {
+        Fail(site, "write races with a read of thread " + std::to_string(s.read.thread));
+      }
+      s.write = Now(atomic);
+      s.defined = true;
+    } else {
+      if (!s.defined) Fail(site, "reads memory that nothing has written");
+      const bool joins = !Before(s.read, false) || (s.read.thread >= 0 && s.read.several && !Before(s.read, true));
+      s.read = Now(atomic);
+      s.read.several = joins;
+    }
+  }
+
+  std::vector<std::unique_ptr<Buffer>> buffers_;
+  std::vector<Fiber> fibers_;
+  std::vector<Warp> warps_;
+  std::vector<uint8_t> shared_;
+  std::unique_ptr<Buffer> shared_buffer_;
+  const std::function<void()>* body_ = nullptr;
+  std::exception_ptr error_;
+  jmp_buf scheduler_;
+  int current_ = 0;
+  int waiting_block_ = 0;
+  uint32_t block_epoch_ = 0, launch_ = 0;
+  int64_t block_ = 0, block_count_ = 0;
+};
+
+}  // namespace jaxint8::cuda
+
+#endif  // JAXINT8_FFI_CUDA_EXECUTOR_BLOCK_H_

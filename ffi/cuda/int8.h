@@ -1,0 +1,59 @@
+// The CUDA kernels of LLM.int8(), behind one plain header: no XLA, no Python, no CUDA.
+//
+// Outliers are carried as 15-bit integers (128 * hi + lo), so every sum is exact in int32 and every path below gives
+// the bits of jaxint8/reference.py. No call allocates, waits for the device or launches what depends on data: all of
+// them can be captured in a CUDA graph. Scratch memory is the caller's, WorkspaceBytes of it.
+//
+// Letters: m rows, k in, n out. Weights are int8 [n, k], k contiguous.
+#ifndef JAXINT8_FFI_CUDA_INT8_H_
+#define JAXINT8_FFI_CUDA_INT8_H_
+
+#include <cstdint>
+
+struct CUstream_st;
+
+namespace jaxint8::cuda {
+
+// 127^2 * k must stay below 2^31 for a row of codes to have an exact int32 product.
+inline constexpr int64_t kMaxK = ((int64_t{1} << 31) - 1) / (127 * 127);
+
+enum class Type : int32_t { kF32, kBF16, kF16, kS32 };
+enum class Rule : int32_t { kNone, kThreshold, kRelative, kTopK };
+
+// The outlier rule; see jaxint8/outliers.py and jaxint8/reference.py for the law.
+struct Options {
+  Rule rule = Rule::kNone;
+  bool column_scope = false;  // a column with an outlier in any finite row is out for every finite row
+  float value = 0;            // of kThreshold and kRelative, not NaN, >= 0
+  int64_t topk = 0;           // of kTopK, >= 1
+};
+
+// How the product is computed. kAuto chooses from the table in plan.h.
+enum class Path : int32_t { kAuto = -1, kStream = 0, kTiled = 1 };
+
+struct Problem {
+  enum class Kind { kQuantize, kProduct, kLinear } kind;
+  Options options;
+  Path path = Path::kAuto;
+  Type type = Type::kF32;  // of x, and of y in kLinear
+  int64_t m = 0, k = 0, n = 0;
+  const void* x = nullptr;         // [m][k]; int8 in kProduct
+  const int8_t* w = nullptr;       // [n][k]; not in kQuantize
+  const float* w_scale = nullptr;  // [n]; kLinear
+  const float* bias = nullptr;     // [n] or null; kLinear
+  void* y = nullptr;               // [m][n]; int32 in kProduct
+  int8_t* lo = nullptr;            // [m][k]; kQuantize
+  int8_t* hi = nullptr;            // [m][k]; kQuantize
+  float* row_scale = nullptr;      // [m]; kQuantize
+  uint8_t* workspace = nullptr;    // WorkspaceBytes, aligned to 128
+};
+
+// Bytes of scratch that Run needs for a problem of this shape and these options, on any device. Pointers are not read.
+int64_t WorkspaceBytes(const Problem& problem);
+
+// Queues the computation on the stream. Returns null, or what went wrong (a static text or one kept per thread).
+const char* Run(const Problem& problem, CUstream_st* stream);
+
+}  // namespace jaxint8::cuda
+
+#endif  // JAXINT8_FFI_CUDA_INT8_H_

@@ -1,0 +1,299 @@
+// Run: chooses kernels by the plan and queues them. Compiled by nvcc, and by the C++ compiler for the block executor.
+#include <cstdint>
+
+#include "host.h"
+#include "int8.h"
+#include "plan.h"
+#include "quantize.h"
+#include "stream.h"
+#include "tiled.h"
+
+namespace jaxint8::cuda {
+namespace {
+
+// Return the error of a step, if any, to the caller.
+#define JAXINT8_TRY(step) \
+  if (const char* error = (step)) return error
+
+int64_t Bytes(Type type) { return type == Type::kF32 || type == Type::kS32 ? 4 : 2; }
+
+// The state of one call: where things lie, and whether the next kernel follows one of ours.
+class Call {
+ public:
+  Call(const Problem& p, const Plan& plan, CUstream_st* stream) : p_(p), plan_(plan), stream_(stream) {}
+
+  const char* Run() {
+    JAXINT8_TRY(Multiprocessors(&multiprocessors_));
+    if (plan_.bits_bytes > 0) JAXINT8_TRY(Clear(stream_, p_.workspace + plan_.bits, plan_.bits_bytes));
+    switch (p_.kind) {
+      case Problem::Kind::kQuantize:
+        return Quantize();
+      case Problem::Kind::kProduct:
+        return Product();
+      case Problem::Kind::kLinear:
+        return Linear();
+    }
+    return "unknown kind";
+  }
+
+ private:
+  template <typename T>
+  Ptr<T> Scratch(int64_t offset, int64_t bytes) const {
+    return Memory<T>(p_.workspace + offset, bytes);
+  }
+
+  template <typename Kernel>
+  const char* Launch(int64_t blocks, int threads, int64_t shared, const typename Kernel::Params& params) {
+    const bool overlapped = follows_;
+    follows_ = true;
+    return cuda::Launch<Kernel>(stream_, blocks, threads, shared, params, overlapped);
+  }
+
+  QuantizeParams Rows() const {
+    QuantizeParams q{};
+    q.x = Memory<const uint8_t>(p_.x, p_.m * p_.k * Bytes(p_.type));
+    q.m = p_.m;
+    q.k = p_.k;
+    q.options = p_.options;
+    q.options.column_scope = plan_.by_column;
+    if (plan_.by_column && plan_.bits_bytes > 0) q.marks = Scratch<uint32_t>(plan_.bits, plan_.bits_bytes);
+    return q;
+  }
+
+  const char* Quantize() {
+    QuantizeParams q = Rows();
+    q.lo = Memory<int8_t>(p_.lo, p_.m * p_.k);
+    q.hi = Memory<int8_t>(p_.hi, p_.m * p_.k);
+    q.stride = p_.k;
+    q.row_scale = Memory<float>(p_.row_scale, 4 * p_.m);
+    return QuantizeRows(q);
+  }
+
+  // The columns first, if they are taken out whole, then the codes.
+  const char* QuantizeRows(QuantizeParams q) {
+    if (plan_.by_column) {
+      q.marking = true;
+      JAXINT8_TRY(LaunchQuantize(q));
+      q.marking = false;
+    }
+    return LaunchQuantize(q);
+  }
+
+  const char* LaunchQuantize(const QuantizeParams& q) {
+    const bool vector = q.k % 8 == 0 && q.stride % 8 == 0;
+    if (q.m == 0) return nullptr;
+    switch (p_.type) {
+      case Type::kF32:
+        return vector ? QuantizeWith<Type::kF32, true>(q) : QuantizeWith<Type::kF32, false>(q);
+      case Type::kBF16:
+        return vector ? QuantizeWith<Type::kBF16, true>(q) : QuantizeWith<Type::kBF16, false>(q);
+      case Type::kF16:
+        return vector ? QuantizeWith<Type::kF16, true>(q) : QuantizeWith<Type::kF16, false>(q);
+      default:
+        return "x: expected float32, bfloat16 or float16";
+    }
+  }
+
+  template <Type kType, bool kVector>
+  const char* QuantizeWith(const QuantizeParams& q) {
+    using Kernel = QuantizeKernel<kType, kVector>;
+    int threads = 64;
+    while (threads < Kernel::kMaxThreads && threads * 16 < q.k) threads *= 2;
+    return Launch<Kernel>(q.m, threads, Kernel::kShared, q);
+  }
+
+  Epilogue MakeEpilogue() const {
+    Epilogue e{};
+    e.type = p_.kind == Problem::Kind::kProduct ? Type::kS32 : p_.type;
+    e.y = Memory<uint8_t>(p_.y, p_.m * p_.n * Bytes(e.type));
+    e.n = p_.n;
+    if (p_.kind == Problem::Kind::kLinear) {
+      e.w_scale = Memory<const float>(p_.w_scale, 4 * p_.n);
+      if (p_.bias != nullptr) e.bias = Memory<const float>(p_.bias, 4 * p_.n);
+      if (!plan_.fused) e.row_scale = Scratch<const float>(plan_.row_scale, 4 * p_.m);
+    }
+    return e;
+  }
+
+  Ptr<const int8_t> Weights() const { return Memory<const int8_t>(p_.w, p_.n * p_.k); }
+
+  const char* Align(Ptr<const int8_t> in, int64_t rows, int64_t offset) {
+    const AlignParams a{in, rows, p_.k, plan_.stride, Scratch<int8_t>(offset, rows * plan_.stride)};
+    const int64_t blocks = (rows * plan_.stride / 16 + AlignKernel::kMaxThreads - 1) / AlignKernel::kMaxThreads;
+    const int64_t most = 8 * multiprocessors_;
+    return Launch<AlignKernel>(blocks < most ? blocks : most, AlignKernel::kMaxThreads, AlignKernel::kShared, a);
+  }
+
+  const char* Product() {
+    Ptr<const int8_t> a = Memory<const int8_t>(p_.x, p_.m * p_.k);
+    int64_t stride = p_.k;
+    if (plan_.align_a) {
+      JAXINT8_TRY(Align(a, p_.m, plan_.lo));
+      a = Scratch<const int8_t>(plan_.lo, p_.m * plan_.stride);
+      stride = plan_.stride;
+    }
+    if (plan_.stream) {
+      QuantizeParams q{};
+      q.lo = Scratch<int8_t>(plan_.lo, p_.m * plan_.stride);
+      q.stride = stride;
+      return StreamWeights(q);
+    }
+    return Tiled(a, stride, Ptr<const int8_t>{});
+  }
+
+  const char* Linear() {
+    if (plan_.fused) return StreamWeights(Rows());
+    QuantizeParams q = Rows();
+    q.lo = Scratch<int8_t>(plan_.lo, p_.m * plan_.stride);
+    q.row_scale = Scratch<float>(plan_.row_scale, 4 * p_.m);
+    q.stride = plan_.stride;
+    if (plan_.has_rule) {
+      q.hi = Scratch<int8_t>(plan_.hi, p_.m * plan_.stride);
+      if (plan_.stream) {
+        q.pieces = Scratch<uint8_t>(plan_.pieces, p_.m * plan_.piece_stride);
+        q.piece_stride = plan_.piece_stride;
+      } else if (!plan_.by_column) {
+        q.used = Scratch<uint32_t>(plan_.bits, plan_.bits_bytes);
+      }
+    }
+    JAXINT8_TRY(QuantizeRows(q));
+    if (plan_.stream) return StreamWeights(q);
+    return Tiled(q.lo, plan_.stride, q.hi);
+  }
+
+  const char* StreamWeights(const QuantizeParams& q) {
+    StreamParams s{};
+    s.rows = q;
+    s.w = Weights();
+    s.m = p_.m;
+    s.k = p_.k;
+    s.n = p_.n;
+    s.split = ChooseSplit(p_.k);
+    s.epilogue = MakeEpilogue();
+    if (plan_.fused) {
+      switch (p_.type) {
+        case Type::kF32:
+          return FusedStream<Type::kF32>(s);
+        case Type::kBF16:
+          return FusedStream<Type::kBF16>(s);
+        case Type::kF16:
+          return FusedStream<Type::kF16>(s);
+        default:
+          return "x: expected float32, bfloat16 or float16";
+      }
+    }
+    if (p_.k % 16 == 0)
+      return p_.m <= 8 ? StreamWith<Type::kF32, false, 1, true>(s) : StreamWith<Type::kF32, false, 2, true>(s);
+    return p_.m <= 8 ? StreamWith<Type::kF32, false, 1, false>(s) : StreamWith<Type::kF32, false, 2, false>(s);
+  }
+
+  template <Type kType>
+  const char* FusedStream(const StreamParams& s) {
+    return p_.m <= 8 ? StreamWith<kType, true, 1, true>(s) : StreamWith<kType, true, 2, true>(s);
+  }
+
+  template <Type kType, bool kFused, int kTiles, bool kAligned>
+  const char* StreamWith(const StreamParams& s) {
+    using Kernel = StreamKernel<kType, kFused, kTiles, kAligned>;
+    const bool with_hi = plan_.has_rule;
+    const StreamLayout layout = MakeStreamLayout<kTiles, kFused>(s.m, s.k, with_hi, plan_.by_column);
+    const int64_t outputs = kStreamOutputs * (kStreamWarps / s.split);
+    const int64_t blocks = (s.n + outputs - 1) / outputs;
+    const int64_t most = Kernel::kMinBlocks * multiprocessors_;
+    return Launch<Kernel>(blocks < most ? blocks : most, kStreamThreads, layout.bytes, s);
+  }
+
+  const char* Tiled(Ptr<const int8_t> lo, int64_t stride, Ptr<const int8_t> hi) {
+    TiledParams t{};
+    t.m = p_.m;
+    t.n = p_.n;
+    t.epilogue = MakeEpilogue();
+    Ptr<const int8_t> w = Weights();
+    int64_t w_stride = p_.k;
+    if (plan_.align_w) {
+      JAXINT8_TRY(Align(w, p_.n, plan_.aligned_w));
+      w = Scratch<const int8_t>(plan_.aligned_w, p_.n * plan_.stride);
+      w_stride = plan_.stride;
+    }
+    // Columns beyond k are zeros in padded codes and aligned copies, and are not read elsewhere.
+    const int64_t k = RoundUp(p_.k, 16);
+    t.lo = {lo, w, stride, w_stride, k};
+    if (hi) {
+      JAXINT8_TRY(GatherOutliers(hi, w, w_stride, &t));
+      t.all = {hi, w, stride, w_stride, k};
+    }
+    switch (ChooseTile(p_.m, p_.n, multiprocessors_)) {
+      case 0:
+        return TiledWith<TiledKernel<128, 128, 64, 64, 4>>(t, kTileShapes[0]);
+      case 1:
+        return TiledWith<TiledKernel<64, 64, 32, 32, 4>>(t, kTileShapes[1]);
+      default:
+        return TiledWith<TiledKernel<32, 64, 16, 32, 4>>(t, kTileShapes[2]);
+    }
+  }
+
+  const char* GatherOutliers(Ptr<const int8_t> hi, Ptr<const int8_t> w, int64_t w_stride, TiledParams* t) {
+    CompactParams c{};
+    c.used = Scratch<const uint32_t>(plan_.bits, plan_.bits_bytes);
+    c.words = plan_.bits_bytes / 4;
+    c.columns = Scratch<int32_t>(plan_.columns, 4 * plan_.capacity);
+    c.capacity = plan_.capacity;
+    c.count = Scratch<uint32_t>(plan_.count, 4);
+    JAXINT8_TRY(Launch<CompactKernel>(1, CompactKernel::kMaxThreads, CompactKernel::kShared, c));
+    GatherParams g{};
+    g.a = hi;
+    g.b = w;
+    g.rows_a = p_.m;
+    g.rows_b = p_.n;
+    g.stride_a = plan_.stride;
+    g.stride_b = w_stride;
+    g.columns = c.columns;
+    g.count = c.count;
+    g.capacity = plan_.capacity;
+    g.out_a = Scratch<int8_t>(plan_.gathered_a, p_.m * plan_.capacity);
+    g.out_b = Scratch<int8_t>(plan_.gathered_w, p_.n * plan_.capacity);
+    const int64_t blocks = (p_.m + p_.n + GatherKernel::kMaxThreads / 32 - 1) / (GatherKernel::kMaxThreads / 32);
+    const int64_t most = 8 * multiprocessors_;
+    JAXINT8_TRY(
+        Launch<GatherKernel>(blocks < most ? blocks : most, GatherKernel::kMaxThreads, GatherKernel::kShared, g));
+    t->count = c.count;
+    t->capacity = plan_.capacity;
+    t->gathered = {g.out_a, g.out_b, plan_.capacity, plan_.capacity, 0};
+    return nullptr;
+  }
+
+  template <typename Kernel>
+  const char* TiledWith(const TiledParams& t, const TileShape& shape) {
+    const int64_t blocks = ((t.m + shape.m - 1) / shape.m) * ((t.n + shape.n - 1) / shape.n);
+    return Launch<Kernel>(blocks, Kernel::kMaxThreads, Kernel::kShared, t);
+  }
+
+  const Problem& p_;
+  const Plan& plan_;
+  CUstream_st* const stream_;
+  int64_t multiprocessors_ = 1;
+  bool follows_ = false;
+};
+
+bool Aligned(const void* p, uintptr_t to) { return reinterpret_cast<uintptr_t>(p) % to == 0; }
+
+}  // namespace
+
+int64_t WorkspaceBytes(const Problem& problem) { return MakePlan(problem).bytes; }
+
+const char* Run(const Problem& p, CUstream_st* stream) {
+  const Plan plan = MakePlan(p);
+  if (plan.error != nullptr) return plan.error;
+  if (p.m == 0 || (p.n == 0 && p.kind != Problem::Kind::kQuantize)) return nullptr;
+  if (!Aligned(p.x, 16) || !Aligned(p.w, 16) || !Aligned(p.y, 16) || !Aligned(p.lo, 16) || !Aligned(p.hi, 16)) {
+    return "buffers: expected an alignment of 16 bytes";
+  }
+  if (plan.bytes > 0 && (p.workspace == nullptr || !Aligned(p.workspace, 128))) {
+    return "workspace: expected an alignment of 128 bytes";
+  }
+  return Call(p, plan, stream).Run();
+}
+
+#undef JAXINT8_TRY
+
+}  // namespace jaxint8::cuda

@@ -1,0 +1,123 @@
+// Which kernels a problem takes, and where their scratch lies in the workspace. Depends on shapes and options only, so
+// that the caller can ask for the size without a device.
+#ifndef JAXINT8_FFI_CUDA_PLAN_H_
+#define JAXINT8_FFI_CUDA_PLAN_H_
+
+#include <cstdint>
+
+#include "int8.h"
+#include "stream.h"
+
+namespace jaxint8::cuda {
+
+// Up to this many rows the product streams the weights; above, it is tiled.
+inline constexpr int64_t kStreamM = 16;
+// Up to this many activations every block of the streaming kernel quantises all of them itself.
+inline constexpr int64_t kFusedActivations = 16384;
+// Codes in the workspace: rows padded with zeros to a multiple of this.
+inline constexpr int64_t kCodeAlign = 256;
+
+// One tile shape of the tiled kernel: outputs per block and the relative time of a block per column of k.
+struct TileShape {
+  int64_t m, n;
+  double cost;
+};
+// Time of a block per k, in units of a 128 x 128 tile alone on its multiprocessor; smaller tiles use it less well.
+inline constexpr TileShape kTileShapes[] = {{128, 128, 1.0}, {64, 64, 0.32}, {32, 64, 0.22}};
+inline constexpr int kTileShapeCount = 3;
+
+// The tile shape with the least time: waves of blocks times the cost of one.
+inline int ChooseTile(int64_t m, int64_t n, int64_t multiprocessors) {
+  int best = 0;
+  double least = 0;
+  for (int i = 0; i < kTileShapeCount; ++i) {
+    const TileShape& s = kTileShapes[i];
+    const int64_t blocks = ((m + s.m - 1) / s.m) * ((n + s.n - 1) / s.n);
+    const int64_t waves = (blocks + multiprocessors - 1) / multiprocessors;
+    const double cost = static_cast<double>(waves) * s.cost;
+    if (i == 0 || cost < least) {
+      best = i;
+      least = cost;
+    }
+  }
+  return best;
+}
+
+// How many warps share the k of 16 outputs in the streaming kernel.
+inline int ChooseSplit(int64_t k) {
+  int split = 1;
+  while (split < kStreamWarps && split * kPiece < k) split *= 2;
+  return split;
+}
+
+struct Plan {
+  const char* error = nullptr;
+  bool stream = false, fused = false;
+  bool has_rule = false, by_column = false;
+  bool align_a = false, align_w = false;  // copy to a stride that is a multiple of 16
+  int64_t stride = 0;                     // of codes (and aligned copies)
+  int64_t piece_stride = 0;
+  int64_t capacity = 0;  // gathered columns
+  // Offsets in the workspace; 0 where unused. The bits come first: they are cleared before each call.
+  int64_t bits = 0, bits_bytes = 0;
+  int64_t lo = 0, hi = 0, row_scale = 0, pieces = 0, columns = 0, count = 0, gathered_a = 0, gathered_w = 0;
+  int64_t aligned_w = 0;
+  int64_t bytes = 0;
+};
+
+inline Plan MakePlan(const Problem& p) {
+  Plan plan;
+  const bool linear = p.kind == Problem::Kind::kLinear, quantize = p.kind == Problem::Kind::kQuantize;
+  if (p.k > kMaxK) {
+    plan.error = "k: int32 sums are exact up to k = 133144";
+    return plan;
+  }
+  if (p.path == Path::kStream && !quantize && p.m > kStreamM) {
+    plan.error = "the streaming kernel takes at most 16 rows";
+    return plan;
+  }
+  plan.has_rule = !(p.kind == Problem::Kind::kProduct) && p.options.rule != Rule::kNone;
+  const bool scoped = p.options.rule == Rule::kThreshold || p.options.rule == Rule::kRelative;
+  plan.by_column = plan.has_rule && scoped && p.options.column_scope && p.m > 1;
+  plan.stream = !quantize && p.m <= kStreamM && p.path != Path::kTiled;
+  plan.stride = quantize ? p.k : RoundUp(p.k, kCodeAlign);
+  plan.fused = plan.stream && linear && p.k % 16 == 0 && p.m * p.k <= kFusedActivations;
+  plan.align_w = !quantize && !plan.stream && p.k % 16 != 0;
+  plan.align_a = p.kind == Problem::Kind::kProduct && (plan.stream || plan.align_w);
+
+  int64_t end = 0;
+  const auto take = [&end](int64_t bytes) {
+    const int64_t at = end;
+    end += RoundUp(bytes, 128);
+    return at;
+  };
+  const bool prepared = linear && !plan.fused;
+  const bool gather = prepared && plan.has_rule && !plan.stream;
+  if ((plan.by_column && !plan.fused) || gather) {
+    plan.bits_bytes = (p.k + 31) / 32 * 4;
+    plan.bits = take(plan.bits_bytes);
+  }
+  if (prepared || plan.align_a) plan.lo = take(p.m * plan.stride);
+  if (prepared) {
+    plan.row_scale = take(4 * p.m);
+    if (plan.has_rule) plan.hi = take(p.m * plan.stride);
+    if (plan.has_rule && plan.stream) {
+      plan.piece_stride = (p.k + kPiece - 1) / kPiece;
+      plan.pieces = take(p.m * plan.piece_stride);
+    }
+  }
+  if (gather) {
+    plan.capacity = RoundUp((p.k + 3) / 4, kGatherStep);
+    plan.columns = take(4 * plan.capacity);
+    plan.count = take(4);
+    plan.gathered_a = take(p.m * plan.capacity);
+    plan.gathered_w = take(p.n * plan.capacity);
+  }
+  if (plan.align_w) plan.aligned_w = take(p.n * plan.stride);
+  plan.bytes = end;
+  return plan;
+}
+
+}  // namespace jaxint8::cuda
+
+#endif  // JAXINT8_FFI_CUDA_PLAN_H_

@@ -1,0 +1,329 @@
+"""The CUDA kernels on the CPU, thread by thread, with every access checked (ffi/cuda/executor), against the oracle.
+
+The last tests plant faults in the kernels, one at each place where there can be one, and show that they are noticed.
+"""
+
+import ctypes
+import os
+import pathlib
+import shutil
+import subprocess
+from collections.abc import Iterator
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import battery
+from jaxint8 import RelativeThreshold, Threshold, TopK, reference
+
+SOURCE = pathlib.Path(__file__).parents[1] / "ffi" / "cuda" / "executor" / "module.cc"
+TYPES = {np.dtype(np.float32): 0, np.dtype(ml_dtypes.bfloat16): 1, np.dtype(np.float16): 2}
+RULES = {type(None): 0, Threshold: 1, RelativeThreshold: 2, TopK: 3}
+QUANTIZE, PRODUCT, LINEAR = range(3)
+AUTO, STREAM, TILED = -1, 0, 1
+SKIP_BARRIER, SHIFT_INDEX, SWAP_FRAGMENT, SKIP_WAIT = range(1, 5)
+
+COMPILER = os.environ.get("CXX", "c++")
+pytestmark = pytest.mark.skipif(shutil.which(COMPILER) is None, reason="no C++ compiler")
+
+
+class Call(ctypes.Structure):
+    """Mirror of ExecutorCall in module.cc."""
+
+    _fields_ = (
+        *(
+            (name, ctypes.c_int32)
+            for name in ("kind", "rule", "column_scope", "path", "type", "planted_fault")
+        ),
+        ("value", ctypes.c_float),
+        ("order", ctypes.c_int32),
+        *((name, ctypes.c_int64) for name in ("topk", "m", "k", "n", "multiprocessors")),
+        *(
+            (name, ctypes.c_void_p)
+            for name in ("x", "w", "w_scale", "bias", "y", "lo", "hi", "row_scale", "workspace")
+        ),
+        ("workspace_bytes", ctypes.c_int64),
+        ("planted_site", ctypes.c_char_p),
+    )
+
+
+class ExecutorError(Exception):
+    """What the executor found wrong."""
+
+
+def aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """Returns an uninitialised array that starts at a multiple of 256 bytes, as device buffers do, poisoned."""
+    dtype = np.dtype(dtype)
+    size = int(np.prod(shape)) * dtype.itemsize
+    raw = np.full(size + 256, 0xA5, np.uint8)
+    start = -raw.ctypes.data % 256
+    return raw[start : start + size].view(dtype).reshape(shape)
+
+
+def copy(array: np.ndarray) -> np.ndarray:
+    """Returns an aligned copy."""
+    out = aligned(array.shape, array.dtype)
+    out[...] = array
+    return out
+
+
+class Executor:
+    """The compiled executor, with one method per operation."""
+
+    def __init__(self, library: pathlib.Path) -> None:
+        self.library = ctypes.CDLL(str(library))
+        for name in ("executor_run", "executor_sites"):
+            getattr(self.library, name).restype = ctypes.c_char_p
+        for name in ("executor_workspace_bytes", "executor_launches", "executor_blocks"):
+            getattr(self.library, name).restype = ctypes.c_int64
+        self.fault, self.site, self.order, self.cases = 0, b"", 0, 0
+
+    def _run(self, call: Call, **arrays: np.ndarray | None) -> None:
+        for name, array in arrays.items():
+            if array is not None and array.size:
+                setattr(call, name, array.ctypes.data)
+        call.planted_fault, call.planted_site, call.order = self.fault, self.site, self.order
+        call.multiprocessors = 3
+        call.workspace_bytes = self.library.executor_workspace_bytes(ctypes.byref(call))
+        workspace = aligned((call.workspace_bytes,), np.uint8)
+        call.workspace = workspace.ctypes.data if call.workspace_bytes else None
+        self.cases += 1
+        error = self.library.executor_run(ctypes.byref(call))
+        if error is not None:
+            raise ExecutorError(error.decode())
+
+    @staticmethod
+    def _options(rule: Any) -> dict[str, Any]:
+        return {
+            "rule": RULES[type(rule)],
+            "column_scope": int(getattr(rule, "scope", "token") == "column"),
+            "value": float(getattr(rule, "value", 0)),
+            "topk": int(getattr(rule, "k", 0)),
+        }
+
+    def quantize(self, x: np.ndarray, rule: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Returns lo, hi and row scales."""
+        m, k = x.shape
+        lo, hi, scale = (
+            aligned((m, k), np.int8),
+            aligned((m, k), np.int8),
+            aligned((m,), np.float32),
+        )
+        call = Call(kind=QUANTIZE, type=TYPES[x.dtype], m=m, k=k, path=AUTO, **self._options(rule))
+        self._run(call, x=copy(x), lo=lo, hi=hi, row_scale=scale)
+        return lo, hi, scale
+
+    def product(self, a: np.ndarray, codes: np.ndarray, path: int = AUTO) -> np.ndarray:
+        """Returns int32[m, n]."""
+        m, k = a.shape
+        n = codes.shape[0]
+        y = aligned((m, n), np.int32)
+        self._run(Call(kind=PRODUCT, m=m, k=k, n=n, path=path), x=copy(a), w=copy(codes), y=y)
+        return y
+
+    def linear(self, case: battery.Case, rule: Any, path: int = AUTO) -> np.ndarray:
+        """Returns the layer's output."""
+        (m, k), n = case.x.shape, case.codes.shape[0]
+        y = aligned((m, n), case.x.dtype)
+        call = Call(
+            kind=LINEAR, type=TYPES[case.x.dtype], m=m, k=k, n=n, path=path, **self._options(rule)
+        )
+        bias = None if case.bias is None else copy(case.bias)
+        self._run(
+            call, x=copy(case.x), w=copy(case.codes), w_scale=copy(case.scale), bias=bias, y=y
+        )
+        return y
+
+    def sites(self) -> list[tuple[str, int]]:
+        """Returns (place in the source, fault that can be planted there) of the last run."""
+        lines = self.library.executor_sites().decode().split("\n")
+        return [(place, int(fault)) for place, fault in (line.split() for line in lines if line)]
+
+
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Executor:
+    library = tmp_path_factory.mktemp("executor") / "executor.so"
+    flags = ["-std=c++17", "-O1", "-ffp-contract=off", "-U_FORTIFY_SOURCE", "-shared", "-fPIC"]
+    warnings = ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
+    command = [COMPILER, *flags, *warnings, str(SOURCE), "-o", str(library)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return Executor(library)
+
+
+@pytest.fixture
+def executor(compiled: Executor) -> Iterator[Executor]:
+    yield compiled
+    compiled.fault, compiled.site, compiled.order = 0, b"", 0
+
+
+def expect_linear(executor: Executor, case: battery.Case, rule: Any, path: int = AUTO) -> None:
+    y = executor.linear(case, rule, path)
+    wanted = reference.int8_linear(case.x, case.codes, case.scale, case.bias, rule)
+    np.testing.assert_array_equal(y.astype(np.float32), wanted.astype(np.float32))
+
+
+@pytest.mark.parametrize("rule", battery.RULES, ids=str)
+@pytest.mark.parametrize("dtype", battery.DTYPES, ids=lambda d: np.dtype(d).name)
+def test_quantize(executor: Executor, rule: Any, dtype: type) -> None:
+    for number, shape in enumerate(
+        [(0, 5), (3, 0), (1, 1), (3, 3), (5, 130), (4, 256), (2, 1029), (3, 1504)]
+    ):
+        executor.order = number % 3
+        x = battery.make((*shape, 1), dtype).x
+        for got, wanted in zip(
+            executor.quantize(x, rule), reference.quantize_rows(x, rule), strict=True
+        ):
+            np.testing.assert_array_equal(got, wanted)
+
+
+@pytest.mark.parametrize("kind", sorted(battery.KINDS))
+@pytest.mark.parametrize("rule", battery.RULES, ids=str)
+def test_quantize_kinds(executor: Executor, rule: Any, kind: str) -> None:
+    for shape in [(3, 499), (4, 576)]:
+        x = battery.make((*shape, 1), np.float32, kind).x
+        for got, wanted in zip(
+            executor.quantize(x, rule), reference.quantize_rows(x, rule), strict=True
+        ):
+            np.testing.assert_array_equal(got, wanted)
+
+
+@pytest.mark.parametrize("rule", battery.RULES, ids=str)
+@pytest.mark.parametrize("shape", battery.SHAPES, ids=str)
+def test_linear(executor: Executor, shape: tuple[int, int, int], rule: Any) -> None:
+    for number, dtype in enumerate(battery.DTYPES):
+        executor.order = number
+        expect_linear(executor, battery.make(shape, dtype), rule)
+
+
+@pytest.mark.parametrize("path", [STREAM, TILED])
+@pytest.mark.parametrize("kind", sorted(battery.KINDS))
+def test_linear_kinds(executor: Executor, kind: str, path: int) -> None:
+    dtype = np.float32 if kind in battery.FLOAT32_ONLY else ml_dtypes.bfloat16
+    for rule in (Threshold(6.0, "column"), RelativeThreshold(), TopK(8)):
+        expect_linear(executor, battery.make((5, 528, 37), dtype, kind), rule, path)
+
+
+# Fused and not, both tile counts of the stream, every split of k, blocks that take several groups of outputs.
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (1, 16, 16),
+        (1, 256, 200),
+        (2, 512, 130),
+        (4, 1040, 150),
+        (9, 1040, 40),
+        (16, 2064, 33),
+        (8, 2100, 20),
+    ],
+    ids=str,
+)
+def test_stream(executor: Executor, shape: tuple[int, int, int]) -> None:
+    for rule in (None, Threshold(2.0, "column"), RelativeThreshold(3.0), TopK(8)):
+        expect_linear(executor, battery.make(shape, np.float32), rule, STREAM)
+
+
+# No outlier at all, few gathered columns, a list that overflows (all columns), k and n off every boundary.
+@pytest.mark.parametrize(
+    "shape", [(17, 64, 64), (33, 144, 70), (70, 320, 66), (130, 528, 132), (20, 333, 9)], ids=str
+)
+def test_tiled(executor: Executor, shape: tuple[int, int, int]) -> None:
+    for rule in (
+        None,
+        Threshold(1e9, "token"),
+        Threshold(6.0, "column"),
+        Threshold(0.5, "token"),
+        TopK(2),
+    ):
+        expect_linear(executor, battery.make(shape, ml_dtypes.bfloat16), rule, TILED)
+    # ldmatrix without bank conflicts.
+    assert executor.library.executor_worst_bank_conflict() == 1
+
+
+@pytest.mark.parametrize("path", [STREAM, TILED])
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1), (3, 130, 17), (16, 333, 20), (7, 512, 33), (0, 4, 4), (4, 0, 4)], ids=str
+)
+def test_product(executor: Executor, shape: tuple[int, int, int], path: int) -> None:
+    m, k, n = shape
+    rng = np.random.default_rng([m, k, n])
+    a, codes = (rng.integers(-128, 128, (rows, k)).astype(np.int8) for rows in (m, n))
+    np.testing.assert_array_equal(executor.product(a, codes, path), reference.product(a, codes))
+
+
+@pytest.mark.parametrize("k", [1, 2, 7, 24, 25, 40, 499])
+def test_topk_ties(executor: Executor, k: int) -> None:
+    """Ties go to the lower column on the quick way, on the way by digits, and where candidates overflow."""
+    rng = np.random.default_rng(k)
+    rows = [
+        rng.integers(-3, 4, 999),
+        np.zeros(999),
+        np.ones(999),
+        rng.normal(size=999),
+        np.where(np.arange(999) < 30, 5.0, rng.normal(size=999)),
+    ]
+    x = np.stack(rows).astype(np.float32)
+    for got, wanted in zip(
+        executor.quantize(x, TopK(k)), reference.quantize_rows(x, TopK(k)), strict=True
+    ):
+        np.testing.assert_array_equal(got, wanted)
+
+
+def test_row_of_many_outliers_cannot_overflow(executor: Executor) -> None:
+    """Over a thousand outliers in a row: the code bound gives way, and the int32 sum stays exact."""
+    case = battery.make((2, 4096, 3), np.float32, "extreme")
+    case.x[:] = 1e4
+    expect_linear(executor, case, Threshold(6.0, "token"), STREAM)
+    expect_linear(executor, case, Threshold(6.0, "token"), TILED)
+
+
+# Small calls that between them reach every line of the kernels where a fault can be planted.
+def planted_calls(executor: Executor) -> None:
+    """Raises ExecutorError or AssertionError if anything is wrong."""
+    case = battery.make((3, 272, 19), np.float32)
+    expect_linear(executor, case, TopK(3), STREAM)
+    expect_linear(executor, case, Threshold(2.0, "column"), STREAM)
+    expect_linear(executor, battery.make((4, 4112, 17), np.float32), RelativeThreshold(3.0), STREAM)
+    expect_linear(
+        executor, battery.make((35, 200, 70), np.float32), Threshold(2.0, "column"), TILED
+    )
+    expect_linear(executor, battery.make((20, 328, 66), ml_dtypes.bfloat16), TopK(30), TILED)
+    expect_linear(
+        executor, battery.make((130, 330, 4), ml_dtypes.bfloat16), Threshold(0.5, "token"), TILED
+    )
+
+
+# A bound from another group of threads is still a bound from below: only slower.
+HARMLESS = {("scratch_ + kGroupsAt + lane", SHIFT_INDEX)}
+
+
+def test_planted_faults_are_noticed(executor: Executor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A missing barrier, a wrong index, a swapped fragment, a copy not waited for: at every place of every kernel."""
+    places: dict[tuple[str, int], None] = {}
+    run = executor._run
+
+    def recording(call: Call, **arrays: np.ndarray | None) -> None:
+        run(call, **arrays)
+        places.update(dict.fromkeys(executor.sites()))
+
+    monkeypatch.setattr(executor, "_run", recording)
+    planted_calls(executor)
+    monkeypatch.undo()
+    missed = []
+    for place, fault in places:
+        executor.fault, executor.site = fault, place.encode()
+        try:
+            planted_calls(executor)
+        except (ExecutorError, AssertionError):
+            continue
+        file, line = place.split(":")
+        text = (SOURCE.parents[1] / file).read_text().split("\n")[int(line) - 1]
+        if not any(harmless in text and fault == kind for harmless, kind in HARMLESS):
+            missed.append(f"{place}: fault {fault}: {text.strip()}")
+    assert not missed, "\n".join(missed)
+    kinds = [fault for _, fault in places]
+    assert all(
+        kinds.count(fault) > 1 for fault in (SKIP_BARRIER, SHIFT_INDEX, SWAP_FRAGMENT, SKIP_WAIT)
+    )
