@@ -7,11 +7,16 @@ commands can be imported into one process.
 """
 
 import contextlib
+import shlex
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from absl import flags
+
+Options = Mapping[str, Any]
+"""What a command is given: flag name -> value, and under "command" the command line itself."""
 
 
 class InputError(Exception):
@@ -34,7 +39,7 @@ def input_errors() -> Iterator[None]:
 def launch(
     usage: str,
     define_flags: Callable[[flags.FlagValues], None],
-    run: Callable[[flags.FlagValues], None],
+    run: Callable[[Options], None],
     argv: Sequence[str] | None = None,
 ) -> int:
     """Parses the command line and runs the command.
@@ -60,7 +65,7 @@ def launch(
             return 0
         if positional:
             raise InputError(f"unexpected argument {positional[0]!r}: options are --name=value")
-        run(values)
+        run({**values.flag_values_dict(), "command": shlex.join([program, *arguments[1:]])})
         return 0
     except (flags.Error, InputError) as error:
         message = " ".join(str(error).split())

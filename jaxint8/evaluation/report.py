@@ -109,18 +109,18 @@ COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
     ("method", lambda row: row.method),
     ("perplexity", lambda row: f"{row.perplexity:.4f}"),
     ("change", lambda row: _show(row.relative_change, lambda x: f"{100 * x:+.2f} %")),
-    ("mean abs Δ log p", lambda row: _show(row.mean_abs_logprob_change, lambda x: f"{x:.4f}")),
-    ("model MB", lambda row: f"{row.model_bytes / 1e6:.1f}"),
-    ("prefill tok/s", lambda row: f"{row.prefill_tokens_per_s:,.0f}"),
-    ("decode tok/s", lambda row: _show(row.decode_tokens_per_s, lambda x: f"{x:,.1f}")),
+    ("mean abs\nΔ log p", lambda row: _show(row.mean_abs_logprob_change, lambda x: f"{x:.4f}")),
+    ("model\nMB", lambda row: f"{row.model_bytes / 1e6:.1f}"),
+    ("prefill\ntok/s", lambda row: f"{row.prefill_tokens_per_s:,.0f}"),
+    ("decode\ntok/s", lambda row: _show(row.decode_tokens_per_s, lambda x: f"{x:,.1f}")),
     ("outliers", lambda row: _show(row.outlier_fraction, lambda x: f"{100 * x:.3f} %")),
 )
-"""Header and text of each column of the table, in the report and on the terminal."""
+"""Header (may be two lines) and text of each column, in the report and on the terminal."""
 
 
 def to_markdown(report: Report, plots: Sequence[str] = ()) -> str:
     """The report as Markdown; `plots` are file names to show below the table."""
-    table = [[header for header, _ in COLUMNS]]
+    table = [[header.replace("\n", " ") for header, _ in COLUMNS]]
     table += [[show(row) for _, show in COLUMNS] for row in report.rows]
     widths = [max(len(line[i]) for line in table) for i in range(len(COLUMNS))]
     lines = [_table_line(line, widths) for line in table]

@@ -1,0 +1,254 @@
+"""Tests of the command lines, on a small random checkpoint that is loaded from disk like any other."""
+
+import json
+import math
+import pathlib
+import shutil
+
+import numpy as np
+import pytest
+import tokenizers
+
+from jaxint8.cli import eval as eval_cli
+from jaxint8.cli import generate as generate_cli
+from jaxint8.cli import measure, methods
+from jaxint8.models import load
+from jaxint8.models.observe import linear_inputs
+
+GOLDEN = pathlib.Path(__file__).parent / "goldens" / "llama_gqa_tied"
+EVALUATED = ("bfloat16", "absmax", "llm_int8", "topk", "float32")
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+TEXT = "the quick brown fox jumps over the lazy dog " * 4
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A LLaMA of two layers whose tokens are letters, with room for 256 positions."""
+    folder = tmp_path_factory.mktemp("model")
+    shutil.copy(GOLDEN / "model.safetensors", folder)
+    config = json.loads((GOLDEN / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 256}))
+    vocab = {letter: i for i, letter in enumerate(["Ġ", *LETTERS])}
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, []))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    backend.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT)
+    return path
+
+
+def outcome(command, capsys, *arguments):
+    """(exit status, stdout, stderr) of a command line."""
+    status = command.main(["prog", *map(str, arguments)])
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+@pytest.mark.parametrize("command", [eval_cli, generate_cli])
+def test_help_names_every_flag_and_method(command, capsys):
+    status, out, err = outcome(command, capsys, "--help")
+    assert (status, err) == (0, "")
+    assert command.__doc__.splitlines()[0] in out
+    assert all(name in out for name in methods.METHODS)
+    assert "--model" in out and "--[no]help" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--methods=llm_int8,int4"], "methods: expected any of float32, bfloat16, absmax,"),
+        (["--methods=llm_int8,int4"], "or all, got 'int4'"),
+        (["--methods="], "got nothing"),
+        (["--window=1"], "flag --window=1: 1 is not integer >= 2"),
+        (["--window=257"], "window: 257 exceeds the model's 256 positions"),
+        (["--window=many"], "flag --window=many: invalid literal"),
+        (["--max_tokens=0"], "flag --max_tokens=0"),
+        (["--batch_size=0"], "flag --batch_size=0"),
+        (["--tokens=3"], "Unknown command line flag 'tokens'"),
+        (["demo"], "unexpected argument 'demo'"),
+        (["--text=nothing.txt"], "text: nothing.txt cannot be read: No such file"),
+        (["--model=nothing"], "nothing"),
+    ],
+)
+def test_eval_refuses_bad_input_in_one_line(checkpoint, text, capsys, arguments, message):
+    defaults = [f"--model={checkpoint}", f"--text={text}", "--methods=float32", "--window=32"]
+    status, out, err = outcome(eval_cli, capsys, *defaults, *arguments)
+    assert (status, out) == (2, "")
+    assert message in err
+    assert err.startswith("prog: ") and err.count("\n") == 1
+
+
+def test_eval_refuses_a_text_without_tokens_and_an_output_that_is_a_file(
+    checkpoint, text, tmp_path, capsys
+):
+    short = tmp_path / "short.txt"
+    short.write_text("a")
+    arguments = [f"--model={checkpoint}", "--methods=float32", "--window=32"]
+    status, _, err = outcome(eval_cli, capsys, *arguments, f"--text={short}")
+    assert status == 2
+    assert "text: expected at least 2 tokens to have one to score, got 1" in err
+    status, _, err = outcome(eval_cli, capsys, *arguments, f"--text={text}", f"--output={text}")
+    assert status == 2 and "File exists" in err
+
+
+@pytest.fixture(scope="module")
+def evaluated(checkpoint, tmp_path_factory):
+    """(report.json, folder, sources loaded) of one method of each kind, float32 last."""
+    folder = tmp_path_factory.mktemp("evaluated")
+    (folder / "text.txt").write_text(TEXT)
+    loads = []
+    with pytest.MonkeyPatch.context() as patch:
+        load = measure.load
+        patch.setattr(measure, "load", lambda *a, **k: (loads.append(k), load(*a, **k))[1])
+        status = eval_cli.main(
+            [
+                "jaxint8-eval",
+                f"--model={checkpoint}",
+                f"--text={folder / 'text.txt'}",
+                f"--methods={','.join(EVALUATED)}",
+                "--max_tokens=144",
+                "--window=48",
+                f"--output={folder / 'report'}",
+            ]
+        )
+    assert status == 0
+    return json.loads((folder / "report" / "report.json").read_text()), folder / "report", loads
+
+
+def test_eval_reports_every_method_in_the_order_asked(evaluated, checkpoint):
+    report, folder, _ = evaluated
+    assert (report["model"], report["text"], report["tokens"]) == (str(checkpoint), "text.txt", 144)
+    assert report["environment"]["scored_tokens"] == 144 - 3
+    assert report["environment"]["command"].startswith("jaxint8-eval --model=")
+    rows = {row["method"]: row for row in report["rows"]}
+    assert tuple(rows) == EVALUATED
+    assert rows["float32"]["relative_change"] == 0.0
+    assert rows["float32"]["mean_abs_logprob_change"] == 0.0
+    base = rows["float32"]["perplexity"]
+    for name, row in rows.items():
+        assert row["relative_change"] == pytest.approx(row["perplexity"] / base - 1, abs=1e-12)
+        assert (row["mean_abs_logprob_change"] > 0) == (name != "float32")
+        assert row["prefill_tokens_per_s"] > 0 and row["decode_tokens_per_s"] > 0
+    assert {path.name for path in folder.iterdir()} >= {"report.json", "report.md"}
+
+
+def test_eval_float32_is_the_perplexity_of_the_model(evaluated, checkpoint):
+    report, _, _ = evaluated
+    row = next(row for row in report["rows"] if row["method"] == "float32")
+    model = load(checkpoint, quantization=None, dtype=np.float32)
+    ids = np.asarray(model.tokenizer.encode(TEXT, add_special_tokens=False)[:144])
+    logprobs = []
+    for start in range(0, 144, 48):
+        piece = ids[start : start + 48]
+        logits = np.asarray(model.logits(piece[None]), np.float64)[0]
+        logs = logits - np.log(np.sum(np.exp(logits), axis=-1, keepdims=True))
+        logprobs += [logs[i, piece[i + 1]] for i in range(len(piece) - 1)]
+    assert row["perplexity"] == pytest.approx(math.exp(-np.mean(logprobs)), rel=1e-5)
+
+
+def test_eval_measures_the_share_of_outliers(evaluated, checkpoint):
+    report, _, _ = evaluated
+    shares = {row["method"]: row["outlier_fraction"] for row in report["rows"]}
+    assert shares["float32"] == shares["bfloat16"] == shares["absmax"] == 0.0
+    # 8 of each row of qkv, out and up (32 wide) and of down (48 wide).
+    assert shares["topk"] == pytest.approx(4 * 8 / (3 * 32 + 48))
+    model = load(checkpoint, quantization="llm_int8")
+    ids = model.tokenizer.encode(TEXT, add_special_tokens=False)[:144]
+    found = values = 0
+    for window in np.asarray(ids).reshape(3, 1, 48):
+        inputs = linear_inputs(model.config, model.params, window, quantization=model.quantization)
+        for x in inputs.values():
+            found += 48 * np.sum(np.any(np.abs(x) >= 6.0, axis=(0, 1)))
+            values += x.size
+    assert shares["llm_int8"] == pytest.approx(found / values) and found > 0
+
+
+def test_eval_loads_each_set_of_weights_once(evaluated):
+    _, _, loads = evaluated
+    kinds = [
+        (call["quantization"] and call["quantization"].weights, call["dtype"]) for call in loads
+    ]
+    assert len(kinds) == len(set(kinds)) == 4  # bfloat16, int8 per tensor, int8 per row, float32
+
+
+def test_eval_without_the_baseline_says_so(checkpoint, text, capsys):
+    status, out, err = outcome(
+        eval_cli, capsys, f"--model={checkpoint}", f"--text={text}", "--methods=topk", "--window=32"
+    )
+    assert status == 0
+    assert "topk" in out
+    assert "no changes without float32 among --methods" in err
+
+
+def test_methods_expand_all_and_drop_repetitions():
+    assert methods.parse_methods(["topk", "all"]) == [
+        "topk",
+        *(name for name in methods.METHODS if name != "topk"),
+    ]
+    groups = methods.by_weights(["llm_int8", "float32", "topk", "absmax"])
+    assert groups == [["llm_int8", "topk"], ["float32"], ["absmax"]]
+
+
+def test_decode_speed_needs_positions(checkpoint):
+    model = measure.load_group(str(checkpoint), ["float32"])
+    assert measure.decode_speed(model, range(10)) > 0
+    few = measure.LanguageModel(
+        measure.dataclasses.replace(model.config, max_positions=64), model.params
+    )
+    assert measure.decode_speed(few, range(10)) is None
+
+
+def test_generate_prints_what_the_model_makes(checkpoint, capsys):
+    model = load(checkpoint, quantization="relative")
+    prompts = ["the quick", "brown fox jumps"]
+    expected = model.generate(prompts, max_new_tokens=20)
+    arguments = [f"--model={checkpoint}", "--max_new_tokens=20"]
+    arguments += [f"--prompt={prompt}" for prompt in prompts]
+    status, out, err = outcome(generate_cli, capsys, *arguments)
+    assert status == 0
+    assert out == "".join(f"{a}{b}\n\n" for a, b in zip(prompts, expected, strict=True))
+    assert "40 tokens in" in err and "tokens/s" in err
+
+
+def test_generate_streams_the_same_text(checkpoint, tmp_path, capsys):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("lazy dog\n\n")
+    arguments = [f"--model={checkpoint}", f"--prompt_file={prompts}", "--temperature=1.5"]
+    arguments += ["--top_k=20", "--top_p=0.9", "--seed=3", "--method=float32"]
+    status, whole, _ = outcome(generate_cli, capsys, *arguments)
+    assert status == 0
+    status, streamed, _ = outcome(generate_cli, capsys, *arguments, "--stream")
+    assert status == 0
+    assert streamed.rstrip("\n") == whole.rstrip("\n")
+    assert streamed.startswith("lazy dog") and len(streamed) > len("lazy dog\n")
+    _, other, _ = outcome(generate_cli, capsys, *arguments, "--seed=4")
+    assert other != whole
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "prompt: expected at least one"),
+        (["--prompt="], "prompt: expected at least one, none of them empty"),
+        (["--prompt=a", "--method=int4"], "method: expected one of float32,"),
+        (["--prompt=a", "--method=all"], "got 'all'"),
+        (["--prompt=a", "--prompt=b", "--stream"], "stream: expected one prompt, got 2"),
+        (["--prompt=a", "--temperature=-1"], "temperature must be"),
+        (["--prompt=a", "--top_p=2"], "top_p must be"),
+        (["--prompt=a", "--max_new_tokens=0"], "flag --max_new_tokens=0"),
+        (["--prompt=a", "--max_new_tokens=256"], "exceeds the model's 256 positions"),
+        (["--prompt=a", "--model=nothing"], "nothing"),
+        (["--prompt_file=nothing"], "prompt_file: nothing cannot be read"),
+    ],
+)
+def test_generate_refuses_bad_input_in_one_line(checkpoint, capsys, arguments, message):
+    status, out, err = outcome(generate_cli, capsys, f"--model={checkpoint}", *arguments)
+    assert (status, out) == (2, "")
+    assert message in err
+    assert err.startswith("prog: ") and err.count("\n") == 1
