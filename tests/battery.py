@@ -41,6 +41,8 @@ RULES: list[OutlierRule | None] = [
     TopK(8),
     TopK(10_000),
 ]
+# One of each kind, for tests whose time goes into compiling.
+FEW_RULES = [None, Threshold(6.0, "column"), RelativeThreshold(6.0, "token"), TopK(8)]
 TOKEN_RULES = [
     rule for rule in RULES if rule is None or isinstance(rule, TopK) or rule.scope == "token"
 ]

@@ -5,8 +5,19 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from battery import DTYPES, FLOAT32_ONLY, KINDS, RULES, SHAPES, TOKEN_RULES, Case, float_bound, make
 
+from battery import (
+    DTYPES,
+    FEW_RULES,
+    FLOAT32_ONLY,
+    KINDS,
+    RULES,
+    SHAPES,
+    TOKEN_RULES,
+    Case,
+    float_bound,
+    make,
+)
 from jaxint8 import QuantizedMatrix, Threshold, TopK, int8_linear, kernels, quantize, reference
 
 IMPLEMENTATIONS = ["xla", *kernels.available()]
@@ -23,7 +34,9 @@ def _call(x, codes, scale, bias, rule, arithmetic, implementation):
     )
 
 
-_jitted = jax.jit(_call, static_argnums=(4, 5, 6))  # one cache for all tests: compiling is what takes the time
+_jitted = jax.jit(
+    _call, static_argnums=(4, 5, 6)
+)  # one cache for all tests: compiling is what takes the time
 
 
 def linear(case: Case, implementation, rule, arithmetic="int15", jit=True):
@@ -44,32 +57,30 @@ def bits(a) -> np.ndarray:
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("rule", RULES, ids=repr)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_shapes_equal_the_oracle(shape, rule, implementation):
+def test_shapes_equal_the_oracle(shape, implementation):
     case = make(shape)
-    np.testing.assert_array_equal(
-        bits(linear(case, implementation, rule)), bits(oracle(case, rule))
-    )
+    for rule in FEW_RULES:
+        y = linear(case, implementation, rule)
+        np.testing.assert_array_equal(bits(y), bits(oracle(case, rule)))
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("rule", RULES, ids=repr)
 @pytest.mark.parametrize("kind", KINDS)
 def test_kinds_equal_the_oracle(kind, rule, implementation):
-    for dtype in [np.float32] if kind in FLOAT32_ONLY else DTYPES:
-        for m in (1, 9):
-            case = make((m, 331, 37), dtype, kind)
-            y = linear(case, implementation, rule)
-            assert y.dtype == case.x.dtype
-            np.testing.assert_array_equal(bits(y), bits(oracle(case, rule)))
+    for dtype in [np.float32] if kind in FLOAT32_ONLY or rule not in FEW_RULES else DTYPES:
+        case = make((9, 331, 37), dtype, kind)
+        y = linear(case, implementation, rule)
+        assert y.dtype == case.x.dtype
+        np.testing.assert_array_equal(bits(y), bits(oracle(case, rule)))
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("rule", RULES, ids=repr)
+@pytest.mark.parametrize("rule", FEW_RULES, ids=repr)
 def test_float_arithmetic_within_the_derived_bound(rule, implementation):
-    for kind in ("outliers", "no_bias", "ties", "nan", "one_spike"):
-        for dtype in DTYPES:
+    for dtype in DTYPES:
+        for kind in ("outliers", "ties", "nan", "one_spike"):
             case = make((7, 499, 33), dtype, kind)
             y, expected = (
                 np.asarray(linear(case, implementation, rule, "float")),
@@ -112,9 +123,9 @@ def test_thousands_of_outliers_stay_exact():
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("arithmetic", ["int15", "float"])
 def test_jit_equals_eager(arithmetic, implementation):
-    for rule in RULES:
-        for m in (1, 6):
-            case = make((m, 211, 19))
+    for rule in FEW_RULES:
+        for m in (1, 9):
+            case = make((m, 331, 37))
             np.testing.assert_array_equal(
                 bits(linear(case, implementation, rule, arithmetic)),
                 bits(linear(case, implementation, rule, arithmetic, jit=False)),
@@ -125,7 +136,7 @@ def test_jit_equals_eager(arithmetic, implementation):
 @pytest.mark.parametrize("arithmetic", ["int15", "float"])
 @pytest.mark.parametrize("rule", TOKEN_RULES, ids=repr)
 def test_a_row_does_not_see_its_batch(rule, arithmetic, implementation):
-    case = make((9, 499, 40), kind="nan")
+    case = make((9, 331, 37), kind="nan")
     together = bits(linear(case, implementation, rule, arithmetic))
     for i in range(len(case.x)):
         alone = Case(case.x[i : i + 1], case.codes, case.scale, case.bias)
