@@ -38,28 +38,36 @@ struct Outlier {
   float value;  // the activation itself
 };
 
+// The high parts of four adjacent columns of a row, as the bytes of one word.
+struct HiWord {
+  int32_t group;  // columns [4 * group, 4 * group + 4)
+  uint32_t four;
+};
+
 // What the quantiser knows of one row of activations. Its low codes lie elsewhere, zero-padded to a multiple of 64.
 struct Row {
   float scale = 1;               // NaN: the row holds a non-finite value, its codes are 0
   int32_t sum = 0;               // of the full codes 128 * hi + lo: cancels the offset of unsigned weights
   int32_t count = 0;             // outliers
+  int32_t words = 0;             // groups of four columns with an outlier that has a high part
   const Outlier* outliers = {};  // ascending columns
-};
-
-// 64 columns that hold an outlier in some row of a small product, gathered as if they were adjacent (see HiPlan).
-struct Segment {
-  int64_t block;     // of 64 columns: [64 * block, 64 * block + 64)
-  uint64_t mask;     // slots of the group that this block fills
-  uint8_t lane[64];  // per slot: column within the block
+  const HiWord* hi = {};         // ascending groups
 };
 
 // The high parts of a small product (m <= kSmallM), columns without any outlier squeezed out: slot j of group g stands
-// for column columns[64 * g + j]. The weights of a group are gathered once per output row and serve all m rows.
+// for some column, the same in every row. The weights of a group are gathered once per output and serve all m rows.
+// A product of one or two rows reads weights more slowly than it multiplies: there the groups are simply all columns.
 struct HiPlan {
+  // Up to 64 slots of a group that are filled from 64 adjacent columns.
+  struct Segment {
+    int64_t column;    // the first of the 64
+    uint64_t mask;     // the slots
+    uint8_t lane[64];  // per slot: column within the 64
+  };
+  bool dense = false;
   int64_t groups = 0;
-  const int32_t* columns = {};        // [groups * 64], the padding repeats column 0
   const int8_t* hi = {};              // [m][groups * 64], zero where not an outlier
-  const Segment* segments = {};       // of group g: [segment_start[g], segment_start[g + 1])
+  const Segment* segments = {};       // of group g: [segment_start[g], segment_start[g + 1]); not when dense
   const int32_t* segment_start = {};  // [groups + 1]
 };
 
@@ -74,8 +82,9 @@ struct Block {
   const int8_t* w;  // [n][k]
   int64_t n;        // 1..kBlockN
   int64_t k;
-  int32_t* c;        // [m][kBlockN]
-  uint8_t* scratch;  // 64-byte aligned, scratch_bytes of the rung
+  const int8_t* ahead;  // weights that this thread is likely to need after these, or null
+  int32_t* c;           // [m][kBlockN]
+  uint8_t* scratch;     // 64-byte aligned, scratch_bytes of the rung
 };
 
 // Buffers of k elements for the row functions; alive during one call only.
@@ -145,6 +154,8 @@ class Job {
   int64_t items(int phase) const { return items_[phase]; }
   // Rough nanoseconds of the whole phase on one thread: decides whether waking another thread pays.
   double cost(int phase) const { return cost_[phase]; }
+  // How many threads share the items; only a hint of which weights a thread reads next.
+  void set_threads(int64_t threads) { threads_ = threads; }
   void Run(int phase, int64_t item);
 
  private:
@@ -152,6 +163,7 @@ class Job {
   void QuantizeRows(int64_t item);
   void CopyRows(int64_t item);
   void PlanHi();
+  int64_t SqueezeColumns();
   void Multiply(int64_t item);
 
   Problem p_;
@@ -160,6 +172,7 @@ class Job {
   double cost_[kPhases] = {};
   int64_t rows_per_item_ = 1;
   int64_t chunk_m_ = 1, chunks_ = 1;
+  int64_t threads_ = 1;
 };
 
 }  // namespace jaxint8::cpu

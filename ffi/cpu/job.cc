@@ -20,6 +20,9 @@ namespace jaxint8::cpu {
 namespace {
 
 constexpr int64_t kAlign = 64;
+// Up to this many rows the high parts are kept for every column: the weights are read at about 8 bytes per cycle and
+// core, 8 cycles for 64 columns, in which the machine multiplies 8 rows (16 with two multipliers).
+constexpr int64_t kDenseM = 2;
 // Workspaces above this are given back to the system after use.
 constexpr size_t kKeepBytes = size_t{64} << 20;
 
@@ -107,17 +110,25 @@ uint32_t SelectLargest(uint32_t* magnitudes, int64_t n, int64_t count) {
 struct Workspace {
   Buffer lo, marks;
   std::vector<Row> rows;
-  std::vector<std::vector<Outlier>> outliers;  // per item of the quantising phase
+  // Per item of the quantising phase: the outliers of its rows, one after the other.
+  struct Lists {
+    std::vector<Outlier> outliers;
+    std::vector<HiWord> words;
+  };
+  std::vector<Lists> lists;
   int64_t stride = 0;
   // The plan of a small product; see HiPlan.
   HiPlan plan;
-  std::vector<int32_t> columns, segment_start;
-  std::vector<int8_t> hi;
-  std::vector<Segment> segments;
+  Buffer hi;
+  std::vector<uint64_t> used;
+  std::vector<int32_t> rank, segment_start;
+  std::vector<HiPlan::Segment> segments;
 
   size_t bytes() const {
     size_t total = lo.size() + marks.size() + rows.capacity() * sizeof(Row);
-    for (const auto& list : outliers) total += list.capacity() * sizeof(Outlier);
+    for (const Lists& list : lists) {
+      total += list.outliers.capacity() * sizeof(Outlier) + list.words.capacity() * sizeof(HiWord);
+    }
     return total;
   }
 };
@@ -166,7 +177,7 @@ Job::Job(const Problem& problem) : p_(problem), ws_(Acquire()) {
   }
   items_[1] = row_items;
   cost_[1] = values * 0.25;
-  if (ws_->outliers.size() < static_cast<size_t>(row_items)) ws_->outliers.resize(row_items);
+  if (ws_->lists.size() < static_cast<size_t>(row_items)) ws_->lists.resize(row_items);
   if (!multiplies) return;
 
   ws_->rows.resize(p_.m);
@@ -220,8 +231,9 @@ void Job::QuantizeRows(int64_t item) {
       if (marks[j]) columns[columns_count++] = static_cast<int32_t>(j);
     }
   }
-  std::vector<Outlier>& outliers = ws_->outliers[item];
-  outliers.clear();
+  Workspace::Lists& lists = ws_->lists[item];
+  lists.outliers.clear();
+  lists.words.clear();
   const int64_t begin = item * rows_per_item_, end = std::min(p_.m, begin + rows_per_item_);
   for (int64_t i = begin; i < end; ++i) {
     const auto* x = static_cast<const char*>(p_.x) + i * p_.k * TypeSize(p_.type);
@@ -238,17 +250,27 @@ void Job::QuantizeRows(int64_t item) {
       continue;
     }
     std::memset(lo + p_.k, 0, static_cast<size_t>(ws_->stride - p_.k));
-    ws_->rows[i] = row;
+    const size_t words = lists.words.size();
     for (int32_t j = 0; j < row.count; ++j) {
+      const int32_t column = scratch.index[j];
       const int32_t hi = p_.options.float_outliers ? 0 : (scratch.codes[j] + 64) >> 7;
-      outliers.push_back({scratch.index[j], hi, scratch.outliers[j]});
+      lists.outliers.push_back({column, hi, scratch.outliers[j]});
+      if (hi == 0) continue;
+      if (lists.words.size() == words || lists.words.back().group != column / 4) lists.words.push_back({column / 4, 0});
+      lists.words.back().four |= static_cast<uint32_t>(hi & 0xff) << (column % 4 * 8);
     }
+    ws_->rows[i] = row;
+    ws_->rows[i].words = static_cast<int32_t>(lists.words.size() - words);
   }
   if (rows_only) return;
-  const Outlier* next = outliers.data();  // set last: the list moves while it grows
+  const Outlier* outlier = lists.outliers.data();  // set last: the lists move while they grow
+  const HiWord* word = lists.words.data();
   for (int64_t i = begin; i < end; ++i) {
-    ws_->rows[i].outliers = next;
-    next += ws_->rows[i].count;
+    Row& row = ws_->rows[i];
+    row.outliers = outlier;
+    row.hi = word;
+    outlier += row.count;
+    word += row.words;
   }
 }
 
@@ -266,35 +288,60 @@ void Job::CopyRows(int64_t item) {
 
 void Job::PlanHi() {
   Workspace& ws = *ws_;
-  ws.columns.clear();
-  for (int64_t i = 0; i < p_.m; ++i) {
-    for (int32_t j = 0; j < ws.rows[i].count; ++j) ws.columns.push_back(ws.rows[i].outliers[j].column);
-  }
-  std::sort(ws.columns.begin(), ws.columns.end());
-  ws.columns.erase(std::unique(ws.columns.begin(), ws.columns.end()), ws.columns.end());
-  const auto used = static_cast<int64_t>(ws.columns.size());
-  const int64_t groups = CeilDiv(used, 64), width = groups * 64;
-  ws.hi.assign(p_.m * width, 0);
-  for (int64_t i = 0; i < p_.m; ++i) {
-    auto slot = ws.columns.cbegin();
+  ws.plan = HiPlan{};
+  bool any = false;
+  for (int64_t i = 0; i < p_.m; ++i) any |= ws.rows[i].words > 0;
+  if (!any) return;
+  ws.plan.dense = p_.m <= kDenseM;
+  ws.plan.groups = ws.plan.dense ? CeilDiv(p_.k, 64) : SqueezeColumns();
+  const int64_t width = ws.plan.groups * 64;
+  int8_t* hi = ws.hi.Get<int8_t>(p_.m * width);
+  std::memset(hi, 0, static_cast<size_t>(p_.m * width));
+  for (int64_t i = 0; i < p_.m; ++i, hi += width) {
     for (int32_t j = 0; j < ws.rows[i].count; ++j) {
       const Outlier& outlier = ws.rows[i].outliers[j];
-      slot = std::lower_bound(slot, ws.columns.cend(), outlier.column);
-      ws.hi[i * width + (slot - ws.columns.cbegin())] = static_cast<int8_t>(outlier.hi);
+      if (outlier.hi == 0) continue;
+      const int32_t block = outlier.column / 64, bit = outlier.column % 64;
+      const int64_t slot = ws.plan.dense
+                               ? outlier.column
+                               : ws.rank[block] + __builtin_popcountll(ws.used[block] & ((uint64_t{1} << bit) - 1));
+      hi[slot] = static_cast<int8_t>(outlier.hi);
+    }
+  }
+  ws.plan.hi = ws.hi.Get<int8_t>(0);
+}
+
+// Lists the columns that hold a high part in some row, 64 to a group; returns how many groups.
+int64_t Job::SqueezeColumns() {
+  Workspace& ws = *ws_;
+  const int64_t blocks = CeilDiv(p_.k, 64);
+  ws.used.assign(blocks, 0);
+  ws.rank.resize(blocks);
+  for (int64_t i = 0; i < p_.m; ++i) {
+    for (int32_t j = 0; j < ws.rows[i].count; ++j) {
+      const Outlier& outlier = ws.rows[i].outliers[j];
+      if (outlier.hi != 0) ws.used[outlier.column / 64] |= uint64_t{1} << (outlier.column % 64);
     }
   }
   ws.segments.clear();
-  ws.segment_start.assign(1, 0);
-  for (int64_t slot = 0; slot < used; ++slot) {
-    const int64_t block = ws.columns[slot] / 64;
-    if (slot % 64 == 0 || block != ws.segments.back().block) ws.segments.push_back({block, 0, {}});
-    Segment& segment = ws.segments.back();
-    segment.mask |= uint64_t{1} << (slot % 64);
-    segment.lane[slot % 64] = static_cast<uint8_t>(ws.columns[slot] % 64);
-    if (slot % 64 == 63 || slot + 1 == used) ws.segment_start.push_back(static_cast<int32_t>(ws.segments.size()));
+  ws.segment_start.clear();
+  int32_t slot = 0;
+  for (int64_t block = 0; block < blocks; ++block) {
+    ws.rank[block] = slot;
+    uint64_t left = ws.used[block];
+    for (bool fresh = true; left; left &= left - 1, ++slot) {
+      if (slot % 64 == 0) ws.segment_start.push_back(static_cast<int32_t>(ws.segments.size()));
+      if (fresh || slot % 64 == 0) ws.segments.push_back({block * 64, 0, {}});
+      fresh = false;
+      ws.segments.back().mask |= uint64_t{1} << (slot % 64);
+      ws.segments.back().lane[slot % 64] = static_cast<uint8_t>(__builtin_ctzll(left));
+    }
   }
-  ws.columns.resize(width, 0);
-  ws.plan = {groups, ws.columns.data(), ws.hi.data(), ws.segments.data(), ws.segment_start.data()};
+  const auto groups = static_cast<int64_t>(ws.segment_start.size());
+  ws.segment_start.push_back(static_cast<int32_t>(ws.segments.size()));
+  ws.plan.segments = ws.segments.data();
+  ws.plan.segment_start = ws.segment_start.data();
+  return groups;
 }
 
 void Job::Multiply(int64_t item) {
@@ -311,6 +358,8 @@ void Job::Multiply(int64_t item) {
   b.with_hi = p_.kind == Problem::Kind::kLinear && p_.options.rule != Rule::kNone && !p_.options.float_outliers;
   b.plan = items_[2] ? &ws_->plan : nullptr;
   b.w = p_.w + j0 * p_.k;
+  const int64_t next = item + threads_;
+  b.ahead = next < items_[3] ? p_.w + next / chunks_ * kBlockN * p_.k : nullptr;
   b.c = scratch.c.Get<int32_t>(b.m * kBlockN);
   b.scratch = scratch.rung.Get<uint8_t>(p_.rung->scratch_bytes);
   p_.rung->block(b);

@@ -89,6 +89,7 @@ inline int64_t ThreadsFor(const Job& job, int64_t available) {
 template <typename Schedule>
 bool RunJob(Job& job, int64_t available, Schedule&& schedule) {
   const int64_t threads = ThreadsFor(job, available);
+  job.set_threads(threads < 1 ? 1 : threads);
   if (threads <= 1) {
     Team team(&job);
     team.Work();

@@ -1,0 +1,207 @@
+// Times the kernels without JAX, beside what the machine can do: multiply rate, read bandwidth.
+//
+//   bench [threads] [m,k,n ...]
+//
+// One line per product: nanoseconds of the fastest call without and with outliers, the ratio of the two, the rate as a
+// share of the peak multiply rate and the weights' bytes per second as a share of the read bandwidth at their size.
+// Fastest rather than median: on a shared machine the fastest call is the one that nothing disturbed.
+#include <atomic>
+#include <cmath>
+#include <condition_variable>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <ctime>
+#include <deque>
+#include <functional>
+#include <mutex>
+#include <random>
+#include <thread>
+#include <vector>
+
+#include "int8.h"
+#include "team.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace jaxint8::cpu {
+namespace {
+
+bool thread_time = false;  // with one thread: its processor time, which other programs lengthen less
+
+double Now() {
+  timespec t;
+  clock_gettime(thread_time ? CLOCK_THREAD_CPUTIME_ID : CLOCK_MONOTONIC, &t);
+  return 1e9 * static_cast<double>(t.tv_sec) + static_cast<double>(t.tv_nsec);
+}
+
+// Threads that wait for tasks, spinning a while first, as XLA's pool does.
+class Pool {
+ public:
+  explicit Pool(int helpers) {
+    for (int i = 0; i < helpers; ++i) threads_.emplace_back([this] { Loop(); });
+  }
+  ~Pool() {
+    stop_ = true;
+    ready_.notify_all();
+    for (std::thread& thread : threads_) thread.join();
+  }
+  void Schedule(std::function<void()> task) {
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      tasks_.push_back(std::move(task));
+    }
+    pending_.fetch_add(1);
+    ready_.notify_one();
+  }
+
+ private:
+  void Loop() {
+    while (!stop_) {
+      for (int spin = 0; spin < 20000 && pending_.load(std::memory_order_relaxed) == 0; ++spin) __builtin_ia32_pause();
+      std::function<void()> task;
+      {
+        std::unique_lock<std::mutex> lock(mutex_);
+        ready_.wait(lock, [this] { return stop_ || !tasks_.empty(); });
+        if (stop_) return;
+        task = std::move(tasks_.front());
+        tasks_.pop_front();
+      }
+      pending_.fetch_sub(1);
+      task();
+    }
+  }
+  std::atomic<bool> stop_{false};
+  std::atomic<int> pending_{0};
+  std::mutex mutex_;
+  std::condition_variable ready_;
+  std::deque<std::function<void()>> tasks_;
+  std::vector<std::thread> threads_;
+};
+
+// Runs f(thread) on all threads at once; returns nanoseconds of the fastest of `repeats` rounds.
+double OnAll(int threads, int repeats, const std::function<void(int)>& f) {
+  double best = 1e30;
+  for (int r = 0; r < repeats; ++r) {
+    std::atomic<int> waiting{threads};
+    std::atomic<int> running{threads};
+    std::vector<std::thread> others;
+    double start = 0;
+    auto body = [&](int t) {
+      waiting.fetch_sub(1);
+      while (waiting.load() > 0) __builtin_ia32_pause();
+      f(t);
+      running.fetch_sub(1);
+    };
+    for (int t = 1; t < threads; ++t) others.emplace_back(body, t);
+    while (waiting.load() > 1) __builtin_ia32_pause();
+    start = Now();
+    body(0);
+    while (running.load() > 0) __builtin_ia32_pause();
+    best = std::min(best, Now() - start);
+    for (std::thread& other : others) other.join();
+  }
+  return best;
+}
+
+// Multiplications per nanosecond of the 512-bit vpdpbusd, all threads together.
+__attribute__((target("avx512f,avx512vnni"))) double PeakMultiplies(int threads) {
+  constexpr int kSteps = 200000, kChains = 12;
+  const double ns = OnAll(threads, 9, [](int) __attribute__((target("avx512f,avx512vnni"))) {
+    __m512i acc[kChains], a = _mm512_set1_epi8(1), b = _mm512_set1_epi8(2);
+    for (auto& v : acc) v = _mm512_setzero_si512();
+    for (int s = 0; s < kSteps; ++s) {
+      asm volatile("" : "+v"(a));
+      for (auto& v : acc) v = _mm512_dpbusd_epi32(v, a, b);
+    }
+    for (auto& v : acc) asm volatile("" : "+v"(v));
+  });
+  return threads * 64.0 * kSteps * kChains / ns;
+}
+
+// Bytes per nanosecond that all threads together read from a set of that size.
+__attribute__((target("avx512f"))) double ReadBandwidth(int threads, const char* data, size_t bytes) {
+  const size_t part = bytes / threads / 512 * 512;
+  const int rounds = static_cast<int>(std::max<size_t>(1, (size_t{32} << 20) / bytes));
+  const double ns = OnAll(threads, 9, [=](int t) __attribute__((target("avx512f"))) {
+    __m512i sum[8] = {};
+    for (int r = 0; r < rounds; ++r) {
+      const char* p = data + t * part;
+      for (size_t i = 0; i < part; i += 512) {
+        for (int j = 0; j < 8; ++j) sum[j] = _mm512_xor_si512(sum[j], _mm512_loadu_si512(p + i + j * 64));
+      }
+    }
+    for (auto& v : sum) asm volatile("" : "+v"(v));
+  });
+  return static_cast<double>(part) * threads * rounds / ns;
+}
+
+struct Shape {
+  int64_t m, k, n;
+};
+
+void Run(const Shape& s, int threads, Pool* pool, double peak, const std::vector<int8_t>& weights) {
+  std::mt19937 random(1);
+  std::normal_distribution<float> normal;
+  std::vector<float> x(s.m * s.k), scale(s.n, 0.01f), y(s.m * s.n);
+  for (float& v : x) v = normal(random);
+  // Outliers as in real activations: six columns that are large in nearly every row.
+  for (int64_t i = 0; i < s.m; ++i) {
+    for (int64_t j = 0; j < 6; ++j) x[i * s.k + (j * 7919 + 13) % s.k] = (i + j) % 8 ? 30 + normal(random) : 0;
+  }
+  std::vector<Options> options(5);
+  options[1].rule = Rule::kThreshold, options[1].value = 6, options[1].column_scope = true;
+  options[2].rule = Rule::kRelative, options[2].value = 6;
+  options[3].rule = Rule::kTopK, options[3].topk = 8;
+  options[4].rule = Rule::kThreshold, options[4].value = 6, options[4].column_scope = true;
+  options[4].float_outliers = true;
+  std::vector<double> best(options.size(), 1e30);
+  const double budget = 4e8;
+  const double start = Now();
+  for (int round = 0; round < 5000 && (round < 5 || Now() - start < budget * options.size()); ++round) {
+    for (size_t o = 0; o < options.size(); ++o) {
+      Problem p{};
+      p.kind = Problem::Kind::kLinear;
+      p.rung = FindRung(-1);
+      p.options = options[o];
+      p.m = s.m, p.k = s.k, p.n = s.n;
+      p.x = x.data(), p.w = weights.data(), p.w_scale = scale.data(), p.y = y.data();
+      const double begin = Now();
+      Job job(p);
+      RunJob(job, threads, [&](auto task) { pool->Schedule(task); });
+      best[o] = std::min(best[o], Now() - begin);
+    }
+  }
+  const double read = ReadBandwidth(threads, reinterpret_cast<const char*>(weights.data()), s.n * s.k);
+  const double multiplies = static_cast<double>(s.m) * s.k * s.n;
+  std::printf(
+      "%5ld %6ld %6ld %11.0f ns | column %.2f relative %.2f top8 %.2f float %.2f | %5.1f%% of peak, %5.1f%% of %.1f "
+      "GB/s\n",
+      s.m, s.k, s.n, best[0], best[1] / best[0], best[2] / best[0], best[3] / best[0], best[4] / best[0],
+      100 * multiplies / best[0] / peak, 100 * s.n * s.k / best[0] / read, read);
+  std::fflush(stdout);
+}
+
+}  // namespace
+}  // namespace jaxint8::cpu
+
+int main(int argc, char** argv) {
+  using namespace jaxint8::cpu;
+  const int threads = argc > 1 ? std::atoi(argv[1]) : 1;
+  thread_time = threads == 1;
+  std::vector<Shape> shapes;
+  for (int i = 2; i < argc; ++i) {
+    Shape s{};
+    if (std::sscanf(argv[i], "%ld,%ld,%ld", &s.m, &s.k, &s.n) == 3) shapes.push_back(s);
+  }
+  size_t largest = 0;
+  for (const Shape& s : shapes) largest = std::max<size_t>(largest, s.k * s.n);
+  std::vector<int8_t> weights(largest + 4096);
+  for (size_t i = 0; i < weights.size(); ++i) weights[i] = static_cast<int8_t>((i * 2654435761u) >> 24);
+  const double peak = PeakMultiplies(threads);
+  std::printf("%s, %d threads, peak %.0f multiplies per ns\n", FindRung(-1)->name, threads, peak);
+  Pool pool(threads - 1);
+  for (const Shape& s : shapes) Run(s, threads, &pool, peak, weights);
+}
