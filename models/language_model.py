@@ -7,6 +7,7 @@ without it.
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from jaxint8.models import saving
 from jaxint8.models.config import DecoderConfig, QuantizationConfig
 from jaxint8.models.decoder import Params, forward
 from jaxint8.models.generate import check_tokens, generate_tokens, stream_tokens
@@ -150,6 +152,15 @@ class LanguageModel:
             **options,
         )
         yield from tokenizer.decode_stream(token for (new,) in gained for token in new)
+
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        """Writes the model as a Hugging Face directory; see ``saving.py``.
+
+        `load` gives the same parameters back, and so can read what was int8 without its float
+        weights.
+
+        """
+        saving.save(self, directory)
 
     def _tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
