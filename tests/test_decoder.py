@@ -10,14 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
+from jaxint8 import QuantizedMatrix, RelativeThreshold, Threshold, quantize
+from jaxint8.checkpoint import open_checkpoint
 from jaxint8.models.attention import rope_frequencies
 from jaxint8.models.cache import init_cache
 from jaxint8.models.config import DecoderConfig, QuantizationConfig
 from jaxint8.models.decoder import forward
 from jaxint8.models.families import family_from_hf
-
-from jaxint8 import QuantizedMatrix, RelativeThreshold, Threshold, quantize
-from jaxint8.checkpoint import open_checkpoint
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens"
 CASES = sorted(path.parent.name for path in GOLDENS.glob("*/golden.npz"))
@@ -189,12 +189,18 @@ def test_stacking_rows_does_not_change_codes() -> None:
         assert (part.scale == whole.scale[rows]).all()
 
 
-@pytest.mark.parametrize("rule", [Threshold(1.0, "column"), RelativeThreshold(1.5, "column")])
-def test_padding_does_not_vote(rule: Threshold | RelativeThreshold) -> None:
+@pytest.mark.parametrize(
+    "how",
+    [
+        QuantizationConfig(outliers=Threshold(1.0, "column")),
+        QuantizationConfig(outliers=RelativeThreshold(1.5, "column")),
+        QuantizationConfig(outliers=None, activations="tensor"),
+    ],
+)
+def test_padding_does_not_vote(how: QuantizationConfig) -> None:
     # Column-scope rules look at every row of a call, so padding has to be out of their sight.
     config, params, golden = load_case("opt_post_norm")
     int8 = quantized(params)
-    how = QuantizationConfig(outliers=rule)
     rows = [golden["tokens"][0, :20], golden["tokens"][1, :9]]
     outcomes = []
     for filler in (0, 17):

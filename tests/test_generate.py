@@ -8,11 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tokenizers
-from test_decoder import CASES, load_case, run
+from test_decoder import CASES, load_case, quantized, run
 from tokenizers import decoders, models
 
+from jaxint8 import RelativeThreshold, TopK
 from jaxint8.models import generate
 from jaxint8.models.cache import SMALLEST_CAPACITY, capacity_for
+from jaxint8.models.config import QuantizationConfig
 from jaxint8.models.generate import generate_tokens, padded_length, row_keys, stream_tokens
 from jaxint8.models.language_model import LanguageModel
 from jaxint8.models.sampling import Draw, Sampling, next_tokens
@@ -46,6 +48,21 @@ def test_a_row_is_the_same_alone_and_in_any_batch(sampling: Sampling) -> None:
         generate_tokens(config, params, prompts[::-1], 10, sampling=sampling, seed=4) == alone[::-1]
     )
     assert len({tuple(row) for row in alone}) == 4
+
+
+@pytest.mark.parametrize("rule", [TopK(4), RelativeThreshold(2.0)])
+def test_a_row_is_the_same_in_int8(rule: TopK | RelativeThreshold) -> None:
+    config, params, _ = load_case("llama_gqa_tied")
+    prompts = prompts_of("llama_gqa_tied", 3, 24, 11)
+    how = QuantizationConfig(outliers=rule)
+    int8 = quantized(params)
+    together = generate_tokens(config, int8, prompts, 6, quantization=how)
+    alone = [generate_tokens(config, int8, [p], 6, quantization=how)[0] for p in prompts]
+    assert together == alone
+    # And they are what the whole forward pass says, not only the same.
+    whole = jnp.asarray([prompts[2] + alone[2][:-1]])
+    logits, _ = run(config, int8, whole, quantization=how)
+    assert jnp.argmax(logits[0, 10:], axis=-1).tolist() == alone[2]
 
 
 def test_generation_past_the_first_cache_equals_plain_forward() -> None:
@@ -159,7 +176,7 @@ def test_cuts_agree_with_sorting() -> None:
 def test_greedy_is_the_limit_of_every_cut() -> None:
     config, params, golden = load_case("llama_mha")
     prompts = prompts_of("llama_mha", 16, 16)
-    for sampling in (Sampling(2.0, top_k=1), Sampling(2.0, top_p=1e-9), Sampling(1e-4)):
+    for sampling in (Sampling(2.0, 1, 0.9), Sampling(2.0, 40, 1e-9), Sampling(1e-4, 40, 0.9)):
         made = generate_tokens(config, params, prompts, 8, sampling=sampling, seed=9)
         assert made == golden["greedy"].tolist()
 

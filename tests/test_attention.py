@@ -1,0 +1,87 @@
+"""Attention in blocks and for one query, against the plain definition in float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxint8.models.attention import MOST_BLOCKS, SMALLEST_BLOCK, attend, attend_one, store
+
+# (tokens, heads, kv_heads): one block, a block and a bit, several, more than the most blocks.
+SHAPES = [(1, 2, 1), (5, 4, 2), (129, 2, 2), (300, 6, 2), (SMALLEST_BLOCK * MOST_BLOCKS + 37, 2, 1)]
+
+
+def plain(query, key, value, mask) -> np.ndarray:
+    """Softmax(q k / sqrt(d)) v, head by head, in float64."""
+    b, t, heads, width = query.shape
+    group = heads // key.shape[2]
+    out = np.zeros((b, t, heads, width))
+    for head in range(heads):
+        k, v = (np.asarray(a[:, :, head // group], np.float64) for a in (key, value))
+        scores = np.asarray(query[:, :, head], np.float64) @ k.swapaxes(1, 2) / width**0.5
+        scores = np.where(mask[:, 0], scores, -np.inf)
+        share = np.exp(scores - scores.max(axis=-1, keepdims=True))
+        out[:, :, head] = share / share.sum(axis=-1, keepdims=True) @ v
+    return out
+
+
+def inputs(t: int, slots: int, heads: int, kv_heads: int) -> tuple[jax.Array, ...]:
+    rng = np.random.default_rng(t + heads)
+    shapes = [(2, t, heads, 8), (2, slots, kv_heads, 8), (2, slots, kv_heads, 8)]
+    return tuple(jnp.asarray(rng.normal(size=s) * 2, jnp.float32) for s in shapes)
+
+
+@pytest.mark.parametrize(("t", "heads", "kv_heads"), SHAPES)
+def test_causal(t: int, heads: int, kv_heads: int) -> None:
+    query, key, value = inputs(t, t, heads, kv_heads)
+    mask = np.tril(np.ones((t, t), bool))[None, None]
+    # Sums of up to a thousand float32 terms that are each at most about 8.
+    np.testing.assert_allclose(
+        jax.jit(attend)(query, key, value, None), plain(query, key, value, mask), atol=2e-5
+    )
+
+
+def test_left_padding_in_blocks() -> None:
+    t = 2 * SMALLEST_BLOCK + 9
+    query, key, value = inputs(t, t, 2, 1)
+    start = np.array([0, 140])
+    row, slot = np.arange(t)[:, None], np.arange(t)
+    mask = ((slot <= row) & (slot >= start[:, None, None]))[:, None]
+    found = jax.jit(attend)(query, key, value, jnp.asarray(mask))
+    assert np.isfinite(found).all()
+    expected = plain(query, key, value, mask | ~mask.any(axis=-1, keepdims=True))
+    np.testing.assert_allclose(found[0], expected[0], atol=2e-5)
+    np.testing.assert_allclose(found[1, 140:], expected[1, 140:], atol=2e-5)
+
+
+def test_tokens_after_others() -> None:
+    query, key, value = inputs(7, 50, 4, 2)
+    mask = (np.arange(50) <= 30 + np.arange(7)[:, None])[None, None].repeat(2, 0)
+    found = jax.jit(attend)(query, key, value, jnp.asarray(mask))
+    np.testing.assert_allclose(found, plain(query, key, value, mask), atol=2e-5)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (6, 1)])
+def test_one_token(heads: int, kv_heads: int) -> None:
+    query, key, value = inputs(1, 40, heads, kv_heads)
+    mask = np.zeros((2, 1, 1, 40), bool)
+    mask[0, ..., 3:31] = True
+    mask[1, ..., 30:31] = True
+    empty = (jnp.zeros((2, kv_heads, 8, 40)), jnp.zeros((2, kv_heads, 40, 8)))
+    keys, values = store(empty, key, value, 0)
+    found = jax.jit(attend_one)(query, keys, values, jnp.asarray(mask))
+    np.testing.assert_allclose(found, plain(query, key, value, mask), atol=2e-5)
+    # What is not seen does not matter, whatever it is.
+    other = (keys.at[..., 31:].set(1e30), values.at[:, :, 31:].set(-7.0))
+    assert (jax.jit(attend_one)(query, *other, jnp.asarray(mask)) == found).all()
+
+
+def test_bfloat16_is_summed_in_float32() -> None:
+    query, key, value = (a.astype(jnp.bfloat16) for a in inputs(1, 200, 2, 1))
+    mask = np.ones((2, 1, 1, 200), bool)
+    keys, values = jnp.transpose(key, (0, 2, 3, 1)), jnp.swapaxes(value, 1, 2)
+    found = jax.jit(attend_one)(query, keys, values, jnp.asarray(mask))
+    assert found.dtype == jnp.bfloat16
+    expected = plain(query, key, value, mask)
+    # One rounding to 8 bits, at the end.
+    np.testing.assert_allclose(found.astype(np.float32), expected, rtol=2**-8, atol=1e-4)
