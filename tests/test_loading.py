@@ -158,6 +158,22 @@ def test_bitsandbytes_codes_are_kept(tmp_path: Path) -> None:
     assert (load(tmp_path).params["layers"][0]["down"]["weight"].codes == -128).all()
 
 
+def test_what_bitsandbytes_itself_saved() -> None:
+    directory = GOLDENS / "bitsandbytes"
+    stored = open_checkpoint(directory)
+    int8, dequantised = load(directory), load(directory, quantization=None)
+    qkv = int8.params["layers"][0]["qkv"]["weight"]
+    codes = [stored.read(f"model.layers.0.self_attn.{x}_proj.weight") for x in "qkv"]
+    np.testing.assert_array_equal(qkv.codes, np.concatenate(codes))
+    with np.load(directory / "logits.npz") as golden:
+        np.testing.assert_allclose(
+            dequantised.logits(golden["tokens"]), golden["logits"], atol=1e-4, rtol=0
+        )
+        # Rounded activations move the logits a little, wrong scales would move them a lot.
+        moved = np.abs(int8.logits(golden["tokens"]) - golden["logits"]).mean()
+        assert 0 < moved < 0.1 * golden["logits"].std()
+
+
 # GGUF
 
 
