@@ -2,6 +2,7 @@
 VENV ?= .venv
 JAX ?= 0.12.0.1
 BIN := $(VENV)/bin
+WORKERS ?= 2
 BUILD := build/$(notdir $(VENV))
 FFI := $(shell find ffi -type f)
 # The interpreter: on the PATH, or known only to a version manager (newest first, 3.12 or newer).
@@ -36,7 +37,7 @@ demo: setup
 		--prompt="The best thing about a small language model is"
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses=$(WORKERS)
 
 # The oldest JAX that is supported; also the version that GPU hosts have.
 test-oldest-jax:

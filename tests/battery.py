@@ -28,6 +28,7 @@ SHAPES = [
     (1, 1500, 100),
     (64, 1029, 70),
 ]
+FEW_SHAPES = [(0, 5, 3), (3, 0, 4), (1, 1, 1), (1, 499, 33), (5, 577, 17)]
 DTYPES = [np.float32, ml_dtypes.bfloat16, np.float16]
 RULES: list[OutlierRule | None] = [
     None,

@@ -4,19 +4,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from battery import DTYPES, FLOAT32_ONLY, KINDS, RULES, SHAPES, make
 
+from battery import DTYPES, FEW_RULES, FEW_SHAPES, FLOAT32_ONLY, KINDS, RULES, make
 from jaxint8 import RelativeThreshold, Threshold, TopK, reference
 from jaxint8.outliers import as_rule, outlier_mask
 
 
 @pytest.mark.parametrize("rule", RULES, ids=repr)
 def test_masks_equal_the_oracle(rule):
-    cases = [make(shape) for shape in SHAPES]
+    cases = [make(shape) for shape in FEW_SHAPES] if rule in FEW_RULES else []
     cases += [
         make((9, 331, 1), dtype, kind)
         for kind in KINDS
-        for dtype in ([np.float32] if kind in FLOAT32_ONLY else DTYPES)
+        for dtype in ([np.float32] if kind in FLOAT32_ONLY or rule not in FEW_RULES else DTYPES)
     ]
     for case in cases:
         mask = jax.jit(outlier_mask, static_argnums=1)(jnp.asarray(case.x), rule)

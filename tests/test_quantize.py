@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from battery import DTYPES, FLOAT32_ONLY, KINDS, RULES, SHAPES, make
 
+from battery import DTYPES, FEW_RULES, FEW_SHAPES, FLOAT32_ONLY, KINDS, RULES, make
 from jaxint8 import QuantizedMatrix, TopK, quantize, reference
 from jaxint8.quantize import K_MAX, quantize_rows, validate
 
@@ -13,11 +13,11 @@ from jaxint8.quantize import K_MAX, quantize_rows, validate
 @pytest.mark.parametrize("arithmetic", ["int15", "float"])
 @pytest.mark.parametrize("rule", RULES, ids=repr)
 def test_rows_equal_the_oracle(rule, arithmetic):
-    cases = [make(shape) for shape in SHAPES]
+    cases = [make(shape) for shape in FEW_SHAPES] if rule in FEW_RULES else []
     cases += [
         make((9, 331, 1), dtype, kind)
         for kind in KINDS
-        for dtype in ([np.float32] if kind in FLOAT32_ONLY else DTYPES)
+        for dtype in ([np.float32] if kind in FLOAT32_ONLY or rule not in FEW_RULES else DTYPES)
     ]
     for case in cases:
         lo, hi, scale = reference.quantize_rows(case.x, rule, arithmetic)
