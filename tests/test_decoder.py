@@ -73,13 +73,12 @@ def test_logits_equal_hugging_face(case: str) -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("pieces", [(16,) + (1,) * 8, (7, 10, 1, 6), (1,) * 24])
-def test_cache_changes_nothing(case: str, pieces: tuple[int, ...]) -> None:
+def test_cache_changes_nothing(case: str) -> None:
     config, params, golden = load_case(case)
     tokens = jnp.asarray(golden["tokens"])
     cache = init_cache(config, 32, jnp.zeros((2,), jnp.int32), jnp.float32)
     parts, at = [], 0
-    for length in pieces:
+    for length in (10, 1, 1, 6, 6):  # a prompt, single tokens, several at once
         logits, cache = run(config, params, tokens[:, at : at + length], cache)
         parts.append(logits)
         at += length

@@ -21,6 +21,8 @@ from jaxint8.models.sampling import Draw, Sampling, next_tokens
 from jaxint8.models.tokenizer import Tokenizer
 
 SAMPLED = Sampling(temperature=1.3, top_k=40, top_p=0.95)
+# Most tests share its programs: one row or two, a prompt of at most 32 tokens.
+CASE = "llama_gqa_tied"
 
 
 def prompts_of(case: str, *lengths: int) -> list[list[int]]:
@@ -37,38 +39,39 @@ def test_greedy_as_hugging_face(case: str) -> None:
 
 @pytest.mark.parametrize("sampling", [Sampling(), SAMPLED])
 def test_a_row_is_the_same_alone_and_in_any_batch(sampling: Sampling) -> None:
-    config, params, _ = load_case("llama_gqa_tied")
-    prompts = prompts_of("llama_gqa_tied", 3, 24, 1, 11)
-    together = generate_tokens(config, params, prompts, 10, sampling=sampling, seed=4)
-    alone = [
-        generate_tokens(config, params, [p], 10, sampling=sampling, seed=4)[0] for p in prompts
-    ]
-    assert together == alone
-    assert (
-        generate_tokens(config, params, prompts[::-1], 10, sampling=sampling, seed=4) == alone[::-1]
-    )
+    config, params, _ = load_case(CASE)
+    prompts = prompts_of(CASE, 3, 24, 1, 11)
+
+    def make(*rows: int) -> list[list[int]]:
+        chosen = [prompts[row] for row in rows]
+        return generate_tokens(config, params, chosen, 10, sampling=sampling, seed=4)
+
+    alone = [make(row)[0] for row in range(4)]
+    assert make(0, 1) == alone[:2]
+    assert make(2, 0) == [alone[2], alone[0]]
+    assert make(3, 2) == [alone[3], alone[2]]
     assert len({tuple(row) for row in alone}) == 4
 
 
 @pytest.mark.parametrize("rule", [TopK(4), RelativeThreshold(2.0)])
 def test_a_row_is_the_same_in_int8(rule: TopK | RelativeThreshold) -> None:
-    config, params, _ = load_case("llama_gqa_tied")
-    prompts = prompts_of("llama_gqa_tied", 3, 24, 11)
+    config, params, _ = load_case(CASE)
+    prompts = prompts_of(CASE, 3, 11)
     how = QuantizationConfig(outliers=rule)
     int8 = quantized(params)
     together = generate_tokens(config, int8, prompts, 6, quantization=how)
     alone = [generate_tokens(config, int8, [p], 6, quantization=how)[0] for p in prompts]
     assert together == alone
     # And they are what the whole forward pass says, not only the same.
-    whole = jnp.asarray([prompts[2] + alone[2][:-1]])
+    whole = jnp.asarray([prompts[1] + alone[1][:-1]])
     logits, _ = run(config, int8, whole, quantization=how)
-    assert jnp.argmax(logits[0, 10:], axis=-1).tolist() == alone[2]
+    assert jnp.argmax(logits[0, 10:], axis=-1).tolist() == alone[1]
 
 
 def test_generation_past_the_first_cache_equals_plain_forward() -> None:
     config, params, _ = load_case("llama_rope_llama3")
     (prompt,) = prompts_of("llama_rope_llama3", 20)
-    count = 2 * SMALLEST_CAPACITY
+    count = SMALLEST_CAPACITY
     (made,) = generate_tokens(config, params, [prompt], count)
     assert len(made) == count
     whole = prompt + made
@@ -95,8 +98,8 @@ def test_stops_at_the_end_token() -> None:
 
 @pytest.mark.parametrize("chunk", [1, 3, 256])
 def test_streaming_gives_the_same_tokens(chunk: int) -> None:
-    config, params, _ = load_case("opt_pre_norm")
-    prompts = prompts_of("opt_pre_norm", 5, 9)
+    config, params, _ = load_case(CASE)
+    prompts = prompts_of(CASE, 5, 9)
     whole = generate_tokens(config, params, prompts, 12, sampling=SAMPLED, seed=1)
     rows: list[list[int]] = [[], []]
     pieces = 0
@@ -109,15 +112,15 @@ def test_streaming_gives_the_same_tokens(chunk: int) -> None:
 
 
 def test_seeds() -> None:
-    config, params, _ = load_case("llama_mha")
-    prompts = prompts_of("llama_mha", 6) * 3
+    config, params, _ = load_case(CASE)
+    prompts = prompts_of(CASE, 6) * 2
     make = [
         generate_tokens(config, params, prompts, 12, sampling=SAMPLED, seed=s) for s in (0, 0, 1)
     ]
     assert make[0] == make[1]
     assert make[0] != make[2]
     # Equal prompts in one batch are drawn apart, the first of them as if it were alone.
-    assert len({tuple(row) for row in make[0]}) == 3
+    assert make[0][0] != make[0][1]
     assert generate_tokens(config, params, prompts[:1], 12, sampling=SAMPLED)[0] == make[0][0]
 
 
@@ -174,8 +177,8 @@ def test_cuts_agree_with_sorting() -> None:
 
 
 def test_greedy_is_the_limit_of_every_cut() -> None:
-    config, params, golden = load_case("llama_mha")
-    prompts = prompts_of("llama_mha", 16, 16)
+    config, params, golden = load_case(CASE)
+    prompts = prompts_of(CASE, 16, 16)
     for sampling in (Sampling(2.0, 1, 0.9), Sampling(2.0, 40, 1e-9), Sampling(1e-4, 40, 0.9)):
         made = generate_tokens(config, params, prompts, 8, sampling=sampling, seed=9)
         assert made == golden["greedy"].tolist()
@@ -296,8 +299,8 @@ def test_language_model() -> None:
 
 @pytest.mark.parametrize("seed", range(4))
 def test_streamed_text_is_the_generated_text(seed: int) -> None:
-    model = model_of("opt_post_norm")
-    options = {"temperature": 3.0, "seed": seed}
+    model = model_of(CASE)
+    options = {"temperature": 3.0, "top_k": 90, "top_p": 0.99, "seed": seed}
     (whole,) = model.generate(["Hello"], 40, **options)
     pieces = list(model.stream("Hello", 40, chunk=1, **options))
     assert "".join(pieces) == whole
