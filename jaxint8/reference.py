@@ -134,7 +134,9 @@ def int8_linear(
     """
     lo, hi, row_scale = quantize_rows(x, rule, arithmetic)
     acc = (product(hi, codes).astype(np.int64) * 128 + product(lo, codes)).astype(np.int32)
-    with np.errstate(over="ignore", invalid="ignore"):  # a result may overflow to inf, as in any floating product
+    with np.errstate(
+        over="ignore", invalid="ignore"
+    ):  # a result may overflow to inf, as in any floating product
         y = (acc.astype(np.float32) * row_scale[:, None]) * scale[None, :].astype(np.float32)
         if arithmetic == "float":
             outliers = np.where(outlier_mask(x, rule), x.astype(np.float64), 0.0)

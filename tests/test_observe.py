@@ -4,10 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_decoder import load_case, quantized, run
+
 from jaxint8.models.config import QuantizationConfig
 from jaxint8.models.decoder import forward
 from jaxint8.models.observe import linear_inputs
-from test_decoder import load_case, quantized, run
 
 
 @pytest.mark.parametrize("case", ["llama_gqa_tied", "opt_pre_norm"])
