@@ -9,7 +9,7 @@ import functools
 import importlib
 import pathlib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from types import ModuleType
 from typing import Literal
 
@@ -21,6 +21,7 @@ import numpy as np
 from jaxint8.outliers import OutlierRule, RelativeThreshold, Threshold, TopK
 
 Arithmetic = Literal["int15", "float"]
+Platform = Literal["cpu", "cuda"]
 
 _AUTOMATIC = -1
 _RULES = {type(None): 0, Threshold: 1, RelativeThreshold: 2, TopK: 3}
@@ -74,9 +75,10 @@ _register(_cpu, "cpu")
 _register(_cuda, "CUDA")
 
 
-def platforms() -> tuple[str, ...]:
+def platforms() -> tuple[Platform, ...]:
     """Returns the JAX platforms that have compiled kernels in this installation."""
-    return tuple(name for name, module in (("cpu", _cpu), ("cuda", _cuda)) if module is not None)
+    modules: dict[Platform, ModuleType | None] = {"cpu": _cpu, "cuda": _cuda}
+    return tuple(name for name, module in modules.items() if module is not None)
 
 
 def available() -> tuple[str, ...]:
@@ -115,9 +117,18 @@ def cpu_features() -> dict[str, bool]:
     return dict(_rungs())
 
 
-def _rung_index(rung: str | None) -> int:
+def paths() -> tuple[str, ...]:
+    """Returns the ways in which the CUDA kernels compute a product, for `rung` where the platform is "cuda"."""
+    return _cuda.paths() if _cuda is not None else ()
+
+
+def _rung_index(rung: str | None, platform: Platform) -> int:
     if rung is None:
         return _AUTOMATIC
+    if platform == "cuda":
+        if rung not in paths():
+            raise ValueError(f"rung: expected one of {', '.join(paths())}, got {rung!r}")
+        return paths().index(rung)
     features = cpu_features()
     if not features.get(rung, False):
         raise ValueError(f"rung: expected one of {', '.join(available_rungs())}, got {rung!r}")
@@ -125,7 +136,7 @@ def _rung_index(rung: str | None) -> int:
 
 
 def _attributes(
-    rule: OutlierRule | None, arithmetic: Arithmetic, rung: str | None
+    rule: OutlierRule | None, arithmetic: Arithmetic, rung: str | None, platform: Platform
 ) -> dict[str, np.generic | int]:
     """Returns the attributes of a call; each has one type, whatever the caller passed."""
     if type(rule) not in _RULES:
@@ -140,8 +151,32 @@ def _attributes(
         "value": np.float32(getattr(rule, "value", 0.0)),
         "topk": int(getattr(rule, "k", 0)),
         "float_outliers": int(arithmetic == "float"),
-        "rung": int(_rung_index(rung)),
+        "rung": int(_rung_index(rung, platform)),
     }
+
+
+def _call(
+    target: str,
+    results: tuple[jax.ShapeDtypeStruct, ...],
+    operands: tuple[jax.Array, ...],
+    shape: tuple[int, int, int],
+    attributes: Mapping[str, np.generic | int],
+    platform: Platform,
+) -> list[jax.Array]:
+    """Makes the FFI call for ``shape`` (m, k, n).
+
+    On CUDA there is one result more, scratch memory: an allocation inside the call could not be part of a CUDA graph.
+    """
+    if platform == "cuda" and _cuda is not None:
+        options = {
+            name: int(attributes[name])
+            for name in ("rule", "column_scope", "rung")
+            if name in attributes
+        }
+        size = _cuda.workspace_bytes(target, *shape, **options)
+        results = (*results, jax.ShapeDtypeStruct((size,), jnp.uint8))
+    call = jax.ffi.ffi_call(target, results, vmap_method="sequential")
+    return call(*operands, **attributes)
 
 
 def quantize_rows(
@@ -150,14 +185,16 @@ def quantize_rows(
     arithmetic: Arithmetic = "int15",
     *,
     rung: str | None = None,
+    platform: Platform = "cpu",
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Quantises activations row by row, as `reference.quantize_rows` does.
 
     Args:
       x: float32, bfloat16 or float16[m, k].
       rule: an outlier rule or None.
-      arithmetic: "int15" or "float".
-      rung: CPU only: the instruction set to use, one of `available_rungs()`; None for the best.
+      arithmetic: "int15", or "float" (not on CUDA).
+      rung: the instruction set to use, one of `available_rungs()`, or on CUDA one of `paths()`; None for the best.
+      platform: whose kernel to call: the platform that the computation is compiled for.
 
     Returns:
       (lo int8[m, k], hi int8[m, k], row_scale float32[m]).
@@ -168,16 +205,21 @@ def quantize_rows(
         jax.ShapeDtypeStruct((m, k), jnp.int8),
         jax.ShapeDtypeStruct((m,), jnp.float32),
     )
-    call = jax.ffi.ffi_call("jaxint8_quantize", results, vmap_method="sequential")
-    lo, hi, row_scale = call(x, **_attributes(rule, arithmetic, rung))
+    attributes = _attributes(rule, arithmetic, rung, platform)
+    lo, hi, row_scale, *_ = _call(
+        "jaxint8_quantize", results, (x,), (m, k, 0), attributes, platform
+    )
     return lo, hi, row_scale
 
 
-def product(a: jax.Array, codes: jax.Array, *, rung: str | None = None) -> jax.Array:
+def product(
+    a: jax.Array, codes: jax.Array, *, rung: str | None = None, platform: Platform = "cpu"
+) -> jax.Array:
     """Returns the int32[m, n] product of int8[m, k] and int8[n, k] (both K-major), exact modulo 2**32."""
-    result = jax.ShapeDtypeStruct((a.shape[0], codes.shape[0]), jnp.int32)
-    call = jax.ffi.ffi_call("jaxint8_product", result, vmap_method="sequential")
-    return call(a, codes, rung=int(_rung_index(rung)))
+    (m, k), n = a.shape, codes.shape[0]
+    results = (jax.ShapeDtypeStruct((m, n), jnp.int32),)
+    attributes = {"rung": int(_rung_index(rung, platform))}
+    return _call("jaxint8_product", results, (a, codes), (m, k, n), attributes, platform)[0]
 
 
 def linear(
@@ -189,6 +231,7 @@ def linear(
     rule: OutlierRule | None = None,
     arithmetic: Arithmetic = "int15",
     rung: str | None = None,
+    platform: Platform = "cpu",
 ) -> jax.Array:
     """The whole layer in one call: row scales, outliers, codes, integer product, scales, bias, one rounding.
 
@@ -198,14 +241,17 @@ def linear(
       scale: float32[n].
       bias: float32[n] or None.
       rule: an outlier rule or None.
-      arithmetic: "int15" or "float".
-      rung: CPU only: the instruction set to use, one of `available_rungs()`; None for the best.
+      arithmetic: "int15", or "float" (not on CUDA).
+      rung: the instruction set to use, one of `available_rungs()`, or on CUDA one of `paths()`; None for the best.
+      platform: whose kernel to call: the platform that the computation is compiled for.
 
     Returns:
       x.dtype[m, n], to the bit as `reference.int8_linear` gives it ("float": up to the order of the outlier sum).
     """
     if bias is None:
         bias = jnp.zeros((0,), jnp.float32)
-    result = jax.ShapeDtypeStruct((x.shape[0], codes.shape[0]), x.dtype)
-    call = jax.ffi.ffi_call("jaxint8_linear", result, vmap_method="sequential")
-    return call(x, codes, scale, bias, **_attributes(rule, arithmetic, rung))
+    (m, k), n = x.shape, codes.shape[0]
+    results = (jax.ShapeDtypeStruct((m, n), x.dtype),)
+    attributes = _attributes(rule, arithmetic, rung, platform)
+    operands = (x, codes, scale, bias)
+    return _call("jaxint8_linear", results, operands, (m, k, n), attributes, platform)[0]

@@ -126,10 +126,15 @@ def _linear(
         return portable(x, codes, scale, bias)
     if implementation == "reference":
         return _reference_linear(x, codes, scale, bias, rule, arithmetic)
-    compiled = _compiled(rule, arithmetic)
+    if implementation == "cuda" and arithmetic == "float":
+        return portable(x, codes, scale, bias)  # has no CUDA kernel
     if implementation is not None:
-        return compiled(x, codes, scale, bias)
-    platforms = dict.fromkeys(kernels.platforms(), compiled)
+        return _compiled(rule, arithmetic, implementation)(x, codes, scale, bias)
+    platforms = {
+        platform: _compiled(rule, arithmetic, platform)
+        for platform in kernels.platforms()
+        if not (platform == "cuda" and arithmetic == "float")
+    }
     return jax.lax.platform_dependent(x, codes, scale, bias, default=portable, **platforms)
 
 
@@ -162,12 +167,16 @@ _linear.defvjp(_linear_forward, _linear_backward)
 
 
 @functools.cache
-def _compiled(rule: OutlierRule | None, arithmetic: Arithmetic) -> Callable[..., jax.Array]:
+def _compiled(
+    rule: OutlierRule | None, arithmetic: Arithmetic, platform: kernels.Platform
+) -> Callable[..., jax.Array]:
     """The kernel as a function that vmap folds into rows, where a row's result does not depend on the others."""
 
     @jax.custom_batching.custom_vmap
     def call(x: jax.Array, codes: jax.Array, scale: jax.Array, bias: jax.Array | None) -> jax.Array:
-        return kernels.linear(x, codes, scale, bias, rule=rule, arithmetic=arithmetic)
+        return kernels.linear(
+            x, codes, scale, bias, rule=rule, arithmetic=arithmetic, platform=platform
+        )
 
     @call.def_vmap
     def _(size: int, batched: list[bool], *args: jax.Array | None) -> tuple[jax.Array, bool]:

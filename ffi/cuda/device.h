@@ -30,6 +30,7 @@ struct alignas(16) Word4 {
 #include <cuda_runtime.h>
 
 #define JAXINT8_DEVICE __device__ __forceinline__
+#define JAXINT8_HOST_DEVICE __host__ __device__
 
 namespace jaxint8::cuda {
 

@@ -36,15 +36,12 @@ struct StreamLayout {
   int64_t scales, marks, sums, lo, hi, bytes;
 };
 
-inline constexpr int64_t RoundUp(int64_t v, int64_t to) { return (v + to - 1) / to * to; }
+JAXINT8_HOST_DEVICE inline constexpr int64_t RoundUp(int64_t v, int64_t to) { return (v + to - 1) / to * to; }
 // Eight rows that are read at once start in different banks: 64 modulo 128.
-inline constexpr int64_t FusedStride(int64_t k) { return RoundUp(k, kPiece) + 64; }
+JAXINT8_HOST_DEVICE inline constexpr int64_t FusedStride(int64_t k) { return RoundUp(k, kPiece) + 64; }
 
 template <int kTiles, bool kFused>
-#ifdef __CUDACC__
-__host__ __device__
-#endif
-    constexpr StreamLayout MakeStreamLayout(int64_t m, int64_t k, bool with_hi, bool marks) {
+JAXINT8_HOST_DEVICE constexpr StreamLayout MakeStreamLayout(int64_t m, int64_t k, bool with_hi, bool marks) {
   StreamLayout s{};
   s.sums = 0;
   s.scales = 2 * kStreamWarps * 8 * kTiles * kSumStride * 4;
@@ -61,7 +58,7 @@ class StreamKernel {
  public:
   using Params = StreamParams;
   static constexpr int kMaxThreads = kStreamThreads;
-  static constexpr int kMinBlocks = kAligned ? 2 : 1;  // unaligned loads need more registers
+  static constexpr int kMinBlocks = 2;
 
   static JAXINT8_DEVICE void Run(const Params& p) { StreamKernel(p).Stream(); }
 
@@ -74,37 +71,40 @@ class StreamKernel {
         g_(lane_ / 4),
         t_(lane_ % 4),
         groups_((p.n + kStreamOutputs - 1) / kStreamOutputs),
-        chunks_((p.k + kPiece - 1) / kPiece) {}
+        chunks_(static_cast<int>((p.k + kPiece - 1) / kPiece)) {}
 
   static JAXINT8_DEVICE bool HasHi(const Params& p) {
     return kFused ? p.rows.options.rule != Rule::kNone : static_cast<bool>(p.rows.hi);
   }
 
   JAXINT8_DEVICE void Stream() {
-    const int per_block = kStreamWarps / p_.split;              // groups that a block works on at once
-    const int64_t turns = (chunks_ + p_.split - 1) / p_.split;  // chunks of a warp in a group
-    const int64_t first = warp_ % p_.split;
+    const int per_block = kStreamWarps / p_.split;          // groups that a block works on at once
+    const int turns = (chunks_ + p_.split - 1) / p_.split;  // chunks of a warp in a group
+    const int first = warp_ % p_.split;
     const int64_t step = BlockCount() * per_block;
     int64_t group = BlockIndex() * per_block + warp_ / p_.split;
-    Word4 next[8];
-    LoadWeights(group, first, next);
+    Word4 w[8];  // see LoadWeights
+#pragma unroll
+    for (int j = 0; j < 4; ++j) LoadWeights(group, first, j, w);
     Prepare();
     int buffer = 0;
     // All warps of a block make the same number of rounds: groups from groups_ on are read as zeros.
     for (int64_t base = BlockIndex() * per_block; base < groups_; base += step, group += step) {
       int32_t lo[kTiles][4] = {}, hi[kTiles][4] = {};
-      for (int64_t turn = 0; turn < turns; ++turn) {
-        Word4 now[8];
-#pragma unroll
-        for (int j = 0; j < 8; ++j) now[j] = next[j];
+      for (int turn = 0; turn < turns; ++turn) {
+        const int chunk = first + turn * p_.split;
+        const bool has_hi = chunk < chunks_ && HasHi(p_) && PieceHasHi(chunk);
         const bool last = turn + 1 == turns;
-        if (!last || base + step < groups_) {
-          LoadWeights(last ? group + step : group, first + (last ? 0 : turn + 1) * p_.split, next);
+        const int64_t next_group = last ? group + step : group;
+        const int next_chunk = last ? first : chunk + p_.split;
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          if (chunk < chunks_) {  // the same for all lanes
+            Multiply(lo_, chunk, j, w, lo);
+            if (has_hi) Multiply(hi_, chunk, j, w, hi);
+          }
+          LoadWeights(next_group, next_chunk, j, w);
         }
-        const int64_t chunk = first + turn * p_.split;
-        if (chunk >= chunks_) continue;  // the same for all lanes
-        Multiply(lo_, lo_stride_, chunk, now, lo);
-        if (HasHi(p_) && PieceHasHi(chunk)) Multiply(hi_, lo_stride_, chunk, now, hi);
       }
       WriteSums(buffer, lo, hi);
       Barrier();
@@ -120,7 +120,7 @@ class StreamKernel {
       AllowNextKernel();
       lo_ = p_.rows.lo;
       hi_ = p_.rows.hi;
-      lo_stride_ = p_.rows.stride;
+      stride_ = static_cast<int>(p_.rows.stride);
     } else {
       const Ptr<uint8_t> shared = SharedMemory();
       const Ptr<uint32_t> scratch = Cast<uint32_t>(shared + layout_.scales + 4 * 8 * kTiles);
@@ -129,7 +129,7 @@ class StreamKernel {
       const Ptr<int8_t> hi = Cast<int8_t>(shared + layout_.hi);
       lo_ = lo;
       hi_ = hi;
-      lo_stride_ = FusedStride(p_.k);
+      stride_ = static_cast<int>(FusedStride(p_.k));
       pieces_ = scratch + kPiecesAt;
       WaitForPreviousKernel();
       AllowNextKernel();
@@ -147,7 +147,7 @@ class StreamKernel {
             row.Mark(marks);
             continue;
           }
-          const RowOutput out{lo + i * lo_stride_, HasHi(p_) ? hi + i * lo_stride_ : Ptr<int8_t>{}, lo_stride_, marks,
+          const RowOutput out{lo + i * stride_, HasHi(p_) ? hi + i * stride_ : Ptr<int8_t>{}, stride_, marks,
                               Ptr<uint32_t>{}};
           const float scale = row.Quantize(out);  // has a barrier before it reads the marks
           if (ThreadIndex() == 0) Store(Cast<float>(shared + layout_.scales) + i, scale);
@@ -157,30 +157,26 @@ class StreamKernel {
     }
   }
 
-  // v[j] and v[4 + j] are 16 bytes of outputs g and g + 8 of the group, k = 256 * chunk + 64 * j + 16 * t.
-  JAXINT8_DEVICE void LoadWeights(int64_t group, int64_t chunk, Word4 (&v)[8]) const {
-    const int64_t k0 = chunk * kPiece + 16 * t_;
+  // w[j] and w[4 + j] are 16 bytes of outputs g and g + 8 of the group, k = 256 * chunk + 64 * j + 16 * t.
+  JAXINT8_DEVICE void LoadWeights(int64_t group, int chunk, int j, Word4 (&w)[8]) const {
+    const int k = static_cast<int>(p_.k), at = chunk * static_cast<int>(kPiece) + 64 * j + 16 * t_;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int64_t row = group * kStreamOutputs + g_ + 8 * half;
-      const Ptr<const int8_t> w = p_.w + row * p_.k;
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const int64_t at = k0 + 64 * j;
-        Word4 word{0, 0, 0, 0};
-        if (row < p_.n && at < p_.k) {
-          if constexpr (kAligned) {
-            word = LoadStreaming(w + at);
-          } else {
-            word = LoadUnaligned(w + at, p_.k - at, p_.k % 4 == 0);
-          }
+      Word4 word{0, 0, 0, 0};
+      if (row < p_.n && at < k) {
+        const Ptr<const int8_t> from = p_.w + (row * p_.k + at);
+        if constexpr (kAligned) {
+          word = LoadStreaming(from);
+        } else {
+          word = LoadUnaligned(from, k - at, k % 4 == 0);
         }
-        v[4 * half + j] = word;
       }
+      w[4 * half + j] = word;
     }
   }
 
-  JAXINT8_DEVICE bool PieceHasHi(int64_t chunk) const {
+  JAXINT8_DEVICE bool PieceHasHi(int chunk) const {
     if constexpr (kFused) {
       return Load(pieces_ + chunk / 32) >> (chunk % 32) & 1;
     } else {
@@ -188,18 +184,16 @@ class StreamKernel {
     }
   }
 
-  JAXINT8_DEVICE void Multiply(Ptr<const int8_t> codes, int64_t stride, int64_t chunk, const Word4 (&a)[8],
+  JAXINT8_DEVICE void Multiply(Ptr<const int8_t> codes, int chunk, int j, const Word4 (&w)[8],
                                int32_t (&c)[kTiles][4]) const {
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) {
-      const int64_t row = 8 * tile + g_;
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        Word4 b{0, 0, 0, 0};
-        if (row < p_.m) b = LoadAs<Word4>(codes + row * stride + chunk * kPiece + 64 * j + 16 * t_);
-        Mma(c[tile], a[j].x, a[4 + j].x, a[j].y, a[4 + j].y, b.x, b.y);
-        Mma(c[tile], a[j].z, a[4 + j].z, a[j].w, a[4 + j].w, b.z, b.w);
-      }
+      const int row = 8 * tile + g_;
+      const int at = row * stride_ + chunk * static_cast<int>(kPiece) + 64 * j + 16 * t_;  // 16 * 133376 fits
+      Word4 x{0, 0, 0, 0};
+      if (row < p_.m) x = LoadAs<Word4>(codes + at);
+      Mma(c[tile], w[j].x, w[4 + j].x, w[j].y, w[4 + j].y, x.x, x.y);
+      Mma(c[tile], w[j].z, w[4 + j].z, w[j].w, w[4 + j].w, x.z, x.w);
     }
   }
 
@@ -249,9 +243,10 @@ class StreamKernel {
   const Params& p_;
   const StreamLayout layout_;
   const int lane_, warp_, g_, t_;
-  const int64_t groups_, chunks_;
+  const int64_t groups_;
+  const int chunks_;
   Ptr<const int8_t> lo_, hi_;
-  int64_t lo_stride_ = 0;
+  int stride_ = 0;
   Ptr<const uint32_t> pieces_;
 };
 

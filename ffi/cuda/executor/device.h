@@ -13,6 +13,7 @@
 struct CUstream_st;
 
 #define JAXINT8_DEVICE inline
+#define JAXINT8_HOST_DEVICE
 
 namespace jaxint8::cuda {
 

@@ -1,0 +1,229 @@
+// The Python extension jaxint8._cuda: decodes FFI calls into Problems and queues them on XLA's stream. No arithmetic.
+//
+// Targets and attributes are those of the CPU's bind.cc; each has one result more, the workspace, because an allocation
+// during the call could not be captured in a CUDA graph. `rung` is the path: -1 automatic, else the index in paths().
+#include <pybind11/pybind11.h>
+
+#include <string>
+
+#include "int8.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace jaxint8::cuda {
+namespace {
+
+namespace ffi = xla::ffi;
+namespace py = pybind11;
+
+using Stream = ffi::PlatformStream<CUstream_st*>;
+using Workspace = ffi::Result<ffi::BufferR1<ffi::U8>>;
+
+constexpr const char* kPathNames[] = {"stream", "tiled"};
+constexpr int64_t kPathCount = 2;
+
+// Attributes of a call, decoded; the names are those of jaxint8/kernels.py.
+struct Attributes {
+  int64_t rule, column_scope, topk, float_outliers, rung;
+  float value;
+};
+
+ffi::Error Invalid(const std::string& what) { return ffi::Error::InvalidArgument("jaxint8: " + what); }
+
+ffi::Error Decode(const Attributes& attributes, Problem* p) {
+  if (attributes.rung < -1 || attributes.rung >= kPathCount) return Invalid("rung: unknown path");
+  if (attributes.rule < 0 || attributes.rule > 3) return Invalid("rule: expected 0..3");
+  if (attributes.float_outliers != 0) return Invalid("float outliers have no CUDA kernel: use the xla implementation");
+  p->path = static_cast<Path>(attributes.rung);
+  p->options.rule = static_cast<Rule>(attributes.rule);
+  p->options.column_scope = attributes.column_scope != 0;
+  p->options.value = attributes.value;
+  p->options.topk = attributes.topk;
+  if (p->options.rule == Rule::kTopK && attributes.topk < 1) return Invalid("topk: expected >= 1");
+  return ffi::Error::Success();
+}
+
+ffi::Error DecodeRows(const ffi::AnyBuffer& x, Problem* p) {
+  if (x.dimensions().size() != 2) return Invalid("x: expected rank 2");
+  switch (x.element_type()) {
+    case ffi::DataType::F32:
+      p->type = Type::kF32;
+      break;
+    case ffi::DataType::BF16:
+      p->type = Type::kBF16;
+      break;
+    case ffi::DataType::F16:
+      p->type = Type::kF16;
+      break;
+    default:
+      return Invalid("x: expected float32, bfloat16 or float16");
+  }
+  p->m = x.dimensions()[0];
+  p->k = x.dimensions()[1];
+  p->x = x.untyped_data();
+  return ffi::Error::Success();
+}
+
+ffi::Error Queue(Problem& p, Workspace& workspace, CUstream_st* stream) {
+  const int64_t needed = WorkspaceBytes(p);
+  if (static_cast<int64_t>(workspace->dimensions()[0]) < needed) {
+    return Invalid("workspace: expected " + std::to_string(needed) + " bytes, got " +
+                   std::to_string(workspace->dimensions()[0]));
+  }
+  p.workspace = workspace->typed_data();
+  const char* error = Run(p, stream);
+  return error == nullptr ? ffi::Error::Success() : ffi::Error::Internal(std::string("jaxint8: ") + error);
+}
+
+bool Is(const ffi::AnyBuffer::Dimensions& dimensions, int64_t rows, int64_t columns) {
+  return dimensions.size() == 2 && dimensions[0] == rows && dimensions[1] == columns;
+}
+
+ffi::Error Quantize(CUstream_st* stream, ffi::AnyBuffer x, ffi::Result<ffi::BufferR2<ffi::S8>> lo,
+                    ffi::Result<ffi::BufferR2<ffi::S8>> hi, ffi::Result<ffi::BufferR1<ffi::F32>> row_scale,
+                    Workspace workspace, int64_t rule, int64_t column_scope, float value, int64_t topk,
+                    int64_t float_outliers, int64_t rung) {
+  Problem p{};
+  p.kind = Problem::Kind::kQuantize;
+  if (ffi::Error e = DecodeRows(x, &p); e.failure()) return e;
+  if (ffi::Error e = Decode({rule, column_scope, topk, float_outliers, rung, value}, &p); e.failure()) return e;
+  if (!Is(lo->dimensions(), p.m, p.k) || !Is(hi->dimensions(), p.m, p.k) || row_scale->dimensions()[0] != p.m) {
+    return Invalid("lo, hi, row_scale: expected the shape of x");
+  }
+  p.lo = lo->typed_data();
+  p.hi = hi->typed_data();
+  p.row_scale = row_scale->typed_data();
+  return Queue(p, workspace, stream);
+}
+
+ffi::Error Product(CUstream_st* stream, ffi::BufferR2<ffi::S8> a, ffi::BufferR2<ffi::S8> w,
+                   ffi::Result<ffi::BufferR2<ffi::S32>> y, Workspace workspace, int64_t rung) {
+  Problem p{};
+  p.kind = Problem::Kind::kProduct;
+  p.type = Type::kS32;
+  p.m = a.dimensions()[0];
+  p.k = a.dimensions()[1];
+  p.n = w.dimensions()[0];
+  p.x = a.typed_data();
+  p.w = w.typed_data();
+  p.y = y->typed_data();
+  if (ffi::Error e = Decode({0, 0, 0, 0, rung, 0}, &p); e.failure()) return e;
+  if (!Is(w.dimensions(), p.n, p.k) || !Is(y->dimensions(), p.m, p.n)) {
+    return Invalid("codes: expected int8[n, k] to fit a int8[m, k]");
+  }
+  return Queue(p, workspace, stream);
+}
+
+ffi::Error Linear(CUstream_st* stream, ffi::AnyBuffer x, ffi::BufferR2<ffi::S8> w, ffi::BufferR1<ffi::F32> w_scale,
+                  ffi::BufferR1<ffi::F32> bias, ffi::Result<ffi::AnyBuffer> y, Workspace workspace, int64_t rule,
+                  int64_t column_scope, float value, int64_t topk, int64_t float_outliers, int64_t rung) {
+  Problem p{};
+  p.kind = Problem::Kind::kLinear;
+  if (ffi::Error e = DecodeRows(x, &p); e.failure()) return e;
+  if (ffi::Error e = Decode({rule, column_scope, topk, float_outliers, rung, value}, &p); e.failure()) return e;
+  p.n = w.dimensions()[0];
+  const int64_t bias_length = bias.dimensions()[0];
+  if (!Is(w.dimensions(), p.n, p.k) || w_scale.dimensions()[0] != p.n || (bias_length != 0 && bias_length != p.n)) {
+    return Invalid("codes, scale, bias: expected int8[n, k], float32[n], float32[n] or [0]");
+  }
+  if (!Is(y->dimensions(), p.m, p.n) || y->element_type() != x.element_type()) {
+    return Invalid("y: expected [m, n] of the dtype of x");
+  }
+  p.w = w.typed_data();
+  p.w_scale = w_scale.typed_data();
+  p.bias = bias_length == 0 ? nullptr : bias.typed_data();
+  p.y = y->untyped_data();
+  return Queue(p, workspace, stream);
+}
+
+XLA_FFI_DEFINE_HANDLER(kQuantize, Quantize,
+                       ffi::Ffi::Bind()
+                           .Ctx<Stream>()
+                           .Arg<ffi::AnyBuffer>()
+                           .Ret<ffi::BufferR2<ffi::S8>>()
+                           .Ret<ffi::BufferR2<ffi::S8>>()
+                           .Ret<ffi::BufferR1<ffi::F32>>()
+                           .Ret<ffi::BufferR1<ffi::U8>>()
+                           .Attr<int64_t>("rule")
+                           .Attr<int64_t>("column_scope")
+                           .Attr<float>("value")
+                           .Attr<int64_t>("topk")
+                           .Attr<int64_t>("float_outliers")
+                           .Attr<int64_t>("rung"),
+                       {ffi::Traits::kCmdBufferCompatible});
+
+XLA_FFI_DEFINE_HANDLER(kProduct, Product,
+                       ffi::Ffi::Bind()
+                           .Ctx<Stream>()
+                           .Arg<ffi::BufferR2<ffi::S8>>()
+                           .Arg<ffi::BufferR2<ffi::S8>>()
+                           .Ret<ffi::BufferR2<ffi::S32>>()
+                           .Ret<ffi::BufferR1<ffi::U8>>()
+                           .Attr<int64_t>("rung"),
+                       {ffi::Traits::kCmdBufferCompatible});
+
+XLA_FFI_DEFINE_HANDLER(kLinear, Linear,
+                       ffi::Ffi::Bind()
+                           .Ctx<Stream>()
+                           .Arg<ffi::AnyBuffer>()
+                           .Arg<ffi::BufferR2<ffi::S8>>()
+                           .Arg<ffi::BufferR1<ffi::F32>>()
+                           .Arg<ffi::BufferR1<ffi::F32>>()
+                           .Ret<ffi::AnyBuffer>()
+                           .Ret<ffi::BufferR1<ffi::U8>>()
+                           .Attr<int64_t>("rule")
+                           .Attr<int64_t>("column_scope")
+                           .Attr<float>("value")
+                           .Attr<int64_t>("topk")
+                           .Attr<int64_t>("float_outliers")
+                           .Attr<int64_t>("rung"),
+                       {ffi::Traits::kCmdBufferCompatible});
+
+template <typename Handler>
+py::capsule Capsule(Handler* handler) {
+  return py::capsule(reinterpret_cast<void*>(handler));
+}
+
+py::dict Registrations() {
+  py::dict targets;
+  targets["jaxint8_quantize"] = Capsule(kQuantize);
+  targets["jaxint8_product"] = Capsule(kProduct);
+  targets["jaxint8_linear"] = Capsule(kLinear);
+  return targets;
+}
+
+py::tuple Paths() {
+  py::tuple names(kPathCount);
+  for (int64_t i = 0; i < kPathCount; ++i) names[static_cast<size_t>(i)] = py::str(kPathNames[i]);
+  return names;
+}
+
+// The size of the workspace result of a call of that target.
+int64_t Bytes(const std::string& target, int64_t m, int64_t k, int64_t n, int64_t rule, int64_t column_scope,
+              int64_t rung) {
+  Problem p{};
+  p.kind = target == "jaxint8_quantize"  ? Problem::Kind::kQuantize
+           : target == "jaxint8_product" ? Problem::Kind::kProduct
+                                         : Problem::Kind::kLinear;
+  p.options.rule = static_cast<Rule>(rule);
+  p.options.column_scope = column_scope != 0;
+  p.path = static_cast<Path>(rung);
+  p.m = m;
+  p.k = k;
+  p.n = n;
+  return WorkspaceBytes(p);
+}
+
+}  // namespace
+}  // namespace jaxint8::cuda
+
+PYBIND11_MODULE(_cuda, module) {
+  module.doc() = "CUDA kernels of jaxint8; use jaxint8.kernels.";
+  module.attr("jaxlib_version") = JAXINT8_JAXLIB_VERSION;
+  module.attr("ffi_version") = pybind11::make_tuple(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR);
+  module.attr("architectures") = JAXINT8_CUDA_ARCHITECTURES;
+  module.def("registrations", &jaxint8::cuda::Registrations, "FFI target name -> capsule.");
+  module.def("paths", &jaxint8::cuda::Paths, "Names of the ways to compute a product; the position is `rung`.");
+  module.def("workspace_bytes", &jaxint8::cuda::Bytes, "Size of the last result of a call.", pybind11::arg("target"),
+             pybind11::arg("m"), pybind11::arg("k"), pybind11::arg("n") = 0, pybind11::arg("rule") = 0,
+             pybind11::arg("column_scope") = 0, pybind11::arg("rung") = -1);
+}
