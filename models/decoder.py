@@ -82,7 +82,8 @@ def forward(
         keys, values = [], []
         for index, layer in enumerate(params["layers"]):
             stored = None if cache is None else (cache.keys[index], cache.values[index])
-            x, stored = _layer(config, layer, x, at, stored, quantization)
+            run = _layer if _is_tapped(layer) else _traced_once
+            x, stored = run(config, layer, x, at, stored, quantization)
             if stored is not None:
                 keys.append(stored[0])
                 values.append(stored[1])
@@ -100,6 +101,7 @@ def forward(
         return _product(x, head), cache
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Place:
     """Where the tokens of one call stand, computed once for all layers."""
@@ -164,6 +166,15 @@ def _layer(
     y = mlp_norm(x) if config.norm_first else x
     x += _mlp(config, layer, at.only_tokens(y), at, quantization)
     return x if config.norm_first else mlp_norm(x), stored
+
+
+# Layers of one shape are traced once and called; XLA sees through the call.
+_traced_once = jax.jit(_layer, static_argnums=(0, 5))
+
+
+def _is_tapped(layer: Params) -> bool:
+    """Whether someone looks at the layer's inputs (see observe.py): then it is traced in place."""
+    return any("tap" in node for node in layer.values())
 
 
 def _attention(
