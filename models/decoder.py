@@ -50,6 +50,7 @@ def forward(
     *,
     quantization: QuantizationConfig | None = None,
     last_only: bool = False,
+    seen: list[dict[str, jax.Array]] | None = None,
 ) -> tuple[jax.Array, KVCache | None]:
     """Runs the decoder on the next tokens of every row.
 
@@ -62,6 +63,7 @@ def forward(
         cache: keys and values of the tokens before; must have room for t more.
         quantization: how `QuantizedMatrix` weights are carried out; static under jit.
         last_only: whether only the last token's logits are wanted.
+        seen: if a list, what enters the linear layers is appended, a dict by name for each layer.
 
     Returns:
         Logits float32[b, t or 1, vocab], and the cache with the t tokens added (None without one).
@@ -82,8 +84,11 @@ def forward(
         keys, values = [], []
         for index, layer in enumerate(params["layers"]):
             stored = None if cache is None else (cache.keys[index], cache.values[index])
-            run = _layer if _is_tapped(layer) else _traced_once
-            x, stored = run(config, layer, x, at, stored, quantization)
+            if seen is None:
+                x, stored = _traced_once(config, layer, x, at, stored, quantization)
+            else:
+                x, stored, inputs = _traced_with_inputs(config, layer, x, at, stored, quantization)
+                seen.append(inputs)
             if stored is not None:
                 keys.append(stored[0])
                 values.append(stored[1])
@@ -172,9 +177,23 @@ def _layer(
 _traced_once = jax.jit(_layer, static_argnums=(0, 5))
 
 
-def _is_tapped(layer: Params) -> bool:
-    """Whether someone looks at the layer's inputs (see observe.py): then it is traced in place."""
-    return any("tap" in node for node in layer.values())
+@functools.partial(jax.jit, static_argnums=(0, 5))
+def _traced_with_inputs(
+    config: DecoderConfig,
+    layer: Params,
+    x: jax.Array,
+    at: _Place,
+    stored: tuple[jax.Array, jax.Array] | None,
+    quantization: QuantizationConfig | None,
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None, dict[str, jax.Array]]:
+    """A layer, and what enters its linear layers; `_linear` calls the taps while it is traced."""
+    inputs: dict[str, jax.Array] = {}
+    tapped = {
+        name: {**node, "tap": functools.partial(inputs.__setitem__, name)}
+        for name, node in layer.items()
+    }
+    x, stored = _layer(config, tapped, x, at, stored, quantization)
+    return x, stored, inputs
 
 
 def _attention(

@@ -1,18 +1,16 @@
 """Looking inside a decoder: the inputs of its linear layers, for outlier statistics and calibration.
 
-The decoder needs no second forward pass for it: a parameter node may carry a function under "tap",
-which its linear layer calls with the input while it is traced. The surprising fact: taps are put in
-and collected within one trace, so this works under jit, and what is not used afterwards is never
-computed.
+It is the decoder's own forward pass. The surprising fact: it is quick without a jit around it, for
+each layer runs as one compiled call, and all layers share that call; so it costs the compilation of
+one layer, and no more than the inputs of one pass are kept.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
-from typing import Any
 
 import jax
+
 from jaxint8.models.config import DecoderConfig, QuantizationConfig
 from jaxint8.models.decoder import Params, forward
 
@@ -26,7 +24,8 @@ def linear_inputs(
 ) -> dict[str, jax.Array]:
     """Returns what enters each linear layer, x.dtype[b, t, k] by the layer's place in the tree.
 
-    Products of one input are one layer ("layers.3.qkv"), as in the tree of parameters.
+    Products of one input are one layer ("layers.3.qkv"), as in the tree of parameters. The head is
+    not among them.
 
     Args:
         config: the architecture.
@@ -35,17 +34,14 @@ def linear_inputs(
         quantization: how int8 weights are carried out.
 
     """
-    seen: dict[str, jax.Array] = {}
-
-    def tapped(node: Any, name: str) -> Any:
-        if isinstance(node, Mapping):
-            children = {key: tapped(value, f"{name}.{key}") for key, value in node.items()}
-            if "weight" in node:  # norms have one too, but no linear layer that would call
-                children["tap"] = functools.partial(seen.__setitem__, name[1:])
-            return children
-        if isinstance(node, list):
-            return [tapped(value, f"{name}.{i}") for i, value in enumerate(node)]
-        return node
-
-    forward(config, tapped(params, ""), tokens, quantization=quantization)
-    return seen
+    found: dict[str, jax.Array] = {}
+    bridges = {
+        name: {**params[name], "tap": functools.partial(found.__setitem__, name)}
+        for name in ("project_in", "project_out")
+        if name in params
+    }
+    seen: list[dict[str, jax.Array]] = []
+    forward(config, {**params, **bridges}, tokens, quantization=quantization, seen=seen)
+    for index, inputs in enumerate(seen):
+        found.update({f"layers.{index}.{name}": x for name, x in inputs.items()})
+    return found

@@ -11,15 +11,23 @@ from jaxint8.models.decoder import forward
 from jaxint8.models.observe import linear_inputs
 
 
-@pytest.mark.parametrize("case", ["llama_gqa_tied", "opt_pre_norm"])
-def test_every_linear_layer_is_seen_once_by_name(case):
+@pytest.mark.parametrize(
+    ("case", "more"),
+    [
+        ("llama_gqa_tied", {}),
+        ("opt_pre_norm", {}),
+        ("opt_post_norm", {"project_in": 20, "project_out": 32}),
+    ],
+)
+def test_every_linear_layer_is_seen_by_name(case, more):
     config, params, golden = load_case(case)
     inputs = linear_inputs(config, params, jnp.asarray(golden["tokens"]))
-    sites = ("qkv", "out", "up", "down")
-    assert list(inputs) == [f"layers.{i}.{s}" for i in range(config.layers) for s in sites]
     widths = {"qkv": 32, "out": 32, "up": 32, "down": 48}
-    for name, x in inputs.items():
-        assert x.shape == (*golden["tokens"].shape, widths[name.rpartition(".")[2]])
+    places = {f"layers.{i}.{name}": k for i in range(config.layers) for name, k in widths.items()}
+    shape = golden["tokens"].shape
+    assert {name: x.shape for name, x in inputs.items()} == {
+        name: (*shape, k) for name, k in {**places, **more}.items()
+    }
 
 
 def test_inputs_are_what_the_weights_multiply():
