@@ -9,7 +9,6 @@ import functools
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import numpy as np
@@ -76,8 +75,9 @@ def measure(
       ValueError: the text is too short, or does not fit the model.
     """
     show("compiling", 0)
+    logits = functools.partial(_logits, model.config, model.quantization)
     score = perplexity.score(
-        _as_function(_logits, model),
+        jax.tree_util.Partial(logits, model.params),
         tokens,
         window=window,
         batch_size=batch_size,
@@ -89,7 +89,9 @@ def measure(
     if model.quantization is not None and model.quantization.outliers is not None:
         show("counting outliers", score.tokens)
         calls = perplexity.cut(tokens, window, batch_size)[:OUTLIER_CALLS]
-        inputs = _as_function(_inputs, model)
+        inputs = functools.partial(
+            linear_inputs, model.config, model.params, quantization=model.quantization
+        )
         share = outlier_fractions(inputs, calls, model.quantization.outliers)[""]
     return Measured(score, model.nbytes, speed, share)
 
@@ -145,12 +147,6 @@ def rows(measured: dict[str, Measured]) -> list[Row]:
     ]
 
 
-def _as_function(function: Callable[..., Any], model: LanguageModel) -> jax.tree_util.Partial:
-    """A function of tokens whose parameters are leaves, as evaluation wants it."""
-    bound = functools.partial(function, model.config, model.quantization)
-    return jax.tree_util.Partial(bound, model.params)
-
-
 def _logits(
     config: DecoderConfig,
     quantization: QuantizationConfig | None,
@@ -158,12 +154,3 @@ def _logits(
     tokens: jax.Array,
 ) -> jax.Array:
     return forward(config, params, tokens, quantization=quantization)[0]
-
-
-def _inputs(
-    config: DecoderConfig,
-    quantization: QuantizationConfig | None,
-    params: Params,
-    tokens: jax.Array,
-) -> dict[str, jax.Array]:
-    return linear_inputs(config, params, tokens, quantization=quantization)

@@ -5,7 +5,7 @@ The surprising fact: the share depends on the scope far more than on the thresho
 column-scope rule takes every value of a column of which one is large.
 """
 
-import math
+import functools
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 
@@ -27,8 +27,7 @@ def outlier_fractions(
     """The share of values that `rule` selects, by layer, and over all layers under the name "".
 
     Args:
-      activations: as `Activations`. As in `perplexity.score`, a pytree (`jax.tree_util.Partial`)
-        keeps its arrays out of the executable.
+      activations: as `Activations`; called as it is, under no jit but its own.
       calls: token ids int[b, t], one or more; a column-scope rule looks at one call at a time.
       rule: an outlier rule; None selects nothing.
 
@@ -38,27 +37,21 @@ def outlier_fractions(
     Raises:
       ValueError: a call is not [b, t], or no value enters a linear layer.
     """
-    leaf = jax.tree_util.all_leaves([activations])
-    model = jax.tree_util.Partial(activations) if leaf else activations
-
-    @jax.jit
-    def count(model: Activations, tokens: jax.Array) -> dict[str, jax.Array]:
-        # Counted under the same jit as the model, so that no layer's input outlives its use.
-        return {
-            name: jnp.sum(outlier_mask(x.reshape(-1, x.shape[-1]), rule), dtype=jnp.int32)
-            for name, x in model(tokens).items()
-        }
-
     found: Counter[str] = Counter()
     sizes: Counter[str] = Counter()
     for call in calls:
         if call.ndim != 2:
             raise ValueError(f"calls: expected int[b, t], got shape {call.shape}")
-        tokens = np.asarray(call, np.int32)
-        found.update({name: int(n) for name, n in count(model, tokens).items()})
-        inputs = jax.eval_shape(model, tokens)
-        sizes.update({name: math.prod(x.shape) for name, x in inputs.items()})
+        inputs = activations(jnp.asarray(call, jnp.int32))
+        counts = {name: _count(x, rule) for name, x in inputs.items()}
+        sizes.update({name: x.size for name, x in inputs.items()})
+        found.update({name: int(count) for name, count in counts.items()})
     if not sizes.total():
         raise ValueError("activations: expected values that enter a linear layer, got none")
     shares = {name: found[name] / size for name, size in sizes.items() if size}
     return {"": found.total() / sizes.total(), **shares}
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _count(x: jax.Array, rule: OutlierRule | None) -> jax.Array:
+    return jnp.sum(outlier_mask(x.reshape(-1, x.shape[-1]), rule), dtype=jnp.int32)

@@ -143,9 +143,12 @@ def _token_logprobs(logits: Logits, tokens: jax.Array) -> jax.Array:
     Gathered under the same jit as the model, so that float[b, t, vocab] never leaves the device
     or outlives one call.
     """
-    all_logits = logits(tokens)[:, :-1].astype(jnp.float32)
-    target = jnp.take_along_axis(all_logits, tokens[:, 1:, None], axis=-1)[..., 0]
-    return target - jax.nn.logsumexp(all_logits, axis=-1)
+    all_logits = logits(tokens).astype(jnp.float32)
+    # The last position has no next token: it is given the first, and dropped at the end, which is
+    # cheaper than a copy of all logits but the last.
+    following = jnp.roll(tokens, -1, axis=1)
+    target = jnp.take_along_axis(all_logits, following[..., None], axis=-1)[..., 0]
+    return (target - jax.nn.logsumexp(all_logits, axis=-1))[:, :-1]
 
 
 def _checked_ids(tokens: Sequence[int] | np.ndarray, window: int, batch_size: int) -> np.ndarray:
