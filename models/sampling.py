@@ -81,13 +81,12 @@ def next_tokens(logits: jax.Array, draw: Draw, keys: jax.Array, step: jax.Array)
     if draw.temperature is None:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     logits /= draw.temperature
-    if draw.top_k is not None:
-        logits = _keep(logits, lambda kept: jnp.sum(kept, axis=-1, dtype=jnp.int32) >= draw.top_k)
-    if draw.top_p is not None:
+    k, p = draw.top_k, draw.top_p
+    if k is not None:
+        logits = _keep(logits, lambda kept: jnp.sum(kept, axis=-1, dtype=jnp.int32) >= k)
+    if p is not None:
         share = jax.nn.softmax(logits, axis=-1)
-        logits = _keep(
-            logits, lambda kept: jnp.sum(jnp.where(kept, share, 0.0), axis=-1) >= draw.top_p
-        )
+        logits = _keep(logits, lambda kept: jnp.sum(jnp.where(kept, share, 0.0), axis=-1) >= p)
     keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, step)
     # The largest of logits plus Gumbel noise is a draw from their softmax.
     noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:], jnp.float32))(keys)
