@@ -9,7 +9,7 @@ import functools
 import importlib
 import pathlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from types import ModuleType
 from typing import Literal
 
@@ -162,7 +162,7 @@ def _call(
     shape: tuple[int, int, int],
     attributes: Mapping[str, np.generic | int],
     platform: Platform,
-) -> list[jax.Array]:
+) -> Sequence[jax.Array]:
     """Makes the FFI call for ``shape`` (m, k, n).
 
     On CUDA there is one result more, scratch memory: an allocation inside the call could not be part of a CUDA graph.

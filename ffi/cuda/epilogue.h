@@ -21,20 +21,31 @@ JAXINT8_DEVICE float Finish(int32_t sum, float row_scale, float w_scale, bool ha
   return has_bias ? Add(y, bias) : y;
 }
 
-JAXINT8_DEVICE uint16_t Narrow(Type type, float y) { return type == Type::kBF16 ? FloatToBFloat(y) : FloatToHalf(y); }
-
-JAXINT8_DEVICE void StoreOutput(const Epilogue& e, int64_t row, int64_t column, int32_t sum, float row_scale,
-                                float w_scale, float bias) {
-  const int64_t at = row * e.n + column;
-  if (e.type == Type::kS32) {
-    StoreAs<int32_t>(e.y + 4 * at, sum);
-    return;
-  }
+// The output of one sum, in the low bits for 16-bit types.
+JAXINT8_DEVICE uint32_t Output(const Epilogue& e, int32_t sum, float row_scale, float w_scale, float bias) {
+  if (e.type == Type::kS32) return static_cast<uint32_t>(sum);
   const float y = Finish(sum, row_scale, w_scale, static_cast<bool>(e.bias), bias);
-  if (e.type == Type::kF32) {
-    StoreAs<float>(e.y + 4 * at, y);
+  return e.type == Type::kF32 ? Bits(y) : e.type == Type::kBF16 ? FloatToBFloat(y) : FloatToHalf(y);
+}
+
+JAXINT8_DEVICE bool IsWide(const Epilogue& e) { return e.type == Type::kF32 || e.type == Type::kS32; }
+
+JAXINT8_DEVICE void StoreOutput(const Epilogue& e, int64_t row, int64_t column, uint32_t y) {
+  const int64_t at = row * e.n + column;
+  if (IsWide(e)) {
+    StoreAs<uint32_t>(e.y + 4 * at, y);
   } else {
-    StoreAs<uint16_t>(e.y + 2 * at, Narrow(e.type, y));
+    StoreAs<uint16_t>(e.y + 2 * at, static_cast<uint16_t>(y));
+  }
+}
+
+// Two neighbours; n and the column are even.
+JAXINT8_DEVICE void StoreOutputs(const Epilogue& e, int64_t row, int64_t column, uint32_t y0, uint32_t y1) {
+  const int64_t at = row * e.n + column;
+  if (IsWide(e)) {
+    StoreAs<Word2>(e.y + 4 * at, Word2{y0, y1});
+  } else {
+    StoreAs<uint32_t>(e.y + 2 * at, y0 | y1 << 16);
   }
 }
 

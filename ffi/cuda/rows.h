@@ -174,6 +174,7 @@ class RowBlock {
  private:
   template <typename Body>
   JAXINT8_DEVICE void ForEach(int64_t end, Body body) {
+#pragma unroll 1
     for (int64_t i = 8 * ThreadIndex(); i < end; i += 8 * BlockThreads()) body(i);
   }
 

@@ -225,18 +225,17 @@ class StreamKernel {
       for (int s = 0; s < p_.split; ++s) {
         sum += static_cast<uint32_t>(Load(Sums(buffer, warp + s) + row * kSumStride + column % kStreamOutputs));
       }
-      if (p_.epilogue.type == Type::kS32) {
-        StoreOutput(p_.epilogue, row, n, static_cast<int32_t>(sum), 0, 0, 0);
-        continue;
+      float scale = 0, w_scale = 0, bias = 0;
+      if (p_.epilogue.type != Type::kS32) {
+        if constexpr (kFused) {
+          scale = Load(Cast<float>(SharedMemory() + layout_.scales) + row);
+        } else {
+          scale = Load(p_.epilogue.row_scale + row);
+        }
+        w_scale = Load(p_.epilogue.w_scale + n);
+        if (p_.epilogue.bias) bias = Load(p_.epilogue.bias + n);
       }
-      float scale;
-      if constexpr (kFused) {
-        scale = Load(Cast<float>(SharedMemory() + layout_.scales) + row);
-      } else {
-        scale = Load(p_.epilogue.row_scale + row);
-      }
-      const float bias = p_.epilogue.bias ? Load(p_.epilogue.bias + n) : 0;
-      StoreOutput(p_.epilogue, row, n, static_cast<int32_t>(sum), scale, Load(p_.epilogue.w_scale + n), bias);
+      StoreOutput(p_.epilogue, row, n, Output(p_.epilogue, static_cast<int32_t>(sum), scale, w_scale, bias));
     }
   }
 

@@ -64,27 +64,42 @@ class TiledKernel {
   JAXINT8_DEVICE void Tile() {
     WaitForPreviousKernel();
     AllowNextKernel();
+    Operands high{};
+    int64_t count = 0;
     if (p_.count) {
-      const int64_t count = Load(p_.count);
-      if (count > 0) {
-        Operands high = p_.all;
-        if (count <= p_.capacity) {
-          high = p_.gathered;
-          high.k = (count + kGatherStep - 1) / kGatherStep * kGatherStep;
-        }
-        Accumulate(high);
+      count = Load(p_.count);
+      const bool fits = count <= p_.capacity;
+      high.a = fits ? p_.gathered.a : p_.all.a;
+      high.b = fits ? p_.gathered.b : p_.all.b;
+      high.stride_a = fits ? p_.gathered.stride_a : p_.all.stride_a;
+      high.stride_b = fits ? p_.gathered.stride_b : p_.all.stride_b;
+      high.k = fits ? (count + kGatherStep - 1) / kGatherStep * kGatherStep : p_.all.k;
+    }
+#pragma unroll 1  // one copy of the code
+    for (int part = count > 0 ? 0 : 1; part < 2; ++part) {
+      const bool is_high = part == 0;
+      Operands o;  // chosen member by member: a reference to one of two would put them into local memory
+      o.a = is_high ? high.a : p_.lo.a;
+      o.b = is_high ? high.b : p_.lo.b;
+      o.stride_a = is_high ? high.stride_a : p_.lo.stride_a;
+      o.stride_b = is_high ? high.stride_b : p_.lo.stride_b;
+      o.k = is_high ? high.k : p_.lo.k;
+      Accumulate(o);
+      if (is_high) Shift();
+    }
+    Finish();
+  }
+
+  // From the sums of the high parts to those of 128 * hi.
+  JAXINT8_DEVICE void Shift() {
 #pragma unroll
-        for (int i = 0; i < kRows; ++i) {
+    for (int i = 0; i < kRows; ++i) {
 #pragma unroll
-          for (int j = 0; j < kColumns; ++j) {
+      for (int j = 0; j < kColumns; ++j) {
 #pragma unroll
-            for (int e = 0; e < 4; ++e) c_[i][j][e] = Combine(0, c_[i][j][e]);
-          }
-        }
+        for (int e = 0; e < 4; ++e) c_[i][j][e] = Combine(0, c_[i][j][e]);
       }
     }
-    Accumulate(p_.lo);
-    Finish();
   }
 
   JAXINT8_DEVICE void Accumulate(const Operands& o) {
@@ -176,19 +191,13 @@ class TiledKernel {
           const int64_t m = m0_ + warp_ / kWarpsN * kWarpM + 16 * i + 8 * half + g;
           if (m >= p_.m || n >= p_.n) continue;
           const float row_scale = scaled ? Load(e.row_scale + m) : 0;
-          const int32_t* sums = c_[i][j] + 2 * half;
-          if (p_.n % 2 == 0 && (e.type == Type::kBF16 || e.type == Type::kF16)) {
-            const bool has_bias = static_cast<bool>(e.bias);
-            const uint32_t low =
-                Narrow(e.type, jaxint8::cuda::Finish(sums[0], row_scale, w_scale[0], has_bias, bias[0]));
-            const uint32_t high =
-                Narrow(e.type, jaxint8::cuda::Finish(sums[1], row_scale, w_scale[1], has_bias, bias[1]));
-            StoreAs<uint32_t>(e.y + 2 * (m * e.n + n), low | high << 16);
-            continue;
-          }
-#pragma unroll
-          for (int h = 0; h < 2; ++h) {
-            if (n + h < p_.n) StoreOutput(e, m, n + h, sums[h], row_scale, w_scale[h], bias[h]);
+          const uint32_t y0 = Output(e, c_[i][j][2 * half], row_scale, w_scale[0], bias[0]);
+          const uint32_t y1 = Output(e, c_[i][j][2 * half + 1], row_scale, w_scale[1], bias[1]);
+          if (p_.n % 2 == 0) {
+            StoreOutputs(e, m, n, y0, y1);
+          } else {
+            StoreOutput(e, m, n, y0);
+            if (n + 1 < p_.n) StoreOutput(e, m, n + 1, y1);
           }
         }
       }
