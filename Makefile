@@ -56,3 +56,21 @@ format: setup
 
 clean:
 	rm -rf build $(VENV) .venv-jax-0.11.2
+
+# Everything about the CUDA kernels that needs no GPU: build, machine code, and the kernels run on the CPU.
+CUDA_ARCHITECTURES ?= 90a-real
+CUDA_BUILD := build/cuda
+.PHONY: cuda-check gpu-check
+cuda-check: setup
+	@command -v nvcc >/dev/null || { echo "make: cuda-check needs nvcc on the PATH" >&2; exit 1; }
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
+	$(BIN)/cmake -S ffi -B $(CUDA_BUILD) -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja \
+		-DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir) \
+		-DJAXINT8_CUDA=on "-DJAXINT8_CUDA_ARCHITECTURES=$(CUDA_ARCHITECTURES)"
+	$(BIN)/ninja -C $(CUDA_BUILD) _cuda jaxint8_gpu_executor
+	$(BIN)/python ffi/cuda/check.py $$(find $(CUDA_BUILD)/cuda/CMakeFiles/jaxint8_cuda.dir -name '*.o')
+	$(BIN)/python -m pytest tests/test_cuda_executor.py
+
+# On a machine with a GPU: builds, compares with the oracle, looks for races, times. Uses the python3 that has jax[cuda].
+gpu-check:
+	python3 ffi/cuda/gpu_check.py
