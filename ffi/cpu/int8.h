@@ -17,8 +17,8 @@ namespace jaxint8::cpu {
 inline constexpr int64_t kMaxK = ((int64_t{1} << 31) - 1) / (127 * 127);
 // Outputs per block of work: four 512-bit registers of int32. Every rung computes blocks of at most this width.
 inline constexpr int64_t kBlockN = 64;
-// Up to this many rows a product is a bundle of dot products that streams the weights; above, it is tiled.
-inline constexpr int64_t kSmallM = 8;
+// Up to this many rows a product may be a bundle of dot products that streams the weights; above, it is tiled.
+inline constexpr int64_t kSmallM = 32;
 
 enum class Type : int32_t { kF32, kBF16, kF16, kS32 };
 enum class Rule : int32_t { kNone, kThreshold, kRelative, kTopK };
@@ -64,6 +64,8 @@ struct HiPlan {
     uint64_t mask;     // the slots
     uint8_t lane[64];  // per slot: column within the 64
   };
+  static constexpr int64_t kMaxGroups = 8;  // with more, a product is better off with the high parts of each row
+
   bool dense = false;
   int64_t groups = 0;
   const int8_t* hi = {};              // [m][groups * 64], zero where not an outlier
@@ -77,7 +79,7 @@ struct Block {
   int64_t stride;      // bytes, a multiple of 64, at least k rounded up to 64
   const Row* rows;     // [m]
   bool with_hi;        // some row may hold outliers that are carried as 128 * hi + lo
-  const HiPlan* plan;  // set when with_hi and m <= kSmallM
+  const HiPlan* plan;  // with_hi and m <= kSmallM: set unless there would be too many groups
   int64_t m;
   const int8_t* w;  // [n][k]
   int64_t n;        // 1..kBlockN
@@ -87,7 +89,7 @@ struct Block {
   uint8_t* scratch;     // 64-byte aligned, scratch_bytes of the rung
 };
 
-// Buffers of k elements for the row functions; alive during one call only.
+// Buffers of k elements, rounded up to 64, for the row functions; alive during one call only.
 struct RowScratch {
   float* values;        // the row as float32
   int32_t* index;       // columns of its outliers, ascending
@@ -96,7 +98,27 @@ struct RowScratch {
   uint32_t* magnitude;  // bit patterns, for the selection of the largest
 };
 
-// The function table of one instruction set. The row functions are one source (rows.h) compiled per instruction set.
+// The columns that are out for every row of a call (column scope).
+struct Columns {
+  const int32_t* list;  // ascending
+  int64_t count;
+  const uint64_t* mask;  // one bit per column, zero-padded to a multiple of 64
+};
+
+// y[i][j] = round((float(c[i][j]) * rows[i].scale) * w_scale[j] (+ extra[i][j]) (+ bias[j])) for i < m, j < n.
+struct Epilogue {
+  Type type;
+  const int32_t* c;  // [m][kBlockN]
+  const Row* rows;   // [m]
+  int64_t m, n;      // n <= kBlockN
+  const float* w_scale;
+  const float* extra;  // [m][kBlockN] or null
+  const float* bias;   // [n] or null
+  void* y;
+  int64_t stride;  // elements between rows of y
+};
+
+// The function table of one instruction set.
 struct Rung {
   const char* name;
   bool (*supported)();
@@ -104,12 +126,9 @@ struct Rung {
   void (*mark)(const Options&, Type, const void* x, int64_t k, const RowScratch&, uint8_t* marks);
   // Quantises one row into lo[k] and returns scale, sum and count; the outliers stand in the scratch. With column scope
   // they are the given columns.
-  Row (*quantize)(const Options&, Type, const void* x, int64_t k, const int32_t* columns, int64_t columns_count,
-                  const RowScratch&, int8_t* lo);
+  Row (*quantize)(const Options&, Type, const void* x, int64_t k, const Columns&, const RowScratch&, int8_t* lo);
   void (*block)(const Block&);
-  // y[j] = round((float(c[j]) * scale) * w_scale[j] (+ extra[j]) (+ bias[j])) for j < n; extra and bias may be null.
-  void (*finish)(Type, const int32_t* c, int64_t n, float scale, const float* w_scale, const float* extra,
-                 const float* bias, void* y);
+  void (*finish)(const Epilogue&);
   int64_t chunk_m;        // rows per block of a large product
   int64_t scratch_bytes;  // per thread
 };
@@ -164,6 +183,8 @@ class Job {
   void CopyRows(int64_t item);
   void PlanHi();
   int64_t SqueezeColumns();
+  Columns ListColumns() const;
+  const float* FloatOutliers(const Block& block, const float* w_scale);
   void Multiply(int64_t item);
 
   Problem p_;

@@ -20,8 +20,8 @@ namespace jaxint8::cpu {
 namespace {
 
 constexpr int64_t kAlign = 64;
-// Up to this many rows the high parts are kept for every column: the weights are read at about 8 bytes per cycle and
-// core, 8 cycles for 64 columns, in which the machine multiplies 8 rows (16 with two multipliers).
+// Up to this many rows the high parts may be kept for every column: it costs one multiplication per row and 64 columns,
+// which hides behind the reading of the weights; squeezing costs some 3 instructions per 64 columns with an outlier.
 constexpr int64_t kDenseM = 2;
 // Workspaces above this are given back to the system after use.
 constexpr size_t kKeepBytes = size_t{64} << 20;
@@ -58,10 +58,12 @@ class Buffer {
 
 // Buffers of one thread; used within one item, never across.
 struct ThreadScratch {
-  Buffer values, index, codes, outliers, magnitude, columns;
-  Buffer rung, c, extra, slots, gathered;
+  Buffer values, index, codes, outliers, magnitude, columns, mask;
+  Buffer rung, c, extra, gathered;
+  std::vector<int32_t> slots;
 
   RowScratch Rows(int64_t k) {
+    k = RoundUp(k, 64);
     return {values.Get<float>(k), index.Get<int32_t>(k), codes.Get<int32_t>(k), outliers.Get<float>(k),
             magnitude.Get<uint32_t>(k)};
   }
@@ -220,17 +222,27 @@ void Job::MarkColumns(int64_t item) {
   }
 }
 
+Columns Job::ListColumns() const {
+  const uint8_t* marks = ws_->marks.Get<uint8_t>(p_.k);
+  int32_t* list = Scratch().columns.Get<int32_t>(p_.k);
+  uint64_t* mask = Scratch().mask.Get<uint64_t>(CeilDiv(p_.k, 64));
+  int64_t count = 0;
+  for (int64_t t = 0; t < p_.k; t += 64) {
+    uint64_t bits = 0;
+    for (int64_t j = t; j < std::min(p_.k, t + 64); ++j) {
+      if (marks[j] == 0) continue;
+      list[count++] = static_cast<int32_t>(j);
+      bits |= uint64_t{1} << (j - t);
+    }
+    mask[t / 64] = bits;
+  }
+  return {list, count, mask};
+}
+
 void Job::QuantizeRows(int64_t item) {
   const RowScratch scratch = Scratch().Rows(p_.k);
   const bool rows_only = p_.kind == Problem::Kind::kQuantize;
-  int32_t* columns = Scratch().columns.Get<int32_t>(p_.k);
-  int64_t columns_count = 0;
-  if (p_.options.column_scope) {
-    const uint8_t* marks = ws_->marks.Get<uint8_t>(p_.k);
-    for (int64_t j = 0; j < p_.k; ++j) {
-      if (marks[j]) columns[columns_count++] = static_cast<int32_t>(j);
-    }
-  }
+  const Columns columns = p_.options.column_scope ? ListColumns() : Columns{};
   Workspace::Lists& lists = ws_->lists[item];
   lists.outliers.clear();
   lists.words.clear();
@@ -238,7 +250,7 @@ void Job::QuantizeRows(int64_t item) {
   for (int64_t i = begin; i < end; ++i) {
     const auto* x = static_cast<const char*>(p_.x) + i * p_.k * TypeSize(p_.type);
     int8_t* lo = rows_only ? p_.lo + i * p_.k : ws_->lo.Get<int8_t>(0) + i * ws_->stride;
-    const Row row = p_.rung->quantize(p_.options, p_.type, x, p_.k, columns, columns_count, scratch, lo);
+    const Row row = p_.rung->quantize(p_.options, p_.type, x, p_.k, columns, scratch, lo);
     if (rows_only) {
       p_.row_scale[i] = row.scale;
       int8_t* hi = p_.hi + i * p_.k;
@@ -292,8 +304,11 @@ void Job::PlanHi() {
   bool any = false;
   for (int64_t i = 0; i < p_.m; ++i) any |= ws.rows[i].words > 0;
   if (!any) return;
-  ws.plan.dense = p_.m <= kDenseM;
-  ws.plan.groups = ws.plan.dense ? CeilDiv(p_.k, 64) : SqueezeColumns();
+  const int64_t blocks = CeilDiv(p_.k, 64);
+  ws.plan.groups = SqueezeColumns();
+  ws.plan.dense = p_.m <= kDenseM && static_cast<int64_t>(ws.segments.size()) * 3 > blocks;
+  if (ws.plan.dense) ws.plan.groups = blocks;
+  if (!ws.plan.dense && ws.plan.groups > HiPlan::kMaxGroups) return;
   const int64_t width = ws.plan.groups * 64;
   int8_t* hi = ws.hi.Get<int8_t>(p_.m * width);
   std::memset(hi, 0, static_cast<size_t>(p_.m * width));
@@ -356,7 +371,7 @@ void Job::Multiply(int64_t item) {
   b.lo = ws_->lo.Get<int8_t>(0) + i0 * ws_->stride;
   b.rows = ws_->rows.data() + i0;
   b.with_hi = p_.kind == Problem::Kind::kLinear && p_.options.rule != Rule::kNone && !p_.options.float_outliers;
-  b.plan = items_[2] ? &ws_->plan : nullptr;
+  b.plan = items_[2] && (ws_->plan.dense || ws_->plan.groups <= HiPlan::kMaxGroups) ? &ws_->plan : nullptr;
   b.w = p_.w + j0 * p_.k;
   const int64_t next = item + threads_;
   b.ahead = next < items_[3] ? p_.w + next / chunks_ * kBlockN * p_.k : nullptr;
@@ -371,25 +386,56 @@ void Job::Multiply(int64_t item) {
     }
     return;
   }
-  const float* bias = p_.bias ? p_.bias + j0 : nullptr;
+  Epilogue e;
+  e.type = p_.type;
+  e.c = b.c;
+  e.rows = b.rows;
+  e.m = b.m;
+  e.n = b.n;
+  e.w_scale = p_.w_scale + j0;
+  e.extra = p_.options.float_outliers ? FloatOutliers(b, e.w_scale) : nullptr;
+  e.bias = p_.bias ? p_.bias + j0 : nullptr;
+  e.y = static_cast<char*>(p_.y) + (i0 * p_.n + j0) * TypeSize(p_.type);
+  e.stride = p_.n;
+  p_.rung->finish(e);
+}
+
+// The outlier part of "float" arithmetic for a block: x[i][o] * (w_scale[j] * w[j][o]) summed over the outliers o of
+// row i in ascending order, whatever the block, so that a row's bits depend on that row alone. A column of weights is
+// gathered and dequantised once for all rows that need it.
+const float* Job::FloatOutliers(const Block& b, const float* w_scale) {
+  constexpr int32_t kColumns = 1024;  // of 256 bytes: a quarter of the L2 cache
+  ThreadScratch& scratch = Scratch();
+  float* extra = scratch.extra.Get<float>(b.m * kBlockN);
+  std::fill_n(extra, b.m * kBlockN, 0.0f);
+  float* gathered = scratch.gathered.Get<float>(kColumns * kBlockN);
+  std::vector<int32_t>& slots = scratch.slots;  // column -> slot + 1, all 0 between calls
+  if (static_cast<int64_t>(slots.size()) < b.k) slots.resize(b.k, 0);
+  int32_t used[kColumns];
+  int32_t count = 0;
+  const auto forget = [&] {
+    while (count > 0) slots[used[--count]] = 0;
+  };
   for (int64_t i = 0; i < b.m; ++i) {
-    const Row& row = b.rows[i];
-    float extra[kBlockN];
-    const bool adds = p_.options.float_outliers && row.count > 0;
-    if (adds) {
-      // The paper's 16-bit part, in ascending order of column whatever the block: a row's bits depend on it alone.
-      std::fill_n(extra, b.n, 0.0f);
-      for (int32_t o = 0; o < row.count; ++o) {
-        const Outlier& outlier = row.outliers[o];
-        const int8_t* w = b.w + outlier.column;
+    float* sum = extra + i * kBlockN;
+    for (int32_t o = 0; o < b.rows[i].count; ++o) {
+      const Outlier& outlier = b.rows[i].outliers[o];
+      if (slots[outlier.column] == 0) {
+        if (count == kColumns) forget();
+        used[count] = outlier.column;
+        slots[outlier.column] = ++count;
+        float* column = gathered + (count - 1) * kBlockN;
         for (int64_t j = 0; j < b.n; ++j) {
-          extra[j] += outlier.value * (p_.w_scale[j0 + j] * static_cast<float>(w[j * p_.k]));
+          column[j] = w_scale[j] * static_cast<float>(b.w[j * b.k + outlier.column]);
         }
+        std::fill(column + b.n, column + kBlockN, 0.0f);
       }
+      const float* column = gathered + (slots[outlier.column] - 1) * kBlockN;
+      for (int64_t j = 0; j < kBlockN; ++j) sum[j] += outlier.value * column[j];
     }
-    auto* y = static_cast<char*>(p_.y) + ((i0 + i) * p_.n + j0) * TypeSize(p_.type);
-    p_.rung->finish(p_.type, b.c + i * kBlockN, b.n, row.scale, p_.w_scale + j0, adds ? extra : nullptr, bias, y);
   }
+  forget();
+  return extra;
 }
 
 }  // namespace jaxint8::cpu
