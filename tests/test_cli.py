@@ -12,6 +12,7 @@ import tokenizers
 from jaxint8.cli import eval as eval_cli
 from jaxint8.cli import generate as generate_cli
 from jaxint8.cli import measure, methods
+from jaxint8.evaluation import datasets, perplexity
 from jaxint8.models import load
 from jaxint8.models.observe import linear_inputs
 
@@ -214,6 +215,9 @@ def test_generate_prints_what_the_model_makes(checkpoint, capsys):
     assert status == 0
     assert out == "".join(f"{a}{b}\n\n" for a, b in zip(prompts, expected, strict=True))
     assert "40 tokens in" in err and "tokens/s" in err
+    # The largest logits of an int8 head are exact, so the most likely tokens are the same.
+    status, same, _ = outcome(generate_cli, capsys, *arguments, "--lm_head=int8")
+    assert (status, same) == (0, out)
 
 
 def test_generate_streams_the_same_text(checkpoint, tmp_path, capsys):
@@ -238,6 +242,8 @@ def test_generate_streams_the_same_text(checkpoint, tmp_path, capsys):
         (["--prompt="], "prompt: expected at least one, none of them empty"),
         (["--prompt=a", "--method=int4"], "method: expected one of float32,"),
         (["--prompt=a", "--method=all"], "got 'all'"),
+        (["--prompt=a", "--method=float32", "--lm_head=int8"], "lm_head: int8 goes with"),
+        (["--prompt=a", "--lm_head=int4"], "flag --lm_head=int4"),
         (["--prompt=a", "--prompt=b", "--stream"], "stream: expected one prompt, got 2"),
         (["--prompt=a", "--temperature=-1"], "temperature must be"),
         (["--prompt=a", "--top_p=2"], "top_p must be"),
@@ -252,3 +258,14 @@ def test_generate_refuses_bad_input_in_one_line(checkpoint, capsys, arguments, m
     assert (status, out) == (2, "")
     assert message in err
     assert err.startswith("prog: ") and err.count("\n") == 1
+
+
+@pytest.mark.demo
+def test_the_demo_text_under_the_protocol():
+    """8,176 of 8,192 tokens in windows of 512; 37.4648 is PyTorch's float32 perplexity."""
+    model = measure.load_group("demo", ["float32"])
+    text = datasets.load_text("demo").text
+    ids = model.tokenizer.encode(text, add_special_tokens=False)[:8192]
+    score = perplexity.score(measure.logits_of(model), ids)
+    assert (score.tokens, score.scored) == (8192, 8176)
+    assert score.perplexity == pytest.approx(37.4648, rel=1e-3)

@@ -73,7 +73,7 @@ def test_what_is_not_finite_or_not_measured_is_null():
 
 def test_markdown_table_is_aligned_in_percent_and_names_the_command():
     lines = report.to_markdown(REPORT).splitlines()
-    assert lines[0] == "# demo on demo, 8,192 tokens"
+    assert lines[0] == "# model demo, text demo, 8,192 tokens"
     assert lines[2] == "    run this"
     assert table(REPORT)[3] == [
         *("llm_int8", "38.2778", "+2.17 %", "0.1260"),

@@ -6,6 +6,7 @@
 Changes are against the method float32; without it they are not measured.
 """
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
@@ -73,6 +74,8 @@ def run(options: app.Options) -> None:
         output = options["output"]
         if output is not None:  # now, rather than after minutes of work
             Path(output).mkdir(parents=True, exist_ok=True)
+    # Work of others slows ours: a reader of the report should know how much there was.
+    load = round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None
     measured = _measure(options, names, text.text)
     score = measured[names[0]].score
     result = report.Report(
@@ -85,6 +88,7 @@ def run(options: app.Options) -> None:
             window=options["window"],
             batch_size=options["batch_size"],
             scored_tokens=score.scored,
+            load_average_before=load,
         ),
     )
     Console(highlight=False).print(_table(result))
@@ -164,9 +168,8 @@ class _Bar:
 
 
 def _table(result: report.Report) -> Table:
-    title = f"{result.model} on {result.text}, {result.tokens:,} tokens"
     # 80 columns are what a pipe or a log has.
-    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = Table(title=report.heading(result), box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for i, (header, _) in enumerate(report.COLUMNS):
         table.add_column(header, justify="right" if i else "left", no_wrap=True)
     for row in result.rows:

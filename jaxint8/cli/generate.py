@@ -4,6 +4,7 @@ jaxint8-generate --prompt="The capital of France is"
 jaxint8-generate --model=DIR --method=llm_int8 --prompt_file=FILE --temperature=0.8 --top_p=0.9
 """
 
+import dataclasses
 import itertools
 import statistics
 import sys
@@ -13,8 +14,9 @@ from pathlib import Path
 
 from absl import flags
 
-from jaxint8.cli import app, measure, methods
+from jaxint8.cli import app, methods
 from jaxint8.evaluation import datasets
+from jaxint8.models import LanguageModel, load
 from jaxint8.models.generate import stream_tokens
 from jaxint8.models.sampling import Sampling
 
@@ -32,6 +34,13 @@ def define_flags(values: flags.FlagValues) -> None:
     known = ", ".join(methods.METHODS)
     flags.DEFINE_string("model", "demo", "A checkpoint, or demo.", flag_values=values)
     flags.DEFINE_string("method", "relative", f"One of {known}.", flag_values=values)
+    flags.DEFINE_enum(
+        "lm_head",
+        "float",
+        ["float", "int8"],
+        "Precision of the logits; int8 computes the largest ones once more in float.",
+        flag_values=values,
+    )
     flags.DEFINE_multi_string(
         "prompt", [], "A text to continue; may be repeated.", flag_values=values
     )
@@ -70,7 +79,7 @@ def run(options: app.Options) -> None:
         draw = {name: options[name] for name in ("temperature", "top_k", "top_p")}
         sampling = Sampling(**draw)
     with app.input_errors():
-        model = measure.load_group(options["model"], [method])
+        model = _load(options["model"], methods.METHODS[method], options["lm_head"])
         if model.tokenizer is None:
             raise ValueError(f"model: {options['model']} comes without a tokenizer")
     encoded = [model.tokenizer.encode(prompt) for prompt in prompts]
@@ -98,6 +107,15 @@ def run(options: app.Options) -> None:
         for prompt, row in zip(prompts, rows, strict=True):
             print(f"{prompt}{model.tokenizer.decode(row)}\n")
     print(clock.summary(), file=sys.stderr)
+
+
+def _load(source: str, method: methods.Method, lm_head: str) -> LanguageModel:
+    quantization = method.quantization
+    if lm_head == "int8":
+        if quantization is None:
+            raise ValueError("lm_head: int8 goes with the int8 methods only")
+        quantization = dataclasses.replace(quantization, lm_head="int8")
+    return load(source, quantization=quantization, dtype=method.dtype)
 
 
 def _prompts(given: Sequence[str], file: str | None) -> list[str]:

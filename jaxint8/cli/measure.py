@@ -75,9 +75,8 @@ def measure(
       ValueError: the text is too short, or does not fit the model.
     """
     show("compiling", 0)
-    logits = functools.partial(_logits, model.config, model.quantization)
     score = perplexity.score(
-        jax.tree_util.Partial(logits, model.params),
+        logits_of(model),
         tokens,
         window=window,
         batch_size=batch_size,
@@ -145,6 +144,13 @@ def rows(measured: dict[str, Measured]) -> list[Row]:
         )
         for name, m in measured.items()
     ]
+
+
+def logits_of(model: LanguageModel) -> jax.tree_util.Partial:
+    """The model as `perplexity.score` wants it: a function of tokens, its parameters leaves."""
+    return jax.tree_util.Partial(
+        functools.partial(_logits, model.config, model.quantization), model.params
+    )
 
 
 def _logits(

@@ -11,7 +11,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from jaxint8.evaluation.report import BASELINE, Report, Row
+from jaxint8.evaluation.report import BASELINE, Report, Row, heading
 
 INK, MUTED, GRID, ACCENT = "#1f2933", "#9aa5b1", "#e4e7eb", "#0b6e99"
 # Okabe and Ito's colours, told apart by the colour-blind; the markers tell them apart in print.
@@ -25,7 +25,7 @@ def figures(report: Report) -> dict[str, Figure]:
     baseline = next((row for row in report.rows if row.method == BASELINE), None)
     if not rows or baseline is None:
         return {}
-    title = f"{report.model} on {report.text}, {report.tokens:,} tokens"
+    title = heading(report)
     return {"quality.png": quality(rows, title), "speed.png": speed(rows, baseline, title)}
 
 

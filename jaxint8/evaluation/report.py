@@ -132,7 +132,7 @@ def to_markdown(report: Report, plots: Sequence[str] = ()) -> str:
     command = report.environment.get("command")
     return "\n".join(
         [
-            f"# {report.model} on {report.text}, {report.tokens:,} tokens",
+            f"# {heading(report)}",
             "",
             *([f"    {command}", ""] if command else []),
             *lines,
@@ -149,6 +149,11 @@ def to_markdown(report: Report, plots: Sequence[str] = ()) -> str:
             "",
         ]
     )
+
+
+def heading(report: Report) -> str:
+    """One line that says what the figures are of."""
+    return f"model {report.model}, text {report.text}, {report.tokens:,} tokens"
 
 
 def _figures(report: Report) -> dict[str, Any]:
