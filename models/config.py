@@ -137,7 +137,8 @@ class QuantizationConfig:
     activations: Literal["row", "tensor"] = "row"
     # One scale per output channel of weights, or one per matrix.
     weights: Literal["row", "tensor"] = "row"
-    # Precision of the matrix that makes logits.
+    # Precision of the product that makes logits. "int8" keeps the float matrix as well: the largest
+    # logits are computed from it once more where they choose the next token (see head.py).
     lm_head: Literal["float", "int8"] = "float"
 
     def __post_init__(self) -> None:

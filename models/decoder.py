@@ -7,13 +7,14 @@ of the same shape. Nothing else in this file knows which of the two it runs.
 The tree (``layers`` is a list, so that the loop below is unrolled: a scan over stacked weights
 would copy every layer's weights at every step):
 
-    embedding [vocab, embedding_size]   positions [max_positions + offset, hidden]   rope_factors
-    [head_dim / 2] project_in, project_out {weight}    final_norm {weight, bias}
-    lm_head {weight} layers[i]: attention_norm, mlp_norm {weight, bias}   qkv, out, up, down
-    {weight, bias}
+    embedding [vocab, embedding_size]   positions [max_positions + offset, hidden]
+    rope_factors [head_dim / 2]   project_in, project_out {weight}
+    final_norm {weight, bias}   lm_head {weight}   int8_head {weight}
+    layers[i]: attention_norm, mlp_norm {weight, bias}   qkv, out, up, down {weight, bias}
 
 where ``qkv`` has the rows of q, k, v one below the other, and ``up`` those of gate and up when
-gated.
+gated; ``int8_head`` stands beside the head it was made from, be that ``lm_head`` or (tied) the
+``embedding``.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from jaxint8.linear import absmax_linear
 from jaxint8.models.attention import attend, attend_one, rope_tables, rotate, store
 from jaxint8.models.cache import KVCache
 from jaxint8.models.config import DecoderConfig, QuantizationConfig
+from jaxint8.models.head import rescore
 
 Params = Mapping[str, Any]
 
@@ -62,7 +64,8 @@ def forward(
             that follow those it holds (left padding included, see `KVCache`).
         cache: keys and values of the tokens before; must have room for t more.
         quantization: how `QuantizedMatrix` weights are carried out; static under jit.
-        last_only: whether only the last token's logits are wanted.
+        last_only: whether only the last token's logits are wanted, to choose the next by: then an
+            int8 head's largest logits are exact (see `rescore`); else they all are int8.
         seen: if a list, what enters the linear layers is appended, a dict by name for each layer.
 
     Returns:
@@ -99,11 +102,10 @@ def forward(
             x = x[:, -1:]
         if "project_out" in params:
             x = _linear(x, params["project_out"], quantization)
-        head = params["embedding"] if config.tied_embeddings else params["lm_head"]["weight"]
         if cache is not None:
             length = cache.length + tokens.shape[1]
             cache = dataclasses.replace(cache, keys=keys, values=values, length=length)
-        return _product(x, head), cache
+        return _logits(config, params, x, quantization, exact_best=last_only), cache
 
 
 @jax.tree_util.register_dataclass
@@ -239,6 +241,22 @@ def _mlp(
     gate = activation(y[..., : config.mlp_size])
     y = gate * y[..., config.mlp_size :] if config.gated else gate
     return _linear(at.only_tokens(y.astype(x.dtype)), layer["down"], quantization)
+
+
+def _logits(
+    config: DecoderConfig,
+    params: Params,
+    x: jax.Array,
+    quantization: QuantizationConfig | None,
+    exact_best: bool,
+) -> jax.Array:
+    """Logits float32[b, t, vocab] of x[b, t, embedding_size]."""
+    table = params["embedding"] if config.tied_embeddings else params["lm_head"]["weight"]
+    if "int8_head" not in params:
+        return _product(x, table)
+    # In float32, for in bfloat16 the best logits would often be equal.
+    logits = _linear(x.astype(jnp.float32), params["int8_head"], quantization)
+    return rescore(logits, x, table) if exact_best else logits
 
 
 def _linear(x: jax.Array, layer: Params, quantization: QuantizationConfig | None) -> jax.Array:

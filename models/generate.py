@@ -97,7 +97,12 @@ def _decode(
     def body(carry: tuple[_State, jax.Array]) -> tuple[_State, jax.Array]:
         state, made = carry
         logits, cache = forward(
-            config, params, state.token[:, None], state.cache, quantization=quantization
+            config,
+            params,
+            state.token[:, None],
+            state.cache,
+            quantization=quantization,
+            last_only=True,
         )
         token = next_tokens(logits[:, 0], draw, state.keys, state.step)
         made = jax.lax.dynamic_update_slice(made, token[:, None], (0, state.step - first))

@@ -67,7 +67,7 @@ def load(
             finite; the tokenizer is of an unknown kind. One line that names the file.
         ValueError, TypeError: an argument cannot be, or the architecture is not known.
         DownloadError: the demo model is not cached and cannot be fetched.
-        NotImplementedError: a mesh, or a quantization with an int8 head, was given.
+        NotImplementedError: a mesh was given.
 
     """
     if mesh is not None:
@@ -75,8 +75,6 @@ def load(
     if isinstance(quantization, str) and quantization in FLOAT_METHODS:
         quantization, dtype = None, dtype or quantization
     method = as_quantization(quantization)
-    if method is not None and method.lm_head == "int8":
-        raise NotImplementedError('quantization: lm_head="int8" is not implemented yet')
     chosen = _dtype(dtype)
     checkpoint = describe(source)
     _check(checkpoint)
@@ -283,6 +281,8 @@ def _read(
 ) -> dict[str, Any]:
     """Returns the tree of parameters."""
     sources = checkpoint.sources
+    if method is not None and method.lm_head == "int8":
+        sources = _with_int8_head(sources, checkpoint.config)
     params: dict[str, Any] = {"layers": [{} for _ in range(checkpoint.config.layers)]}
     with reading.Pool(sum(math.prod(source.shape) for source in sources.values())) as pool:
         for path, source in sources.items():
@@ -299,3 +299,9 @@ def _read(
             # Waiting keeps at most one host copy alive beside what a device has.
             node[path[-1]] = jax.block_until_ready(jax.device_put(value))
     return params
+
+
+def _with_int8_head(sources: WeightMap, config: DecoderConfig) -> WeightMap:
+    """Reads the head, or the embedding that is the head too, a second time, as codes."""
+    head = sources["embedding",] if config.tied_embeddings else sources["lm_head", "weight"]
+    return {**sources, ("int8_head", "weight"): dataclasses.replace(head, kind="linear")}

@@ -402,8 +402,6 @@ def test_arguments_are_checked() -> None:
     mesh = jax.make_mesh((8,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
     with pytest.raises(NotImplementedError, match="mesh: "):
         load(directory, mesh=mesh)
-    with pytest.raises(NotImplementedError, match='quantization: lm_head="int8"'):
-        load(directory, quantization=QuantizationConfig(lm_head="int8"))
 
 
 @pytest.mark.parametrize("terminal", [False, True])

@@ -1,0 +1,46 @@
+"""The head in int8: all logits from codes, the best of them once more from the float rows.
+
+A head reads every row of its table for each token, so at batch 1 it costs as much as many layers;
+in int8 it costs a quarter. The surprising fact is how little has to be corrected: rounding moves a
+logit by a few percent of their spread, and 64 exact products cost less than finding the 64.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+# Logits computed once more. At 4,096 places of the demo text the float head's first choice is always
+# among the first 4 by int8 logits, and its first 40, a usual top_k, among the first 58.
+CANDIDATES = 64
+
+
+def rescore(logits: jax.Array, x: jax.Array, table: jax.Array) -> jax.Array:
+    """Puts the exact logits in the place of the largest approximate ones.
+
+    The others keep their approximations, but never above the least exact one: so the candidates
+    stay the most likely tokens, and what is greedy, or drawn from the top k of at most CANDIDATES,
+    is drawn from exact logits alone.
+
+    The float head's choice j is found whenever fewer than CANDIDATES others come before it in int8;
+    with an error of at most E per logit, whenever fewer than CANDIDATES other float logits lie
+    above logit j - 2 E. Rounding x by at most a / 2 and row w by at most s / 2 gives
+    E = s / 2 * sum(abs(x)) + a / 2 * sum(abs(codes * s)), the largest over the rows.
+
+    Args:
+        logits: float32[b, t, vocab], approximate.
+        x: float[b, t, k], what enters the head.
+        table: float[vocab, k], the head.
+
+    Returns:
+        float32[b, t, vocab].
+
+    """
+    count = min(CANDIDATES, logits.shape[-1])
+    _, tokens = jax.lax.top_k(logits, count)
+    rows = jnp.take(table, tokens, axis=0, mode="clip")
+    # x[b, t, k] times rows[b, t, count, k]
+    batch = ((2,), (3,)), ((0, 1), (0, 1))
+    exact = jax.lax.dot_general(x, rows, batch, preferred_element_type=jnp.float32)
+    capped = jnp.minimum(logits, jnp.min(exact, axis=-1, keepdims=True))
+    return jnp.put_along_axis(capped, tokens, exact, axis=-1, inplace=False)
