@@ -92,7 +92,10 @@ def _compile(rules: Sequence[Rule]) -> list[tuple[re.Pattern[str], Action]]:
 
 
 def _action(layer: str, rules: list[tuple[re.Pattern[str], Action]]) -> Action:
-    return next((action for pattern, action in rules if pattern.search(layer)), "keep")
+    for pattern, action in rules:
+        if pattern.search(layer):
+            return action
+    return "keep"
 
 
 def _convert(layer: str, kernel: jax.Array) -> tuple[jax.Array, jax.Array]:

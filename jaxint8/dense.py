@@ -5,6 +5,7 @@ only the bias is a parameter. A fresh module is all zeros: weights come from `ja
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -68,5 +69,5 @@ class Dense8bit(nn.Module):
         )
 
     def _quant(self, name: str, init: Callable[[], jax.Array], names: Names | None) -> jax.Array:
-        init = init if names is None else nn.with_partitioning(init, names)
-        return nn.unbox(self.variable(COLLECTION, name, init).value)
+        boxed: Callable[..., Any] = init if names is None else nn.with_partitioning(init, names)
+        return nn.unbox(self.variable(COLLECTION, name, boxed).value)

@@ -179,11 +179,19 @@ def _compiled(
         )
 
     @call.def_vmap
-    def _(size: int, batched: list[bool], *args: jax.Array | None) -> tuple[jax.Array, bool]:
-        x, codes, scale, bias = args
+    def _(
+        size: int,
+        batched: list[bool],
+        x: jax.Array,
+        codes: jax.Array,
+        scale: jax.Array,
+        bias: jax.Array | None,
+    ) -> tuple[jax.Array, bool]:
         if is_token_scope(rule) and not any(jax.tree.leaves(batched[1:])):
             _, m, k = x.shape
-            return call(x.reshape(size * m, k), codes, scale, bias).reshape(size, m, -1), True
+            y = call(x.reshape(size * m, k), codes, scale, bias)
+            return y.reshape(size, m, codes.shape[0]), True
+        args = (x, codes, scale, bias)
         mapped = [a for a, b in zip(args, batched, strict=True) if b is True]
 
         def one(part: list[jax.Array]) -> jax.Array:
@@ -297,8 +305,9 @@ def _reference_linear(
     arithmetic: Arithmetic,
 ) -> jax.Array:
     def call(x, codes, scale, bias):
-        args = (np.asarray(a) if a is not None else None for a in (x, codes, scale, bias))
-        return reference.int8_linear(*args, rule, arithmetic)
+        x, codes, scale = np.asarray(x), np.asarray(codes), np.asarray(scale)
+        bias = None if bias is None else np.asarray(bias)
+        return reference.int8_linear(x, codes, scale, bias, rule, arithmetic)
 
     shape = jax.ShapeDtypeStruct((x.shape[0], codes.shape[0]), x.dtype)
     return jax.pure_callback(call, shape, x, codes, scale, bias, vmap_method="sequential")

@@ -9,6 +9,7 @@ import dataclasses
 from typing import Literal
 
 import jax
+import jax.core
 import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
