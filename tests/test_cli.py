@@ -266,6 +266,6 @@ def test_the_demo_text_under_the_protocol():
     model = measure.load_group("demo", ["float32"])
     text = datasets.load_text("demo").text
     ids = model.tokenizer.encode(text, add_special_tokens=False)[:8192]
-    score = perplexity.score(measure.logits_of(model), ids)
+    score = perplexity.score(model.logits, ids)
     assert (score.tokens, score.scored) == (8192, 8176)
     assert score.perplexity == pytest.approx(37.4648, rel=1e-3)

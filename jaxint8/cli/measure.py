@@ -10,7 +10,6 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 
-import jax
 import numpy as np
 
 from jaxint8.cli import methods
@@ -18,8 +17,6 @@ from jaxint8.evaluation import perplexity
 from jaxint8.evaluation.outliers import outlier_fractions
 from jaxint8.evaluation.report import BASELINE, Row
 from jaxint8.models import LanguageModel, load
-from jaxint8.models.config import DecoderConfig, QuantizationConfig
-from jaxint8.models.decoder import Params, forward
 from jaxint8.models.generate import stream_tokens
 from jaxint8.models.observe import linear_inputs
 
@@ -76,7 +73,7 @@ def measure(
     """
     show("compiling", 0)
     score = perplexity.score(
-        logits_of(model),
+        model.logits,
         tokens,
         window=window,
         batch_size=batch_size,
@@ -144,19 +141,3 @@ def rows(measured: dict[str, Measured]) -> list[Row]:
         )
         for name, m in measured.items()
     ]
-
-
-def logits_of(model: LanguageModel) -> jax.tree_util.Partial:
-    """The model as `perplexity.score` wants it: a function of tokens, its parameters leaves."""
-    return jax.tree_util.Partial(
-        functools.partial(_logits, model.config, model.quantization), model.params
-    )
-
-
-def _logits(
-    config: DecoderConfig,
-    quantization: QuantizationConfig | None,
-    params: Params,
-    tokens: jax.Array,
-) -> jax.Array:
-    return forward(config, params, tokens, quantization=quantization)[0]

@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-Logits = Callable[[jax.Array], jax.Array]
-"""tokens int32[b, t] -> float[b, t, vocab]; row t holds the logits of token t + 1."""
+Logits = Callable[[np.ndarray], jax.Array]
+"""tokens int32[b, t] -> float[b, t, vocab]; place t holds the logits of token t + 1."""
 
 Progress = Callable[[int, int], None]
 """Called with (tokens done, tokens in all), first with 0 done."""
@@ -84,10 +84,7 @@ def score(
     """Scores a text, token by token.
 
     Args:
-      logits: the model. Give one that owns weights as a pytree (a `jax.tree_util.Partial` of a
-        function and its weights, or any registered class with `__call__`): its arrays are then
-        arguments of the compiled pass. Arrays that a plain function closes over are copied into
-        the executable as constants.
+      logits: the model; called as it is, under no jit but its own (`LanguageModel.logits` has one).
       tokens: token ids of the text, int[n], n >= 2.
       window: tokens per window, >= 2. The first of each window is context and not scored. A last
         window of 2 or more tokens is scored at its own length; a last window of one token has
@@ -105,25 +102,22 @@ def score(
     """
     ids = _checked_ids(tokens, window, batch_size)
     calls = cut(ids, window, batch_size)
-    model = jax.tree_util.Partial(logits) if jax.tree_util.all_leaves([logits]) else logits
     total = sum(call.size for call in calls)
     report = progress or (lambda done, total: None)
     report(0, total)
-    compiled: dict[tuple[int, ...], jax.stages.Compiled] = {}
     logprobs: list[np.ndarray] = []
     seconds: list[float] = []
     done = 0
     for call in calls:
-        if call.shape not in compiled:
-            _check_vocabulary(model, call, int(ids.max()))
-            compiled[call.shape] = _token_logprobs.lower(model, call).compile()
-        start = time.perf_counter()
-        logprobs.append(np.asarray(compiled[call.shape](model, call)).ravel())
-        seconds.append(time.perf_counter() - start)
+        found, time_taken = _timed_logprobs(logits, call, int(ids.max()))
+        logprobs.append(found)
+        if call.shape == calls[0].shape:
+            seconds.append(time_taken)
         done += call.size
         report(done, total)
-    alike = [s for call, s in zip(calls, seconds, strict=True) if call.shape == calls[0].shape]
-    speed = calls[0].size / float(np.median(alike))
+    # The first call compiled; where no other is like it, it is run again.
+    warm = seconds[1:] or [_timed_logprobs(logits, calls[0], int(ids.max()))[1]]
+    speed = calls[0].size / float(np.median(warm))
     return Score(logprobs=np.concatenate(logprobs), tokens=total, tokens_per_s=speed)
 
 
@@ -136,14 +130,19 @@ def cut(ids: np.ndarray, window: int, batch_size: int) -> list[np.ndarray]:
     return [*calls, rest[None, :]] if rest.size >= 2 else calls
 
 
-@jax.jit
-def _token_logprobs(logits: Logits, tokens: jax.Array) -> jax.Array:
-    """The log p of tokens[:, 1:] given what stands before: float32[b, t - 1].
+def _timed_logprobs(logits: Logits, call: np.ndarray, highest: int) -> tuple[np.ndarray, float]:
+    """The log-probabilities float32[b * (t - 1)] of one call, and the seconds that it took."""
+    start = time.perf_counter()
+    all_logits = logits(call)
+    _check_vocabulary(all_logits, call, highest)
+    found = np.asarray(_token_logprobs(all_logits, call)).ravel()
+    return found, time.perf_counter() - start
 
-    Gathered under the same jit as the model, so that float[b, t, vocab] never leaves the device
-    or outlives one call.
-    """
-    all_logits = logits(tokens).astype(jnp.float32)
+
+@jax.jit
+def _token_logprobs(all_logits: jax.Array, tokens: jax.Array) -> jax.Array:
+    """The log p of tokens[:, 1:] given what stands before: float32[b, t - 1]."""
+    all_logits = all_logits.astype(jnp.float32)
     # The last position has no next token: it is given the first, and dropped at the end, which is
     # cheaper than a copy of all logits but the last.
     following = jnp.roll(tokens, -1, axis=1)
@@ -166,12 +165,12 @@ def _checked_ids(tokens: Sequence[int] | np.ndarray, window: int, batch_size: in
     return ids.astype(np.int32)
 
 
-def _check_vocabulary(model: Logits, call: np.ndarray, highest: int) -> None:
+def _check_vocabulary(all_logits: jax.Array, call: np.ndarray, highest: int) -> None:
     """Checks the shape of the logits, and that every id is in it: a gather would not complain."""
-    out = jax.eval_shape(model, jax.ShapeDtypeStruct(call.shape, jnp.int32))
-    shape = getattr(out, "shape", None)
-    if shape is None or len(shape) != 3 or shape[:2] != call.shape:
-        raise ValueError(f"logits: expected [{call.shape[0]}, {call.shape[1]}, vocab], got {out}")
+    shape = jnp.shape(all_logits)
+    if len(shape) != 3 or shape[:2] != call.shape:
+        wanted = f"[{call.shape[0]}, {call.shape[1]}, vocab]"
+        raise ValueError(f"logits: expected float{wanted}, got shape {list(shape)}")
     if highest >= shape[2]:
         raise ValueError(
             f"tokens: expected ids below the model's vocabulary of {shape[2]}, got {highest}"
