@@ -76,8 +76,7 @@ class Executor:
         self.library = ctypes.CDLL(str(library))
         for name in ("executor_run", "executor_sites"):
             getattr(self.library, name).restype = ctypes.c_char_p
-        for name in ("executor_workspace_bytes", "executor_launches", "executor_blocks"):
-            getattr(self.library, name).restype = ctypes.c_int64
+        self.library.executor_workspace_bytes.restype = ctypes.c_int64
         self.fault, self.site, self.order, self.cases = 0, b"", 0, 0
 
     def _run(self, call: Call, **arrays: np.ndarray | None) -> None:
@@ -290,6 +289,7 @@ def planted_calls(executor: Executor) -> None:
         executor, battery.make((35, 200, 70), np.float32), Threshold(2.0, "column"), TILED
     )
     expect_linear(executor, battery.make((20, 328, 66), ml_dtypes.bfloat16), TopK(30), TILED)
+    expect_linear(executor, battery.make((18, 168, 9), np.float32), TopK(1), TILED)
     expect_linear(
         executor, battery.make((130, 330, 4), ml_dtypes.bfloat16), Threshold(0.5, "token"), TILED
     )

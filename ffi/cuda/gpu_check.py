@@ -150,7 +150,7 @@ def summarise(report: dict[str, Any]) -> str:
         lines.append("\nours alone: us (TOP/s, TB/s)")
         for row in sweep:
             lines.append(
-                f"{row['k']:6d}->{row['n']:<6d} m={row['m']:<5d} {row['rule']:11s} {row['us']:8.1f} "
+                f"{row['k']:6d}->{row['n']:<6d} m={row['m']:<5d} {row['rule']:19s} {row['us']:8.1f} "
                 f"({row['tera_ops']:6.0f}, {row['tb_per_s']:5.2f})"
             )
     layers = report.get("layers", {}).get("rows", [])

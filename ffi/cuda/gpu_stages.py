@@ -19,7 +19,7 @@ import battery
 import jaxint8
 from jaxint8 import RelativeThreshold, Threshold, TopK, kernels, reference
 
-PATHS = ("stream", "tiled")  # by their numbers in int8.h
+PATHS = ("stream", "tiled", "wgmma")  # by their numbers in int8.h
 
 
 def gpu_executor() -> tests.Executor:
@@ -61,6 +61,8 @@ def _cases(quick: bool) -> Iterator[tuple[tuple[int, int, int], type, str, Any]]
             TopK(8),
             Threshold(1.0, "token"),
         ):
+            if shape[0] * shape[1] * shape[2] > 1 << 31 and rule in (RelativeThreshold(), TopK(8)):
+                continue  # the oracle takes seconds for these
             yield shape, ml_dtypes.bfloat16, "outliers", rule
 
 
@@ -117,7 +119,7 @@ def _sanitized(tool: str, extra: list[str]) -> dict[str, Any]:
         "--error-exitcode",
         "9",
         sys.executable,
-        __file__,
+        str(pathlib.Path(__file__).with_name("gpu_check.py")),
         "--stage=quick",
     ]
     output = run(command)

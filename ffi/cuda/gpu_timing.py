@@ -32,7 +32,7 @@ WIDTHS = {
     "175B": 12288,
 }
 SWEEP_M = [1, 2, 4, 8, 16, 17, 32, 64, 128, 256, 512, 1024, 2048, 4096]
-SWEEP_SHAPES = [(4096, 4096), (4096, 14336), (14336, 4096)]  # k, n
+SWEEP_SHAPES = [(4096, 4096), (4096, 14336)]  # k, n
 
 
 def stage_probe() -> dict[str, Any]:
@@ -102,6 +102,14 @@ def stage_sweep() -> dict[str, Any]:
                         **_rates(m, k, n, microseconds),
                     }
                 )
+        if (k, n) == (4096, 4096):
+            case = battery.Case(_activations(2048, k, ml_dtypes.bfloat16), codes, scale, None)
+            for name, rule in _rules().items():
+                for label, options in (("quantise", {"kind": 0}), ("tiled", {"path": 1})):
+                    us = _time_native(executor, case, rule, **options)
+                    rates = _rates(2048, k, 0 if "kind" in options else n, us)
+                    row = {"m": 2048, "k": k, "n": n, "rule": f"{label} {name}", "us": us, **rates}
+                    rows.append(row)
     return {"rows": rows}
 
 
@@ -113,14 +121,26 @@ def _rates(m: int, k: int, n: int, microseconds: float) -> dict[str, float]:
     }
 
 
-def _time_native(executor: Any, case: Any, rule: Any, path: int = -1) -> float:
-
+def _time_native(
+    executor: Any, case: Any, rule: Any, path: int = -1, kind: int = tests.LINEAR
+) -> float:
     (m, k), n = case.x.shape, case.codes.shape[0]
     call = tests.Call(
-        kind=2, type=tests.TYPES[case.x.dtype], m=m, k=k, n=n, path=path, **executor._options(rule)
+        kind=kind,
+        type=tests.TYPES[case.x.dtype],
+        m=m,
+        k=k,
+        n=n,
+        path=path,
+        **executor._options(rule),
     )
-    y = np.empty((m, n), case.x.dtype)
-    arrays = {"x": np.ascontiguousarray(case.x), "w": case.codes, "w_scale": case.scale, "y": y}
+    arrays = {"x": np.ascontiguousarray(case.x)}
+    if kind == tests.QUANTIZE:
+        arrays |= {"lo": np.empty((m, k), np.int8), "hi": np.empty((m, k), np.int8)}
+        arrays["row_scale"] = np.empty((m,), np.float32)
+    else:
+        y = np.empty((m, n), case.x.dtype)
+        arrays |= {"w": case.codes, "w_scale": case.scale, "y": y}
     for name, array in arrays.items():
         setattr(call, name, array.ctypes.data)
     copies = max(1, min(24, -(-300_000_000 // (n * k))))

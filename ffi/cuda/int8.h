@@ -29,7 +29,7 @@ struct Options {
 };
 
 // How the product is computed. kAuto chooses from the table in plan.h.
-enum class Path : int32_t { kAuto = -1, kStream = 0, kTiled = 1 };
+enum class Path : int32_t { kAuto = -1, kStream = 0, kTiled = 1, kWgmma = 2 };
 
 struct Problem {
   enum class Kind { kQuantize, kProduct, kLinear } kind;

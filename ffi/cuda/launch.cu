@@ -7,6 +7,9 @@
 #include "quantize.h"
 #include "stream.h"
 #include "tiled.h"
+#ifdef JAXINT8_WGMMA
+#include "wgmma.h"
+#endif
 
 namespace jaxint8::cuda {
 namespace {
@@ -222,6 +225,12 @@ class Call {
       JAXINT8_TRY(GatherOutliers(hi, w, w_stride, &t));
       t.all = {hi, w, stride, w_stride, k};
     }
+    bool has_wgmma = false;
+    JAXINT8_TRY(HasWgmma(&has_wgmma));
+    if (p_.path == Path::kWgmma && !has_wgmma) return "the wgmma kernels need compute capability 9.0";
+#ifdef JAXINT8_WGMMA
+    if (has_wgmma && p_.path != Path::kTiled && p_.k > 0) return Wgmma(t);
+#endif
     switch (ChooseTile(p_.m, p_.n, multiprocessors_)) {
       case 0:
         return TiledWith<TiledKernel<128, 128, 64, 64, 4>>(t, kTileShapes[0]);
@@ -233,13 +242,6 @@ class Call {
   }
 
   const char* GatherOutliers(Ptr<const int8_t> hi, Ptr<const int8_t> w, int64_t w_stride, TiledParams* t) {
-    CompactParams c{};
-    c.used = Scratch<const uint32_t>(plan_.bits, plan_.bits_bytes);
-    c.words = plan_.bits_bytes / 4;
-    c.columns = Scratch<int32_t>(plan_.columns, 4 * plan_.capacity);
-    c.capacity = plan_.capacity;
-    c.count = Scratch<uint32_t>(plan_.count, 4);
-    JAXINT8_TRY(Launch<CompactKernel>(1, CompactKernel::kMaxThreads, CompactKernel::kShared, c));
     GatherParams g{};
     g.a = hi;
     g.b = w;
@@ -247,16 +249,17 @@ class Call {
     g.rows_b = p_.n;
     g.stride_a = plan_.stride;
     g.stride_b = w_stride;
-    g.columns = c.columns;
-    g.count = c.count;
+    g.used = Scratch<const uint32_t>(plan_.bits, plan_.bits_bytes);
+    g.words = plan_.bits_bytes / 4;
     g.capacity = plan_.capacity;
     g.out_a = Scratch<int8_t>(plan_.gathered_a, p_.m * plan_.capacity);
     g.out_b = Scratch<int8_t>(plan_.gathered_w, p_.n * plan_.capacity);
+    g.count = Scratch<uint32_t>(plan_.count, 4);
     const int64_t blocks = (p_.m + p_.n + GatherKernel::kMaxThreads / 32 - 1) / (GatherKernel::kMaxThreads / 32);
     const int64_t most = 8 * multiprocessors_;
-    JAXINT8_TRY(
-        Launch<GatherKernel>(blocks < most ? blocks : most, GatherKernel::kMaxThreads, GatherKernel::kShared, g));
-    t->count = c.count;
+    JAXINT8_TRY(Launch<GatherKernel>(blocks < most ? blocks : most, GatherKernel::kMaxThreads,
+                                     GatherKernel::Shared(plan_.capacity), g));
+    t->count = g.count;
     t->capacity = plan_.capacity;
     t->gathered = {g.out_a, g.out_b, plan_.capacity, plan_.capacity, 0};
     return nullptr;
@@ -267,6 +270,49 @@ class Call {
     const int64_t blocks = ((t.m + shape.m - 1) / shape.m) * ((t.n + shape.n - 1) / shape.n);
     return Launch<Kernel>(blocks, Kernel::kMaxThreads, Kernel::kShared, t);
   }
+
+#ifdef JAXINT8_WGMMA
+  const char* Wgmma(const TiledParams& t) {
+    switch (ChooseWgmma(p_.m, p_.n, multiprocessors_)) {
+      case 0:
+        return WgmmaWith<WgmmaKernel<256, 2>>(t, kWgmmaShapes[0]);
+      case 1:
+        return WgmmaWith<WgmmaKernel<128, 2>>(t, kWgmmaShapes[1]);
+      case 2:
+        return WgmmaWith<WgmmaKernel<128, 1>>(t, kWgmmaShapes[2]);
+      default:
+        return WgmmaWith<WgmmaKernel<64, 1>>(t, kWgmmaShapes[3]);
+    }
+  }
+
+  template <typename Kernel>
+  const char* WgmmaWith(const TiledParams& t, const WgmmaShape& shape) {
+    WgmmaParams w{};
+    w.m = t.m;
+    w.n = t.n;
+    w.k = p_.k;
+    w.count = t.count;
+    w.capacity = t.capacity;
+    w.epilogue = t.epilogue;
+    const int box_n = static_cast<int>(shape.n / shape.cluster);
+    const auto maps = [&](OperandMaps* to, const Operands& o, int64_t k) {
+      const char* error = MakeTileMap(&to->a, o.a, t.m, k, o.stride_a, Kernel::kTileM);
+      return error != nullptr ? error : MakeTileMap(&to->b, o.b, t.n, k, o.stride_b, box_n);
+    };
+    JAXINT8_TRY(maps(&w.lo, t.lo, p_.k));
+    if (t.count) {
+      JAXINT8_TRY(maps(&w.gathered, t.gathered, t.capacity));
+      JAXINT8_TRY(maps(&w.all, t.all, p_.k));
+    }
+    const int64_t tiles_m = (t.m + Kernel::kTileM - 1) / Kernel::kTileM;
+    const int64_t clusters = (tiles_m + shape.cluster - 1) / shape.cluster * ((t.n + shape.n - 1) / shape.n);
+    const int64_t most = multiprocessors_ / shape.cluster > 0 ? multiprocessors_ / shape.cluster : 1;
+    const bool overlapped = follows_;
+    follows_ = true;
+    return cuda::Launch<Kernel>(stream_, shape.cluster * (clusters < most ? clusters : most), Kernel::kMaxThreads,
+                                Kernel::kShared, w, overlapped, static_cast<int>(shape.cluster));
+  }
+#endif
 
   const Problem& p_;
   const Plan& plan_;

@@ -12,7 +12,9 @@ namespace jaxint8::cuda {
 
 // Up to this many rows the product streams the weights; above, it is tiled.
 inline constexpr int64_t kStreamM = 16;
-// Up to this many activations every block of the streaming kernel quantises all of them itself.
+// Up to this many rows and activations every block of the streaming kernel quantises all of them itself; it takes one
+// row after the other, so that more rows are sooner done by a kernel of their own.
+inline constexpr int64_t kFusedM = 2;
 inline constexpr int64_t kFusedActivations = 16384;
 // Codes in the workspace: rows padded with zeros to a multiple of this.
 inline constexpr int64_t kCodeAlign = 256;
@@ -43,6 +45,32 @@ inline int ChooseTile(int64_t m, int64_t n, int64_t multiprocessors) {
   return best;
 }
 
+// The same for the wgmma kernel: columns of a tile of 128 rows, blocks of a cluster, time per k.
+struct WgmmaShape {
+  int64_t n, cluster;
+  double cost;
+};
+inline constexpr WgmmaShape kWgmmaShapes[] = {{256, 2, 1.0}, {128, 2, 0.53}, {128, 1, 0.56}, {64, 1, 0.33}};
+inline constexpr int kWgmmaShapeCount = 4;
+
+inline int ChooseWgmma(int64_t m, int64_t n, int64_t multiprocessors) {
+  int best = -1;
+  double least = 0;
+  const int64_t tiles_m = (m + 127) / 128;
+  for (int i = 0; i < kWgmmaShapeCount; ++i) {
+    const WgmmaShape& s = kWgmmaShapes[i];
+    if (s.cluster > tiles_m) continue;
+    const int64_t turns = (tiles_m + s.cluster - 1) / s.cluster * ((n + s.n - 1) / s.n);
+    const int64_t at_once = multiprocessors / s.cluster > 0 ? multiprocessors / s.cluster : 1;
+    const double cost = static_cast<double>((turns + at_once - 1) / at_once) * s.cost;
+    if (best < 0 || cost < least) {
+      best = i;
+      least = cost;
+    }
+  }
+  return best;
+}
+
 // How many warps share the k of 16 outputs in the streaming kernel.
 inline int ChooseSplit(int64_t k) {
   int split = 1;
@@ -60,7 +88,7 @@ struct Plan {
   int64_t capacity = 0;  // gathered columns
   // Offsets in the workspace; 0 where unused. The bits come first: they are cleared before each call.
   int64_t bits = 0, bits_bytes = 0;
-  int64_t lo = 0, hi = 0, row_scale = 0, pieces = 0, columns = 0, count = 0, gathered_a = 0, gathered_w = 0;
+  int64_t lo = 0, hi = 0, row_scale = 0, pieces = 0, count = 0, gathered_a = 0, gathered_w = 0;
   int64_t aligned_w = 0;
   int64_t bytes = 0;
 };
@@ -79,9 +107,9 @@ inline Plan MakePlan(const Problem& p) {
   plan.has_rule = !(p.kind == Problem::Kind::kProduct) && p.options.rule != Rule::kNone;
   const bool scoped = p.options.rule == Rule::kThreshold || p.options.rule == Rule::kRelative;
   plan.by_column = plan.has_rule && scoped && p.options.column_scope && p.m > 1;
-  plan.stream = !quantize && p.m <= kStreamM && p.path != Path::kTiled;
+  plan.stream = !quantize && p.m <= kStreamM && p.path != Path::kTiled && p.path != Path::kWgmma;
   plan.stride = quantize ? p.k : RoundUp(p.k, kCodeAlign);
-  plan.fused = plan.stream && linear && p.k % 16 == 0 && p.m * p.k <= kFusedActivations;
+  plan.fused = plan.stream && linear && p.k % 16 == 0 && p.m <= kFusedM && p.m * p.k <= kFusedActivations;
   plan.align_w = !quantize && !plan.stream && p.k % 16 != 0;
   plan.align_a = p.kind == Problem::Kind::kProduct && (plan.stream || plan.align_w);
 
@@ -107,8 +135,8 @@ inline Plan MakePlan(const Problem& p) {
     }
   }
   if (gather) {
-    plan.capacity = RoundUp((p.k + 3) / 4, kGatherStep);
-    plan.columns = take(4 * plan.capacity);
+    const int64_t quarter = RoundUp((p.k + 3) / 4, kGatherStep);
+    plan.capacity = quarter < kGatherMost ? quarter : kGatherMost;
     plan.count = take(4);
     plan.gathered_a = take(p.m * plan.capacity);
     plan.gathered_w = take(p.n * plan.capacity);

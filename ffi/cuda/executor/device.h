@@ -289,7 +289,7 @@ inline int LowestBit(uint32_t v) { return __builtin_ctz(v); }
 // The host side.
 template <typename Kernel>
 const char* Launch(CUstream_st*, int64_t blocks, int threads, int64_t shared, const typename Kernel::Params& params,
-                   bool) {
+                   bool, int = 1) {
   if (threads > Kernel::kMaxThreads) throw Failure("launch: more threads than the kernel allows");
   TheMachine().Launch(blocks, threads, shared, [&params] { Kernel::Run(params); });
   return nullptr;
@@ -310,6 +310,11 @@ inline const char* Clear(CUstream_st*, void* p, int64_t bytes) {
   const Ptr<uint8_t> range = Memory<uint8_t>(p, bytes);
   std::memset(p, 0, static_cast<size_t>(bytes));
   TheMachine().Define(range.buffer, range.offset, bytes);
+  return nullptr;
+}
+
+inline const char* HasWgmma(bool* has) {
+  *has = false;
   return nullptr;
 }
 

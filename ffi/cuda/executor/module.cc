@@ -63,6 +63,4 @@ const char* executor_sites() {
 }
 
 int32_t executor_worst_bank_conflict() { return jaxint8::cuda::TheMachine().worst_bank_conflict; }
-int64_t executor_launches() { return jaxint8::cuda::TheMachine().launches; }
-int64_t executor_blocks() { return jaxint8::cuda::TheMachine().blocks; }
 }

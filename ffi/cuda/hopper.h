@@ -1,0 +1,169 @@
+// What only sm_90a can do, by the PTX ISA: barriers in shared memory that count bytes, tiles copied by the tensor
+// memory accelerator (to all blocks of a cluster at once), and products of a warpgroup (wgmma).
+#ifndef JAXINT8_FFI_CUDA_HOPPER_H_
+#define JAXINT8_FFI_CUDA_HOPPER_H_
+
+#include <cuda.h>
+
+#include <cstdint>
+
+#include "device.h"
+
+namespace jaxint8::cuda {
+
+// An address in shared memory, of this block and, with the same value, of its own place in the cluster's window.
+JAXINT8_DEVICE uint32_t SharedAddress(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
+
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+
+// --- Barriers. A phase ends when `count` arrivals have come and every expected byte has arrived.
+
+JAXINT8_DEVICE void InitBarrier(uint32_t barrier, uint32_t count) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
+}
+JAXINT8_DEVICE void FenceBarrierInit() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+JAXINT8_DEVICE void ArriveExpecting(uint32_t barrier, uint32_t bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+// Arrives at the barrier in the same place of another block of the cluster (or of this one). Orders nothing beyond the
+// block, which would take a fence of the whole device: what it announces are finished reads of wgmma.
+JAXINT8_DEVICE void ArriveAt(uint32_t barrier, uint32_t block) {
+  asm volatile(
+      "{\n.reg .b32 remote;\nmapa.shared::cluster.u32 remote, %0, %1;\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [remote];\n}" ::"r"(barrier),
+      "r"(block)
+      : "memory");
+}
+// Waits until the phase of that parity has ended; that before the first counts as ended.
+JAXINT8_DEVICE void WaitBarrier(uint32_t barrier, uint32_t parity) {
+  uint32_t done;
+  do {
+    asm volatile(
+        "{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, p;\n}"
+        : "=r"(done)
+        : "r"(barrier), "r"(parity)
+        : "memory");
+  } while (done == 0);
+}
+
+JAXINT8_DEVICE uint32_t ClusterRank() {
+  uint32_t rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+JAXINT8_DEVICE void ClusterBarrier() {
+  asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
+}
+
+// --- Copies of tiles.
+
+// What kernels before this one stored is to be read by the accelerator.
+JAXINT8_DEVICE void FenceAccelerator() { asm volatile("fence.proxy.async;" ::: "memory"); }
+
+// Copies the map's box at (k, row) to shared memory; its bytes arrive at the barrier. Beyond the matrix it is zeros.
+JAXINT8_DEVICE void CopyTile(const CUtensorMap* map, uint32_t to, uint32_t barrier, int32_t k, int32_t row) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::
+          "r"(to),
+      "l"(map), "r"(barrier), "r"(k), "r"(row)
+      : "memory");
+}
+// The same to the same place of every block in the mask, arriving at each one's own barrier.
+JAXINT8_DEVICE void CopyTileToAll(const CUtensorMap* map, uint32_t to, uint32_t barrier, int32_t k, int32_t row,
+                                  uint16_t mask) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster "
+      "[%0], [%1, {%3, %4}], [%2], %5;" ::"r"(to),
+      "l"(map), "r"(barrier), "r"(k), "r"(row), "h"(mask)
+      : "memory");
+}
+
+// --- Products of a warpgroup.
+
+// Describes a tile of rows of 128 bytes, K-major, swizzled by 128 bytes: eight rows are 1024 bytes. The address is a
+// multiple of 1024, or within the first row of such a group by a multiple of 32.
+JAXINT8_DEVICE uint64_t TileDescriptor(uint32_t address) {
+  constexpr uint64_t kSwizzle128 = uint64_t{1} << 62;
+  constexpr uint64_t kStride = uint64_t{1024 >> 4} << 32;
+  constexpr uint64_t kLeading = uint64_t{1} << 16;  // not used with a swizzle
+  return kSwizzle128 | kStride | kLeading | ((address & 0x3ffff) >> 4);
+}
+
+JAXINT8_DEVICE void ProductFence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+JAXINT8_DEVICE void ProductCommit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int kPending>
+JAXINT8_DEVICE void ProductWait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+}
+// Keeps the compiler from moving uses of the sums across a wait or a fence.
+template <int kSize>
+JAXINT8_DEVICE void Pin(int32_t (&c)[kSize]) {
+#pragma unroll
+  for (int i = 0; i < kSize; ++i) asm volatile("" : "+r"(c[i])::"memory");
+}
+
+// c[64 x n] = (add ? c : 0) + a[64 x 32] * b[n x 32]^T, int8 with int32 sums that wrap. With g = lane / 4 and
+// t = lane % 4, c[4 * j + e] of warp w of the warpgroup is row 16 * w + g + 8 * (e / 2), column 8 * j + 2 * t + e % 2.
+#define JAXINT8_R8(i)                                                                                         \
+  "+r"(c[i]), "+r"(c[i + 1]), "+r"(c[i + 2]), "+r"(c[i + 3]), "+r"(c[i + 4]), "+r"(c[i + 5]), "+r"(c[i + 6]), \
+      "+r"(c[i + 7])
+#define JAXINT8_R32(i) JAXINT8_R8(i), JAXINT8_R8(i + 8), JAXINT8_R8(i + 16), JAXINT8_R8(i + 24)
+
+JAXINT8_DEVICE void Product(int32_t (&c)[32], uint64_t a, uint64_t b, uint32_t add) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n64k32.s32.s8.s8 {"
+      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+      "}, %32, %33, p;\n}"
+      : JAXINT8_R32(0)
+      : "l"(a), "l"(b), "r"(add));
+}
+
+JAXINT8_DEVICE void Product(int32_t (&c)[64], uint64_t a, uint64_t b, uint32_t add) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8 {"
+      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+      "}, %64, %65, p;\n}"
+      : JAXINT8_R32(0), JAXINT8_R32(32)
+      : "l"(a), "l"(b), "r"(add));
+}
+
+JAXINT8_DEVICE void Product(int32_t (&c)[128], uint64_t a, uint64_t b, uint32_t add) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %130, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n256k32.s32.s8.s8 {"
+      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "
+      "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "
+      "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "
+      "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, "
+      "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
+      "}, %128, %129, p;\n}"
+      : JAXINT8_R32(0), JAXINT8_R32(32), JAXINT8_R32(64), JAXINT8_R32(96)
+      : "l"(a), "l"(b), "r"(add));
+}
+#undef JAXINT8_R32
+#undef JAXINT8_R8
+
+template <int kRegisters>
+JAXINT8_DEVICE void GiveRegisters() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+template <int kRegisters>
+JAXINT8_DEVICE void TakeRegisters() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+#endif  // __CUDA_ARCH_FEAT_SM90_ALL
+
+}  // namespace jaxint8::cuda
+
+#endif  // JAXINT8_FFI_CUDA_HOPPER_H_
