@@ -84,9 +84,11 @@ struct Block {
   const int8_t* w;  // [n][k]
   int64_t n;        // 1..kBlockN
   int64_t k;
-  const int8_t* ahead;  // weights that this thread is likely to need after these, or null
+  uint64_t job;         // not 0; tells blocks of one call from those of another
+  const int8_t* ahead;  // rows of weights that this thread is likely to need after these, or null
+  int64_t ahead_n;      // how many
   int32_t* c;           // [m][kBlockN]
-  uint8_t* scratch;     // 64-byte aligned, scratch_bytes of the rung
+  uint8_t* scratch;     // of this thread: 64-byte aligned, scratch_bytes of the rung, zero at first
 };
 
 // Buffers of k elements, rounded up to 64, for the row functions; alive during one call only.
@@ -194,6 +196,7 @@ class Job {
   int64_t rows_per_item_ = 1;
   int64_t chunk_m_ = 1, chunks_ = 1;
   int64_t threads_ = 1;
+  uint64_t id_;
 };
 
 }  // namespace jaxint8::cpu

@@ -4,6 +4,7 @@
 // so a steady state allocates nothing. The surprising fact is the size of an item: a block of 64 outputs is tall
 // enough (up to chunk_m rows) that packing its weights costs 64 / (16 * m) of the multiplications at worst.
 #include <algorithm>
+#include <atomic>
 #include <cstdlib>
 #include <cstring>
 #include <mutex>
@@ -20,9 +21,6 @@ namespace jaxint8::cpu {
 namespace {
 
 constexpr int64_t kAlign = 64;
-// Up to this many rows the high parts may be kept for every column: it costs one multiplication per row and 64 columns,
-// which hides behind the reading of the weights; squeezing costs some 3 instructions per 64 columns with an outlier.
-constexpr int64_t kDenseM = 2;
 // Workspaces above this are given back to the system after use.
 constexpr size_t kKeepBytes = size_t{64} << 20;
 
@@ -45,6 +43,7 @@ class Buffer {
       size_ = 0;
       data_ = std::aligned_alloc(kAlign, bytes);
       if (data_ == nullptr) throw std::bad_alloc();
+      std::memset(data_, 0, bytes);  // touched here, once, rather than page by page in the middle of the work
       size_ = bytes;
     }
     return static_cast<T*>(data_);
@@ -155,6 +154,11 @@ Workspace* Acquire() {
   return workspace;
 }
 
+uint64_t NextId() {
+  static std::atomic<uint64_t> last{0};
+  return last.fetch_add(1, std::memory_order_relaxed) + 1;
+}
+
 void Release(Workspace* workspace) {
   std::unique_ptr<Workspace> owned(workspace);
   if (owned->bytes() > kKeepBytes) return;
@@ -164,7 +168,7 @@ void Release(Workspace* workspace) {
 
 }  // namespace
 
-Job::Job(const Problem& problem) : p_(problem), ws_(Acquire()) {
+Job::Job(const Problem& problem) : p_(problem), ws_(Acquire()), id_(NextId()) {
   const bool multiplies = p_.kind != Problem::Kind::kQuantize;
   const bool quantizes = p_.kind != Problem::Kind::kProduct;
   if (p_.m == 0 || (multiplies && p_.n == 0)) return;
@@ -304,9 +308,11 @@ void Job::PlanHi() {
   bool any = false;
   for (int64_t i = 0; i < p_.m; ++i) any |= ws.rows[i].words > 0;
   if (!any) return;
+  // The high parts of every column cost one multiplication per row and 64 columns, which hides behind the reading of
+  // the weights for one row; squeezing costs some 3 instructions per 64 columns with an outlier.
   const int64_t blocks = CeilDiv(p_.k, 64);
   ws.plan.groups = SqueezeColumns();
-  ws.plan.dense = p_.m <= kDenseM && static_cast<int64_t>(ws.segments.size()) * 3 > blocks;
+  ws.plan.dense = p_.m == 1 || (p_.m == 2 && static_cast<int64_t>(ws.segments.size()) * 3 > blocks);
   if (ws.plan.dense) ws.plan.groups = blocks;
   if (!ws.plan.dense && ws.plan.groups > HiPlan::kMaxGroups) return;
   const int64_t width = ws.plan.groups * 64;
@@ -374,7 +380,9 @@ void Job::Multiply(int64_t item) {
   b.plan = items_[2] && (ws_->plan.dense || ws_->plan.groups <= HiPlan::kMaxGroups) ? &ws_->plan : nullptr;
   b.w = p_.w + j0 * p_.k;
   const int64_t next = item + threads_;
+  b.job = id_;
   b.ahead = next < items_[3] ? p_.w + next / chunks_ * kBlockN * p_.k : nullptr;
+  b.ahead_n = std::min(kBlockN, p_.n - next / chunks_ * kBlockN);
   b.c = scratch.c.Get<int32_t>(b.m * kBlockN);
   b.scratch = scratch.rung.Get<uint8_t>(p_.rung->scratch_bytes);
   p_.rung->block(b);

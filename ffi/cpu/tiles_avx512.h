@@ -1,0 +1,273 @@
+// Large products with AVX512-VNNI: weights packed into panels on the fly, 6 rows by 64 outputs per tile.
+//
+// The surprising fact is where the packing of the next panel takes place: inside the multiplication of this one. That
+// loop keeps one or two ports of the processor busy and leaves the rest idle, so shuffles, loads and stores of the
+// packing are nearly free there, and weights need no format of their own although every call packs them anew.
+#ifndef JAXINT8_FFI_CPU_TILES_AVX512_H_
+#define JAXINT8_FFI_CPU_TILES_AVX512_H_
+
+#include <immintrin.h>
+
+#include "int8.h"
+#include "rows_avx512.h"
+#include "unroll.h"
+
+namespace jaxint8::cpu {
+namespace {
+
+// Columns of one packed panel: 1024 * 64 outputs = 64 KiB, read from the L2 cache at 64 bytes per 6 multiplications
+// (11 bytes per cycle with one multiplier, 21 with two), so that a tile of 6 rows is 6144 multiplications for the 48
+// loads and stores of its accumulators. Two panels, one in use and one in the making.
+constexpr int64_t kPanelK = 1024;
+constexpr int64_t kPanelBytes = kPanelK * kBlockN;
+constexpr int kTileM = 6;  // 6 x 4 accumulators + 4 weights + 1 broadcast = 29 of 32 registers
+constexpr int64_t kChunkM = 512;
+
+// What a thread keeps between blocks, at the start of its scratch memory.
+struct alignas(64) TileScratch {
+  // The panel that was packed ahead: for which job, from where, how wide, in which buffer.
+  uint64_t job;
+  const int8_t* w;
+  int64_t columns;
+  int buffer;
+  alignas(64) uint8_t panels[2][kPanelBytes];
+  int32_t next_hi[kChunkM];  // per row: the first of its words that is not yet added
+};
+
+// Writes 64 bytes of each of 16 weight rows as 16 registers of [16 outputs][4 columns]: a transposition of 16 x 16
+// words of four bytes, 64 shuffles for 1 KiB. Rows and columns beyond the matrix become zero weights.
+template <bool kWhole>
+inline void PackSquare(const int8_t* w, int64_t stride, int64_t rows, int64_t bytes, uint8_t* panel,
+                       int64_t panel_stride) {
+  const __m512i flip = _mm512_set1_epi8(static_cast<char>(0x80));
+  const __mmask64 mask = kWhole ? ~__mmask64{0} : FirstBytes(bytes);
+  __m512i a[16], b[16];
+  Unroll<16>([&](auto i) ALWAYS_INLINE {
+    if constexpr (kWhole) {
+      a[i] = _mm512_xor_si512(_mm512_loadu_si512(w + i * stride), flip);
+    } else {
+      a[i] = _mm512_xor_si512(_mm512_maskz_loadu_epi8(i < rows ? mask : 0, w + (i < rows ? i * stride : 0)), flip);
+    }
+  });
+  Unroll<8>([&](auto i) ALWAYS_INLINE {
+    b[2 * i] = _mm512_unpacklo_epi32(a[2 * i], a[2 * i + 1]);
+    b[2 * i + 1] = _mm512_unpackhi_epi32(a[2 * i], a[2 * i + 1]);
+  });
+  Unroll<4>([&](auto r) ALWAYS_INLINE {
+    a[4 * r] = _mm512_unpacklo_epi64(b[4 * r], b[4 * r + 2]);
+    a[4 * r + 1] = _mm512_unpackhi_epi64(b[4 * r], b[4 * r + 2]);
+    a[4 * r + 2] = _mm512_unpacklo_epi64(b[4 * r + 1], b[4 * r + 3]);
+    a[4 * r + 3] = _mm512_unpackhi_epi64(b[4 * r + 1], b[4 * r + 3]);
+  });
+  // a[4 * r + q]: lane l holds columns 4 * (4 * l + q).. of rows 4 * r..4 * r + 3.
+  Unroll<4>([&](auto q) ALWAYS_INLINE {
+    const __m512i even01 = _mm512_shuffle_i32x4(a[q], a[4 + q], 0x88);
+    const __m512i odd01 = _mm512_shuffle_i32x4(a[q], a[4 + q], 0xdd);
+    const __m512i even23 = _mm512_shuffle_i32x4(a[8 + q], a[12 + q], 0x88);
+    const __m512i odd23 = _mm512_shuffle_i32x4(a[8 + q], a[12 + q], 0xdd);
+    _mm512_store_si512(panel + q * panel_stride, _mm512_shuffle_i32x4(even01, even23, 0x88));
+    _mm512_store_si512(panel + (4 + q) * panel_stride, _mm512_shuffle_i32x4(odd01, odd23, 0x88));
+    _mm512_store_si512(panel + (8 + q) * panel_stride, _mm512_shuffle_i32x4(even01, even23, 0xdd));
+    _mm512_store_si512(panel + (12 + q) * panel_stride, _mm512_shuffle_i32x4(odd01, odd23, 0xdd));
+  });
+}
+
+// [n][columns] -> [columns / 4][16 * registers][4], columns rounded up to a multiple of 64.
+void Pack(const int8_t* w, int64_t stride, int64_t n, int64_t columns, int registers, uint8_t* panel) {
+  // Sixteen rows at a time: 64 rows would touch 64 pages at every step, more than the first-level TLB holds.
+  for (int z = 0; z < registers; ++z) {
+    for (int64_t t = 0; t < columns; t += 64) {
+      const int64_t rows = n - z * 16, bytes = columns - t;
+      uint8_t* out = panel + t / 4 * registers * 64 + z * 64;
+      const int8_t* in = w + z * 16 * stride + t;
+      if (rows >= 16 && bytes >= 64) {
+        PackSquare<true>(in, stride, rows, bytes, out, registers * 64);
+      } else {
+        PackSquare<false>(in, stride, rows, bytes, out, registers * 64);
+      }
+    }
+  }
+}
+
+// The packing of a whole panel (64 outputs, a multiple of 64 columns) in steps of 8 outputs by 16 columns, small enough
+// for the registers that a tile leaves. A tile takes `quota` steps for every 64 columns that it multiplies.
+struct PackAhead {
+  static constexpr int64_t kStepColumns = 16, kStepRows = 8;
+
+  const int8_t* from = nullptr;
+  uint8_t* to = nullptr;
+  int64_t stride = 0;       // of the weights
+  int64_t columns = 0;      // of the panel
+  int64_t steps_left = 0;   // in these 8 outputs
+  int64_t groups_left = 0;  // of 8 outputs
+  int64_t quota = 0;
+
+  // Spreads the packing evenly over `slots` times 64 columns of multiplication.
+  void Start(const int8_t* w, int64_t w_stride, int64_t width, uint8_t* panel, int64_t slots) {
+    from = w;
+    to = panel;
+    stride = w_stride;
+    columns = width;
+    steps_left = columns / kStepColumns;
+    groups_left = kBlockN / kStepRows;
+    quota = (steps_left * groups_left + slots - 1) / slots;
+  }
+
+  ALWAYS_INLINE void Step() {
+    const __m256i flip = _mm256_set1_epi8(static_cast<char>(0x80));
+    const auto pair = [&](int row) ALWAYS_INLINE {  // 16 columns of two rows
+      const auto* low = reinterpret_cast<const __m128i*>(from + row * stride);
+      const auto* high = reinterpret_cast<const __m128i*>(from + (row + 4) * stride);
+      const __m256i both =
+          _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128(low)), _mm_loadu_si128(high), 1);
+      return _mm256_xor_si256(both, flip);
+    };
+    const __m256i a0 = pair(0), a1 = pair(1), a2 = pair(2), a3 = pair(3);
+    const __m256i low01 = _mm256_unpacklo_epi32(a0, a1), high01 = _mm256_unpackhi_epi32(a0, a1);
+    const __m256i low23 = _mm256_unpacklo_epi32(a2, a3), high23 = _mm256_unpackhi_epi32(a2, a3);
+    constexpr int64_t kGroup = kBlockN * 4;  // bytes of four columns
+    _mm256_store_si256(reinterpret_cast<__m256i*>(to), _mm256_unpacklo_epi64(low01, low23));
+    _mm256_store_si256(reinterpret_cast<__m256i*>(to + kGroup), _mm256_unpackhi_epi64(low01, low23));
+    _mm256_store_si256(reinterpret_cast<__m256i*>(to + 2 * kGroup), _mm256_unpacklo_epi64(high01, high23));
+    _mm256_store_si256(reinterpret_cast<__m256i*>(to + 3 * kGroup), _mm256_unpackhi_epi64(high01, high23));
+    // Two of the next eight rows each time: in four steps, a line of all eight.
+    const int8_t* fetch = from + (kStepRows + steps_left % 4 * 2) * stride;
+    _mm_prefetch(fetch, _MM_HINT_T1);
+    _mm_prefetch(fetch + stride, _MM_HINT_T1);
+    from += kStepColumns;
+    to += 4 * kGroup;
+    if (--steps_left == 0) {
+      steps_left = columns / kStepColumns;
+      from += kStepRows * stride - columns;
+      to += kStepRows * 4 - columns / 4 * kGroup;
+      if (--groups_left == 0) quota = 0;
+    }
+  }
+};
+
+inline __m512i Broadcast(const int8_t* x) {
+  int32_t four;
+  std::memcpy(&four, x, sizeof four);
+  return _mm512_set1_epi32(four);
+}
+
+// c[M][16 * Z] += x[M] . panel over `blocks` times 64 columns.
+template <int M, int Z>
+void Tile(const uint8_t* panel, const int8_t* x, int64_t stride, int64_t blocks, int32_t* c, PackAhead* pack) {
+  PackAhead ahead = *pack;
+  __m512i acc[M][Z];
+  Unroll<M * Z>([&](auto i) ALWAYS_INLINE { acc[i / Z][i % Z] = _mm512_load_si512(c + i / Z * kBlockN + i % Z * 16); });
+  for (int64_t block = 0; block < blocks; ++block) {
+    if constexpr (Z == 4) {
+      for (int64_t i = 0; i < ahead.quota; ++i) ahead.Step();
+    }
+    for (int g = 0; g < 16; ++g) {
+      __m512i w[Z];
+      Unroll<Z>([&](auto z) ALWAYS_INLINE { w[z] = _mm512_load_si512(panel + z * 64); });
+      Unroll<M>([&](auto i) ALWAYS_INLINE {
+        const __m512i four = Broadcast(x + i * stride);
+        Unroll<Z>([&](auto z) ALWAYS_INLINE { acc[i][z] = _mm512_dpbusd_epi32(acc[i][z], w[z], four); });
+      });
+      panel += Z * 64;
+      x += 4;
+    }
+  }
+  Unroll<M * Z>([&](auto i) ALWAYS_INLINE { _mm512_store_si512(c + i / Z * kBlockN + i % Z * 16, acc[i / Z][i % Z]); });
+  *pack = ahead;
+}
+
+using TileFunction = void (*)(const uint8_t*, const int8_t*, int64_t, int64_t, int32_t*, PackAhead*);
+constexpr TileFunction kTiles[4][kTileM] = {
+    {Tile<1, 1>, Tile<2, 1>, Tile<3, 1>, Tile<4, 1>, Tile<5, 1>, Tile<6, 1>},
+    {Tile<1, 2>, Tile<2, 2>, Tile<3, 2>, Tile<4, 2>, Tile<5, 2>, Tile<6, 2>},
+    {Tile<1, 3>, Tile<2, 3>, Tile<3, 3>, Tile<4, 3>, Tile<5, 3>, Tile<6, 3>},
+    {Tile<1, 4>, Tile<2, 4>, Tile<3, 4>, Tile<4, 4>, Tile<5, 4>, Tile<6, 4>},
+};
+
+// -128 * the sum of the codes: cancels the offset of the unsigned weights.
+inline int32_t Correction(const Row& row) { return static_cast<int32_t>(0u - (static_cast<uint32_t>(row.sum) << 7)); }
+
+// c += (hi . W) << 7 for the high parts of one row that lie before column `end`: one multiplication per 16 outputs and
+// group of four columns. Returns the first word that lies after. Four words at a time, missing ones with zero codes,
+// because how many there are is anyone's guess, and a wrong guess costs the processor more than four words.
+template <int Z>
+inline int32_t AddHi(const Row& row, int32_t next, int64_t begin, int64_t end, const uint8_t* panel, __m512i (&c)[Z]) {
+  int32_t stop = next;
+  while (stop < row.words && row.hi[stop].group * 4 < end) ++stop;
+  __m512i sum[Z];
+  Unroll<Z>([&](auto z) ALWAYS_INLINE { sum[z] = _mm512_setzero_si512(); });
+  for (; next < stop; next += 4) {
+    Unroll<4>([&](auto i) ALWAYS_INLINE {
+      const bool real = next + i < stop;
+      const HiWord word = row.hi[real ? next + i : next];
+      const __m512i four = _mm512_set1_epi32(static_cast<int32_t>(real ? word.four : 0));
+      const uint8_t* w = panel + (word.group - begin / 4) * Z * 64;
+      Unroll<Z>([&](auto z)
+                    ALWAYS_INLINE { sum[z] = _mm512_dpbusd_epi32(sum[z], _mm512_load_si512(w + z * 64), four); });
+    });
+  }
+  Unroll<Z>([&](auto z) ALWAYS_INLINE { c[z] = _mm512_add_epi32(c[z], _mm512_slli_epi32(sum[z], 7)); });
+  return stop;
+}
+
+// Starts the sums of all rows for one panel: the correction (first panel) and the high parts.
+template <int Z>
+void StartRows(const Block& b, int64_t begin, int64_t end, const uint8_t* panel, int32_t* next) {
+  for (int64_t i = 0; i < b.m; ++i) {
+    const Row& row = b.rows[i];
+    int32_t* c = b.c + i * kBlockN;
+    if (begin == 0) next[i] = 0;
+    const bool adds = b.with_hi && next[i] < row.words && row.hi[next[i]].group * 4 < end;
+    if (begin > 0 && !adds) continue;
+    __m512i sum[Z];
+    Unroll<Z>([&](auto z) ALWAYS_INLINE {
+      sum[z] = begin == 0 ? _mm512_set1_epi32(Correction(row)) : _mm512_load_si512(c + z * 16);
+    });
+    if (adds) next[i] = AddHi<Z>(row, next[i], begin, end, panel, sum);
+    Unroll<Z>([&](auto z) ALWAYS_INLINE { _mm512_store_si512(c + z * 16, sum[z]); });
+  }
+}
+
+using StartFunction = void (*)(const Block&, int64_t, int64_t, const uint8_t*, int32_t*);
+constexpr StartFunction kStart[4] = {StartRows<1>, StartRows<2>, StartRows<3>, StartRows<4>};
+
+void MultiplyTiled(const Block& b) {
+  auto* scratch = reinterpret_cast<TileScratch*>(b.scratch);
+  const int registers = static_cast<int>((b.n + 15) / 16);
+  const int64_t tiles = (b.m + kTileM - 1) / kTileM;
+  const int64_t panels = b.k > 0 ? (b.k + kPanelK - 1) / kPanelK : 1;
+  const int64_t width = ((b.k + panels - 1) / panels + 63) / 64 * 64;
+  if (b.k == 0) kStart[registers - 1](b, 0, 0, nullptr, scratch->next_hi);
+  for (int64_t t = 0; t < b.k; t += width) {
+    const int64_t end = t + width < b.k ? t + width : b.k, blocks = (end - t + 63) / 64;
+    const bool packed = scratch->job == b.job && scratch->w == b.w + t && scratch->columns == end - t;
+    const int buffer = packed && b.n == kBlockN ? scratch->buffer : 0;
+    const uint8_t* panel = scratch->panels[buffer];
+    scratch->job = 0;
+    if (!packed || b.n != kBlockN) Pack(b.w + t, b.k, b.n, end - t, registers, scratch->panels[buffer]);
+    kStart[registers - 1](b, t, end, panel, scratch->next_hi);
+
+    // The panel that this thread needs next, if it is a whole one.
+    const int8_t* next = end < b.k ? b.w + end : b.ahead;
+    const int64_t next_end = end < b.k ? (end + width < b.k ? end + width : b.k) : (width < b.k ? width : b.k);
+    const int64_t next_columns = end < b.k ? next_end - end : next_end;
+    const bool whole = next && next_columns % 64 == 0 && (end < b.k ? b.n : b.ahead_n) == kBlockN;
+    PackAhead ahead;
+    if (whole && next != b.w + t) ahead.Start(next, b.k, next_columns, scratch->panels[1 - buffer], tiles * blocks);
+    int64_t i = 0;
+    for (int64_t tile = 0; tile < tiles; ++tile) {  // heights differ by one at most, so that no tile is thin
+      const int64_t rows = b.m / tiles + (tile < b.m % tiles);
+      kTiles[registers - 1][rows - 1](panel, b.lo + i * b.stride + t, b.stride, blocks, b.c + i * kBlockN, &ahead);
+      i += rows;
+    }
+    if (whole && registers == 4) {
+      const int kept = next == b.w + t ? buffer : 1 - buffer;  // the next rows of the same product: the same panel
+      scratch->job = b.job, scratch->w = next, scratch->columns = next_columns, scratch->buffer = kept;
+    }
+  }
+}
+
+}  // namespace
+}  // namespace jaxint8::cpu
+
+#endif  // JAXINT8_FFI_CPU_TILES_AVX512_H_
