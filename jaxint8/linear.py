@@ -69,7 +69,7 @@ def int8_linear(
     if bias is not None:
         bias = bias.astype(jnp.float32)
     m = math.prod(x.shape[:-1])
-    y = _linear(x.reshape(m, k), w.codes, w.scale, bias, rule, arithmetic, implementation)
+    y = _traced_once(x.reshape(m, k), w.codes, w.scale, bias, rule, arithmetic, implementation)
     return y.reshape(*x.shape[:-1], n)
 
 
@@ -164,6 +164,10 @@ def _linear_backward(rule, arithmetic, implementation, residuals, g):
 
 
 _linear.defvjp(_linear_forward, _linear_backward)
+
+# Layers of one shape share a trace and a lowering: with many layers that is seconds, and a call outside of jit is a
+# call of what has been compiled.
+_traced_once = jax.jit(_linear, static_argnums=(4, 5, 6))
 
 
 @functools.cache
