@@ -232,6 +232,7 @@ void MultiplyDots(const Block& b) {
     }
     begin = end;
   } while (begin < b.k);
+  if (b.epilogue) Finish(*b.epilogue, 0, b.m);
 }
 
 // Which way is cheaper, in cycles per 64 outputs beside the multiplications themselves (measured on Zen 4). Dot
@@ -239,7 +240,7 @@ void MultiplyDots(const Block& b) {
 // segment gathered from a row of weights. Tiles: 5 * k, for 16 rows and less the packing does not hide behind them,
 // else 3 * k, and 40 per row for high parts. Two rows and less are a matter of reading the weights.
 void Multiply(const Block& b) {
-  if (b.m <= 2) return MultiplyDots(b);
+  if (b.m <= 2 || b.k == 0) return MultiplyDots(b);
   if (b.m <= kSmallM && (b.plan || !b.with_hi)) {
     const int64_t groups = b.plan ? b.plan->groups : 0;
     const int64_t high = groups ? b.m * (128 * groups - 40) + 96 * b.plan->segment_start[groups] : 0;
@@ -251,7 +252,6 @@ void Multiply(const Block& b) {
 }  // namespace
 
 extern const Rung kAvx512Vnni;
-const Rung kAvx512Vnni = {"avx512_vnni", Supported, MarkRow, QuantizeRow,
-                          Multiply,      Finish,    kChunkM, sizeof(TileScratch)};
+const Rung kAvx512Vnni = {"avx512_vnni", Supported, MarkRow, QuantizeRow, Multiply, kChunkM, sizeof(TileScratch)};
 
 }  // namespace jaxint8::cpu

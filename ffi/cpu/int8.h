@@ -73,7 +73,21 @@ struct HiPlan {
   const int32_t* segment_start = {};  // [groups + 1]
 };
 
-// One block of integer product: c[i][j] = sum over k of (128 * hi + lo)[i] * w[j], for m rows and at most 64 outputs.
+// y[i][j] = round((float(c[i][j]) * rows[i].scale) * w_scale[j] (+ extra[i][j]) (+ bias[j])) for j < n.
+struct Epilogue {
+  Type type;
+  const int32_t* c;  // [m][kBlockN]
+  const Row* rows;   // [m]
+  int64_t n;         // at most kBlockN
+  const float* w_scale;
+  const float* extra;  // [m][kBlockN] or null
+  const float* bias;   // [n] or null
+  void* y;
+  int64_t stride;  // elements between rows of y
+};
+
+// One block of integer product: c[i][j] = sum over k of (128 * hi + lo)[i] * w[j], for m rows and at most 64 outputs;
+// then its epilogue.
 struct Block {
   const int8_t* lo;    // [m][stride]
   int64_t stride;      // bytes, a multiple of 64, at least k rounded up to 64
@@ -84,11 +98,12 @@ struct Block {
   const int8_t* w;  // [n][k]
   int64_t n;        // 1..kBlockN
   int64_t k;
-  uint64_t job;         // not 0; tells blocks of one call from those of another
-  const int8_t* ahead;  // rows of weights that this thread is likely to need after these, or null
-  int64_t ahead_n;      // how many
-  int32_t* c;           // [m][kBlockN]
-  uint8_t* scratch;     // of this thread: 64-byte aligned, scratch_bytes of the rung, zero at first
+  uint64_t job;              // not 0; tells blocks of one call from those of another
+  const int8_t* ahead;       // rows of weights that this thread is likely to need after these, or null
+  int64_t ahead_n;           // how many
+  int32_t* c;                // [m][kBlockN]
+  const Epilogue* epilogue;  // of all m rows, or null
+  uint8_t* scratch;          // of this thread: 64-byte aligned, scratch_bytes of the rung, zero at first
 };
 
 // Buffers of k elements, rounded up to 64, for the row functions; alive during one call only.
@@ -107,19 +122,6 @@ struct Columns {
   const uint64_t* mask;  // one bit per column, zero-padded to a multiple of 64
 };
 
-// y[i][j] = round((float(c[i][j]) * rows[i].scale) * w_scale[j] (+ extra[i][j]) (+ bias[j])) for i < m, j < n.
-struct Epilogue {
-  Type type;
-  const int32_t* c;  // [m][kBlockN]
-  const Row* rows;   // [m]
-  int64_t m, n;      // n <= kBlockN
-  const float* w_scale;
-  const float* extra;  // [m][kBlockN] or null
-  const float* bias;   // [n] or null
-  void* y;
-  int64_t stride;  // elements between rows of y
-};
-
 // The function table of one instruction set.
 struct Rung {
   const char* name;
@@ -130,7 +132,6 @@ struct Rung {
   // they are the given columns.
   Row (*quantize)(const Options&, Type, const void* x, int64_t k, const Columns&, const RowScratch&, int8_t* lo);
   void (*block)(const Block&);
-  void (*finish)(const Epilogue&);
   int64_t chunk_m;        // rows per block of a large product
   int64_t scratch_bytes;  // per thread
 };

@@ -385,27 +385,26 @@ void Job::Multiply(int64_t item) {
   b.ahead_n = std::min(kBlockN, p_.n - next / chunks_ * kBlockN);
   b.c = scratch.c.Get<int32_t>(b.m * kBlockN);
   b.scratch = scratch.rung.Get<uint8_t>(p_.rung->scratch_bytes);
-  p_.rung->block(b);
-
-  if (p_.kind == Problem::Kind::kProduct) {
-    for (int64_t i = 0; i < b.m; ++i) {
-      auto* y = static_cast<int32_t*>(p_.y) + (i0 + i) * p_.n + j0;
-      std::memcpy(y, b.c + i * kBlockN, static_cast<size_t>(b.n) * sizeof *y);
-    }
-    return;
-  }
   Epilogue e;
-  e.type = p_.type;
-  e.c = b.c;
-  e.rows = b.rows;
-  e.m = b.m;
-  e.n = b.n;
-  e.w_scale = p_.w_scale + j0;
-  e.extra = p_.options.float_outliers ? FloatOutliers(b, e.w_scale) : nullptr;
-  e.bias = p_.bias ? p_.bias + j0 : nullptr;
-  e.y = static_cast<char*>(p_.y) + (i0 * p_.n + j0) * TypeSize(p_.type);
-  e.stride = p_.n;
-  p_.rung->finish(e);
+  if (p_.kind == Problem::Kind::kLinear) {
+    e.type = p_.type;
+    e.c = b.c;
+    e.rows = b.rows;
+    e.n = b.n;
+    e.w_scale = p_.w_scale + j0;
+    e.extra = p_.options.float_outliers ? FloatOutliers(b, e.w_scale) : nullptr;
+    e.bias = p_.bias ? p_.bias + j0 : nullptr;
+    e.y = static_cast<char*>(p_.y) + (i0 * p_.n + j0) * TypeSize(p_.type);
+    e.stride = p_.n;
+    b.epilogue = &e;
+    return p_.rung->block(b);
+  }
+  b.epilogue = nullptr;
+  p_.rung->block(b);
+  for (int64_t i = 0; i < b.m; ++i) {
+    auto* y = static_cast<int32_t*>(p_.y) + (i0 + i) * p_.n + j0;
+    std::memcpy(y, b.c + i * kBlockN, static_cast<size_t>(b.n) * sizeof *y);
+  }
 }
 
 // The outlier part of "float" arithmetic for a block: x[i][o] * (w_scale[j] * w[j][o]) summed over the outliers o of

@@ -269,8 +269,8 @@ void FinishRow(const int32_t* c, int64_t n, float scale, const float* w_scale, c
   }
 }
 
-void Finish(const Epilogue& e) {
-  for (int64_t i = 0; i < e.m; ++i) {
+void Finish(const Epilogue& e, int64_t begin, int64_t end) {
+  for (int64_t i = begin; i < end; ++i) {
     const int32_t* c = e.c + i * kBlockN;
     const float* extra = e.extra ? e.extra + i * kBlockN : nullptr;
     const float scale = e.rows[i].scale;

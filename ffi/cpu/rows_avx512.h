@@ -371,7 +371,7 @@ inline void StoreFloats(__m512 y, void* out, int64_t i, __mmask16 mask) {
 
 // Registers of 16 outputs each keep their scales and biases over all rows.
 template <Type kType>
-inline void FinishAs(const Epilogue& e) {
+inline void FinishAs(const Epilogue& e, int64_t begin, int64_t end) {
   __m512 w_scale[4], bias[4];
   __mmask16 mask[4];
   Unroll<4>([&](auto z) ALWAYS_INLINE {
@@ -380,13 +380,13 @@ inline void FinishAs(const Epilogue& e) {
     bias[z] = e.bias ? _mm512_maskz_loadu_ps(mask[z], e.bias + (mask[z] ? z * 16 : 0)) : _mm512_setzero_ps();
   });
   // In locals, because a store to y might change *e for all the compiler knows.
-  const int64_t m = e.m, step = e.stride * (kType == Type::kF32 ? 4 : 2);
-  const int32_t* c = e.c;
+  const int64_t step = e.stride * (kType == Type::kF32 ? 4 : 2);
+  const int32_t* c = e.c + begin * kBlockN;
   const float* extra = e.extra;
   const Row* rows = e.rows;
   const bool add_bias = e.bias != nullptr;
-  char* y = static_cast<char*>(e.y);
-  for (int64_t i = 0; i < m; ++i, y += step, c += kBlockN) {
+  char* y = static_cast<char*>(e.y) + begin * step;
+  for (int64_t i = begin; i < end; ++i, y += step, c += kBlockN) {
     const __m512 scale = _mm512_set1_ps(rows[i].scale);
     Unroll<4>([&](auto z) ALWAYS_INLINE {
       const __m512 sum = _mm512_cvtepi32_ps(_mm512_load_si512(c + z * 16));
@@ -398,14 +398,14 @@ inline void FinishAs(const Epilogue& e) {
   }
 }
 
-void Finish(const Epilogue& e) {
+void Finish(const Epilogue& e, int64_t begin, int64_t end) {
   switch (e.type) {
     case Type::kBF16:
-      return FinishAs<Type::kBF16>(e);
+      return FinishAs<Type::kBF16>(e, begin, end);
     case Type::kF16:
-      return FinishAs<Type::kF16>(e);
+      return FinishAs<Type::kF16>(e, begin, end);
     default:
-      return FinishAs<Type::kF32>(e);
+      return FinishAs<Type::kF32>(e, begin, end);
   }
 }
 

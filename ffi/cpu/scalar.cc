@@ -25,12 +25,12 @@ void MultiplyBlock(const Block& b) {
       b.c[i * kBlockN + j] = static_cast<int32_t>(sum);
     }
   }
+  if (b.epilogue) Finish(*b.epilogue, 0, b.m);
 }
 
 }  // namespace
 
 extern const Rung kScalar;
-const Rung kScalar = {"scalar",           Supported, MarkRow, QuantizeRow, MultiplyBlock, Finish, /*chunk_m=*/256,
-                      /*scratch_bytes=*/0};
+const Rung kScalar = {"scalar", Supported, MarkRow, QuantizeRow, MultiplyBlock, /*chunk_m=*/256, /*scratch_bytes=*/0};
 
 }  // namespace jaxint8::cpu

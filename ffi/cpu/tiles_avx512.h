@@ -151,12 +151,21 @@ inline __m512i Broadcast(const int8_t* x) {
   return _mm512_set1_epi32(four);
 }
 
-// c[M][16 * Z] += x[M] . panel over `blocks` times 64 columns.
+// -128 * the sum of the codes: cancels the offset of the unsigned weights.
+inline int32_t Correction(const Row& row) { return static_cast<int32_t>(0u - (static_cast<uint32_t>(row.sum) << 7)); }
+
+// c[M][16 * Z] = (c, or the corrections of `fresh` rows) + x[M] . panel over `blocks` times 64 columns.
 template <int M, int Z>
-void Tile(const uint8_t* panel, const int8_t* x, int64_t stride, int64_t blocks, int32_t* c, PackAhead* pack) {
+void Tile(const uint8_t* panel, const int8_t* x, int64_t stride, int64_t blocks, const Row* fresh, int32_t* c,
+          PackAhead* pack) {
   PackAhead ahead = *pack;
   __m512i acc[M][Z];
-  Unroll<M * Z>([&](auto i) ALWAYS_INLINE { acc[i / Z][i % Z] = _mm512_load_si512(c + i / Z * kBlockN + i % Z * 16); });
+  if (fresh) {
+    Unroll<M * Z>([&](auto i) ALWAYS_INLINE { acc[i / Z][i % Z] = _mm512_set1_epi32(Correction(fresh[i / Z])); });
+  } else {
+    Unroll<M * Z>([&](auto i)
+                      ALWAYS_INLINE { acc[i / Z][i % Z] = _mm512_load_si512(c + i / Z * kBlockN + i % Z * 16); });
+  }
   for (int64_t block = 0; block < blocks; ++block) {
     if constexpr (Z == 4) {
       for (int64_t i = 0; i < ahead.quota; ++i) ahead.Step();
@@ -176,16 +185,13 @@ void Tile(const uint8_t* panel, const int8_t* x, int64_t stride, int64_t blocks,
   *pack = ahead;
 }
 
-using TileFunction = void (*)(const uint8_t*, const int8_t*, int64_t, int64_t, int32_t*, PackAhead*);
+using TileFunction = void (*)(const uint8_t*, const int8_t*, int64_t, int64_t, const Row*, int32_t*, PackAhead*);
 constexpr TileFunction kTiles[4][kTileM] = {
     {Tile<1, 1>, Tile<2, 1>, Tile<3, 1>, Tile<4, 1>, Tile<5, 1>, Tile<6, 1>},
     {Tile<1, 2>, Tile<2, 2>, Tile<3, 2>, Tile<4, 2>, Tile<5, 2>, Tile<6, 2>},
     {Tile<1, 3>, Tile<2, 3>, Tile<3, 3>, Tile<4, 3>, Tile<5, 3>, Tile<6, 3>},
     {Tile<1, 4>, Tile<2, 4>, Tile<3, 4>, Tile<4, 4>, Tile<5, 4>, Tile<6, 4>},
 };
-
-// -128 * the sum of the codes: cancels the offset of the unsigned weights.
-inline int32_t Correction(const Row& row) { return static_cast<int32_t>(0u - (static_cast<uint32_t>(row.sum) << 7)); }
 
 // c += (hi . W) << 7 for the high parts of one row that lie before column `end`: one multiplication per 16 outputs and
 // group of four columns. Returns the first word that lies after. Four words at a time, missing ones with zero codes,
@@ -210,34 +216,44 @@ inline int32_t AddHi(const Row& row, int32_t next, int64_t begin, int64_t end, c
   return stop;
 }
 
-// Starts the sums of all rows for one panel: the correction (first panel) and the high parts.
+// Adds the high parts of some rows for one panel; before the first panel it sets the sums. Returns false, and does
+// nothing, if no row has any.
 template <int Z>
-void StartRows(const Block& b, int64_t begin, int64_t end, const uint8_t* panel, int32_t* next) {
-  for (int64_t i = 0; i < b.m; ++i) {
+bool StartRows(const Block& b, int64_t first, int64_t rows, int64_t begin, int64_t end, const uint8_t* panel,
+               int32_t* next) {
+  const auto adds = [&](int64_t i) {
     const Row& row = b.rows[i];
-    int32_t* c = b.c + i * kBlockN;
+    return next[i] < row.words && row.hi[next[i]].group * 4 < end;
+  };
+  bool any = false;
+  for (int64_t i = first; i < first + rows; ++i) {
     if (begin == 0) next[i] = 0;
-    const bool adds = b.with_hi && next[i] < row.words && row.hi[next[i]].group * 4 < end;
-    if (begin > 0 && !adds) continue;
+    any |= b.with_hi && adds(i);
+  }
+  if (!any) return false;
+  for (int64_t i = first; i < first + rows; ++i) {
+    int32_t* c = b.c + i * kBlockN;
+    if (begin > 0 && !adds(i)) continue;
     __m512i sum[Z];
     Unroll<Z>([&](auto z) ALWAYS_INLINE {
-      sum[z] = begin == 0 ? _mm512_set1_epi32(Correction(row)) : _mm512_load_si512(c + z * 16);
+      sum[z] = begin == 0 ? _mm512_set1_epi32(Correction(b.rows[i])) : _mm512_load_si512(c + z * 16);
     });
-    if (adds) next[i] = AddHi<Z>(row, next[i], begin, end, panel, sum);
+    if (adds(i)) next[i] = AddHi<Z>(b.rows[i], next[i], begin, end, panel, sum);
     Unroll<Z>([&](auto z) ALWAYS_INLINE { _mm512_store_si512(c + z * 16, sum[z]); });
   }
+  return true;
 }
 
-using StartFunction = void (*)(const Block&, int64_t, int64_t, const uint8_t*, int32_t*);
+using StartFunction = bool (*)(const Block&, int64_t, int64_t, int64_t, int64_t, const uint8_t*, int32_t*);
 constexpr StartFunction kStart[4] = {StartRows<1>, StartRows<2>, StartRows<3>, StartRows<4>};
 
+// k is not 0.
 void MultiplyTiled(const Block& b) {
   auto* scratch = reinterpret_cast<TileScratch*>(b.scratch);
   const int registers = static_cast<int>((b.n + 15) / 16);
   const int64_t tiles = (b.m + kTileM - 1) / kTileM;
-  const int64_t panels = b.k > 0 ? (b.k + kPanelK - 1) / kPanelK : 1;
+  const int64_t panels = (b.k + kPanelK - 1) / kPanelK;
   const int64_t width = ((b.k + panels - 1) / panels + 63) / 64 * 64;
-  if (b.k == 0) kStart[registers - 1](b, 0, 0, nullptr, scratch->next_hi);
   for (int64_t t = 0; t < b.k; t += width) {
     const int64_t end = t + width < b.k ? t + width : b.k, blocks = (end - t + 63) / 64;
     const bool packed = scratch->job == b.job && scratch->w == b.w + t && scratch->columns == end - t;
@@ -245,7 +261,6 @@ void MultiplyTiled(const Block& b) {
     const uint8_t* panel = scratch->panels[buffer];
     scratch->job = 0;
     if (!packed || b.n != kBlockN) Pack(b.w + t, b.k, b.n, end - t, registers, scratch->panels[buffer]);
-    kStart[registers - 1](b, t, end, panel, scratch->next_hi);
 
     // The panel that this thread needs next, if it is a whole one.
     const int8_t* next = end < b.k ? b.w + end : b.ahead;
@@ -257,7 +272,11 @@ void MultiplyTiled(const Block& b) {
     int64_t i = 0;
     for (int64_t tile = 0; tile < tiles; ++tile) {  // heights differ by one at most, so that no tile is thin
       const int64_t rows = b.m / tiles + (tile < b.m % tiles);
-      kTiles[registers - 1][rows - 1](panel, b.lo + i * b.stride + t, b.stride, blocks, b.c + i * kBlockN, &ahead);
+      const bool started = kStart[registers - 1](b, i, rows, t, end, panel, scratch->next_hi);
+      kTiles[registers - 1][rows - 1](panel, b.lo + i * b.stride + t, b.stride, blocks,
+                                      t == 0 && !started ? b.rows + i : nullptr, b.c + i * kBlockN, &ahead);
+      // At once, so that it overlaps with the next tile.
+      if (b.epilogue && end == b.k) Finish(*b.epilogue, i, i + rows);
       i += rows;
     }
     if (whole && registers == 4) {
