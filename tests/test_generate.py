@@ -124,6 +124,18 @@ def test_seeds() -> None:
     assert generate_tokens(config, params, prompts[:1], 12, sampling=SAMPLED)[0] == make[0][0]
 
 
+def test_greedy_is_the_first_of_the_largest() -> None:
+    rows = np.random.default_rng(0).normal(size=(6, 1000)).round(1).astype(np.float32)
+    rows[1] = -np.inf
+    rows[2, 40:] = np.inf
+    rows[3, 7] = np.nan
+    found = jax.jit(next_tokens)(
+        jnp.asarray(rows), Draw.of(Sampling()), row_keys([[1]] * 6, 0), jnp.int32(0)
+    )
+    assert found.dtype == jnp.int32
+    assert found.tolist() == rows.argmax(axis=-1).tolist()
+
+
 def draw_many(logits: np.ndarray, sampling: Sampling, count: int) -> np.ndarray:
     keys = row_keys([[i] for i in range(1)] * count, seed=3)
     rows = jnp.broadcast_to(jnp.asarray(logits, jnp.float32)[None], (count, len(logits)))
