@@ -4,6 +4,7 @@
 #include <string>
 #include <utility>
 
+#include "ceilings.h"
 #include "int8.h"
 #include "team.h"
 #include "xla/ffi/api/ffi.h"
@@ -184,6 +185,24 @@ py::list RungTable() {
   return table;
 }
 
+py::tuple PeakRate(int threads, double seconds) {
+  if (threads < 1) throw py::value_error("threads: expected >= 1, got " + std::to_string(threads));
+  Peak peak{};
+  {
+    py::gil_scoped_release release;
+    peak = MeasurePeak(threads, seconds);
+  }
+  return py::make_tuple(peak.instruction, peak.multiplies_per_second);
+}
+
+double ReadRate(const py::buffer& data, int threads, double seconds) {
+  if (threads < 1) throw py::value_error("threads: expected >= 1, got " + std::to_string(threads));
+  const py::buffer_info info = data.request();
+  if (PyBuffer_IsContiguous(info.view(), 'C') == 0) throw py::value_error("data: expected a contiguous buffer");
+  py::gil_scoped_release release;
+  return MeasureBandwidth(info.ptr, info.size * info.itemsize, threads, seconds);
+}
+
 }  // namespace
 }  // namespace jaxint8::cpu
 
@@ -193,4 +212,8 @@ PYBIND11_MODULE(_cpu, module) {
   module.attr("ffi_version") = pybind11::make_tuple(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR);
   module.def("registrations", &jaxint8::cpu::Registrations, "FFI target name -> capsule.");
   module.def("rungs", &jaxint8::cpu::RungTable, "[(name, supported)], best first.");
+  module.def("measure_peak", &jaxint8::cpu::PeakRate, pybind11::arg("threads"), pybind11::arg("seconds"),
+             "(instruction, int8 multiplications per second).");
+  module.def("measure_bandwidth", &jaxint8::cpu::ReadRate, pybind11::arg("data"), pybind11::arg("threads"),
+             pybind11::arg("seconds"), "Bytes per second read from a buffer.");
 }
