@@ -18,6 +18,8 @@ from typing import Any
 
 import jax
 
+from jaxint8.evaluation.files import write_atomically
+
 BASELINE = "float32"
 """The method whose log-probabilities the others are compared with."""
 
@@ -81,11 +83,11 @@ def write(report: Report, directory: str | Path) -> list[Path]:
     directory.mkdir(parents=True, exist_ok=True)
     written = [directory / "report.json", directory / "report.md"]
     plots = _figures(report)
-    _write_atomically(written[0], lambda path: path.write_text(to_json(report)))
-    _write_atomically(written[1], lambda path: path.write_text(to_markdown(report, list(plots))))
+    write_atomically(written[0], lambda path: path.write_text(to_json(report)))
+    write_atomically(written[1], lambda path: path.write_text(to_markdown(report, list(plots))))
     for name, figure in plots.items():
         target = directory / name
-        _write_atomically(target, lambda path, figure=figure: figure.savefig(path, format="png"))
+        write_atomically(target, lambda path, figure=figure: figure.savefig(path, format="png"))
         written.append(target)
     return written
 
@@ -179,16 +181,6 @@ def _show(value: float | None, how: Callable[[float], str]) -> str:
 
 def _finite_or_none(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _write_atomically(target: Path, fill: Callable[[Path], Any]) -> None:
-    """Fills a temporary file beside the target, then renames it: readers never see half a file."""
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        fill(temporary)
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _version(package: str) -> str | None:
