@@ -154,18 +154,56 @@ inline __m512i Broadcast(const int8_t* x) {
 // -128 * the sum of the codes: cancels the offset of the unsigned weights.
 inline int32_t Correction(const Row& row) { return static_cast<int32_t>(0u - (static_cast<uint32_t>(row.sum) << 7)); }
 
-// c[M][16 * Z] = (c, or the corrections of `fresh` rows) + x[M] . panel over `blocks` times 64 columns.
-template <int M, int Z>
-void Tile(const uint8_t* panel, const int8_t* x, int64_t stride, int64_t blocks, const Row* fresh, int32_t* c,
-          PackAhead* pack) {
-  PackAhead ahead = *pack;
-  __m512i acc[M][Z];
-  if (fresh) {
-    Unroll<M * Z>([&](auto i) ALWAYS_INLINE { acc[i / Z][i % Z] = _mm512_set1_epi32(Correction(fresh[i / Z])); });
-  } else {
-    Unroll<M * Z>([&](auto i)
-                      ALWAYS_INLINE { acc[i / Z][i % Z] = _mm512_load_si512(c + i / Z * kBlockN + i % Z * 16); });
+// The columns of one packed panel, [begin, end) of k.
+struct Panel {
+  const uint8_t* data;
+  int64_t begin, end;
+};
+
+// (hi . W) << 7 for the high parts of one row that lie in the panel: one multiplication per 16 outputs and group of
+// four columns. `next` is the first word that is not yet added. Two words at a time, a missing one with zero codes: how
+// many there are is hard to guess, and a wrong guess costs the processor as much as four words.
+template <int Z>
+ALWAYS_INLINE inline void AddHi(const Row& row, const Panel& panel, int32_t* next, __m512i (&acc)[Z]) {
+  int32_t word = *next, stop = word;
+  while (stop < row.words && row.hi[stop].group * 4 < panel.end) ++stop;
+  if (word == stop) return;
+  *next = stop;
+  __m512i sum[Z];
+  Unroll<Z>([&](auto z) ALWAYS_INLINE { sum[z] = _mm512_setzero_si512(); });
+  for (; word < stop; word += 2) {
+    Unroll<2>([&](auto i) ALWAYS_INLINE {
+      const bool real = i == 0 || word + 1 < stop;
+      const HiWord hi = row.hi[real ? word + i : word];
+      const __m512i four = _mm512_set1_epi32(static_cast<int32_t>(real ? hi.four : 0));
+      const uint8_t* w = panel.data + (hi.group - panel.begin / 4) * Z * 64;
+      Unroll<Z>([&](auto z)
+                    ALWAYS_INLINE { sum[z] = _mm512_dpbusd_epi32(sum[z], _mm512_load_si512(w + z * 64), four); });
+    });
   }
+  Unroll<Z>([&](auto z) ALWAYS_INLINE { acc[z] = _mm512_add_epi32(acc[z], _mm512_slli_epi32(sum[z], 7)); });
+}
+
+// c[M][16 * Z] (+)= x[M] . panel for rows i.. of a block, high parts included; the first panel sets c. `next_hi` of
+// these rows, null if there are no high parts.
+template <int M, int Z>
+void Tile(const Block& b, int64_t first, const Panel& columns, int32_t* next_hi, PackAhead* pack) {
+  PackAhead ahead = *pack;
+  const Row* rows = b.rows + first;
+  int32_t* c = b.c + first * kBlockN;
+  __m512i acc[M][Z];
+  Unroll<M>([&](auto i) ALWAYS_INLINE {
+    if (columns.begin == 0) {
+      const __m512i correction = _mm512_set1_epi32(Correction(rows[i]));
+      Unroll<Z>([&](auto z) ALWAYS_INLINE { acc[i][z] = correction; });
+    } else {
+      Unroll<Z>([&](auto z) ALWAYS_INLINE { acc[i][z] = _mm512_load_si512(c + i * kBlockN + z * 16); });
+    }
+    if (next_hi) AddHi<Z>(rows[i], columns, next_hi + i, acc[i]);
+  });
+  const int64_t stride = b.stride, blocks = (columns.end - columns.begin + 63) / 64;
+  const int8_t* x = b.lo + first * stride + columns.begin;
+  const uint8_t* panel = columns.data;
   for (int64_t block = 0; block < blocks; ++block) {
     if constexpr (Z == 4) {
       for (int64_t i = 0; i < ahead.quota; ++i) ahead.Step();
@@ -185,7 +223,7 @@ void Tile(const uint8_t* panel, const int8_t* x, int64_t stride, int64_t blocks,
   *pack = ahead;
 }
 
-using TileFunction = void (*)(const uint8_t*, const int8_t*, int64_t, int64_t, const Row*, int32_t*, PackAhead*);
+using TileFunction = void (*)(const Block&, int64_t, const Panel&, int32_t*, PackAhead*);
 constexpr TileFunction kTiles[4][kTileM] = {
     {Tile<1, 1>, Tile<2, 1>, Tile<3, 1>, Tile<4, 1>, Tile<5, 1>, Tile<6, 1>},
     {Tile<1, 2>, Tile<2, 2>, Tile<3, 2>, Tile<4, 2>, Tile<5, 2>, Tile<6, 2>},
@@ -193,64 +231,11 @@ constexpr TileFunction kTiles[4][kTileM] = {
     {Tile<1, 4>, Tile<2, 4>, Tile<3, 4>, Tile<4, 4>, Tile<5, 4>, Tile<6, 4>},
 };
 
-// c += (hi . W) << 7 for the high parts of one row that lie before column `end`: one multiplication per 16 outputs and
-// group of four columns. Returns the first word that lies after. Four words at a time, missing ones with zero codes,
-// because how many there are is anyone's guess, and a wrong guess costs the processor more than four words.
-template <int Z>
-inline int32_t AddHi(const Row& row, int32_t next, int64_t begin, int64_t end, const uint8_t* panel, __m512i (&c)[Z]) {
-  int32_t stop = next;
-  while (stop < row.words && row.hi[stop].group * 4 < end) ++stop;
-  __m512i sum[Z];
-  Unroll<Z>([&](auto z) ALWAYS_INLINE { sum[z] = _mm512_setzero_si512(); });
-  for (; next < stop; next += 4) {
-    Unroll<4>([&](auto i) ALWAYS_INLINE {
-      const bool real = next + i < stop;
-      const HiWord word = row.hi[real ? next + i : next];
-      const __m512i four = _mm512_set1_epi32(static_cast<int32_t>(real ? word.four : 0));
-      const uint8_t* w = panel + (word.group - begin / 4) * Z * 64;
-      Unroll<Z>([&](auto z)
-                    ALWAYS_INLINE { sum[z] = _mm512_dpbusd_epi32(sum[z], _mm512_load_si512(w + z * 64), four); });
-    });
-  }
-  Unroll<Z>([&](auto z) ALWAYS_INLINE { c[z] = _mm512_add_epi32(c[z], _mm512_slli_epi32(sum[z], 7)); });
-  return stop;
-}
-
-// Adds the high parts of some rows for one panel; before the first panel it sets the sums. Returns false, and does
-// nothing, if no row has any.
-template <int Z>
-bool StartRows(const Block& b, int64_t first, int64_t rows, int64_t begin, int64_t end, const uint8_t* panel,
-               int32_t* next) {
-  const auto adds = [&](int64_t i) {
-    const Row& row = b.rows[i];
-    return next[i] < row.words && row.hi[next[i]].group * 4 < end;
-  };
-  bool any = false;
-  for (int64_t i = first; i < first + rows; ++i) {
-    if (begin == 0) next[i] = 0;
-    any |= b.with_hi && adds(i);
-  }
-  if (!any) return false;
-  for (int64_t i = first; i < first + rows; ++i) {
-    int32_t* c = b.c + i * kBlockN;
-    if (begin > 0 && !adds(i)) continue;
-    __m512i sum[Z];
-    Unroll<Z>([&](auto z) ALWAYS_INLINE {
-      sum[z] = begin == 0 ? _mm512_set1_epi32(Correction(b.rows[i])) : _mm512_load_si512(c + z * 16);
-    });
-    if (adds(i)) next[i] = AddHi<Z>(b.rows[i], next[i], begin, end, panel, sum);
-    Unroll<Z>([&](auto z) ALWAYS_INLINE { _mm512_store_si512(c + z * 16, sum[z]); });
-  }
-  return true;
-}
-
-using StartFunction = bool (*)(const Block&, int64_t, int64_t, int64_t, int64_t, const uint8_t*, int32_t*);
-constexpr StartFunction kStart[4] = {StartRows<1>, StartRows<2>, StartRows<3>, StartRows<4>};
-
 // k is not 0.
 void MultiplyTiled(const Block& b) {
   auto* scratch = reinterpret_cast<TileScratch*>(b.scratch);
   const int registers = static_cast<int>((b.n + 15) / 16);
+  if (b.with_hi) std::memset(scratch->next_hi, 0, static_cast<size_t>(b.m) * sizeof *scratch->next_hi);
   const int64_t tiles = (b.m + kTileM - 1) / kTileM;
   const int64_t panels = (b.k + kPanelK - 1) / kPanelK;
   const int64_t width = ((b.k + panels - 1) / panels + 63) / 64 * 64;
@@ -258,7 +243,7 @@ void MultiplyTiled(const Block& b) {
     const int64_t end = t + width < b.k ? t + width : b.k, blocks = (end - t + 63) / 64;
     const bool packed = scratch->job == b.job && scratch->w == b.w + t && scratch->columns == end - t;
     const int buffer = packed && b.n == kBlockN ? scratch->buffer : 0;
-    const uint8_t* panel = scratch->panels[buffer];
+    const Panel panel{scratch->panels[buffer], t, end};
     scratch->job = 0;
     if (!packed || b.n != kBlockN) Pack(b.w + t, b.k, b.n, end - t, registers, scratch->panels[buffer]);
 
@@ -272,9 +257,9 @@ void MultiplyTiled(const Block& b) {
     int64_t i = 0;
     for (int64_t tile = 0; tile < tiles; ++tile) {  // heights differ by one at most, so that no tile is thin
       const int64_t rows = b.m / tiles + (tile < b.m % tiles);
-      const bool started = kStart[registers - 1](b, i, rows, t, end, panel, scratch->next_hi);
-      kTiles[registers - 1][rows - 1](panel, b.lo + i * b.stride + t, b.stride, blocks,
-                                      t == 0 && !started ? b.rows + i : nullptr, b.c + i * kBlockN, &ahead);
+      if (b.epilogue && end == b.k) FetchOutputs(*b.epilogue, i, i + rows);
+      int32_t* next_hi = b.with_hi ? scratch->next_hi + i : nullptr;
+      kTiles[registers - 1][rows - 1](b, i, panel, next_hi, &ahead);
       // At once, so that it overlaps with the next tile.
       if (b.epilogue && end == b.k) Finish(*b.epilogue, i, i + rows);
       i += rows;

@@ -99,9 +99,15 @@ class Call {
 
   template <Type kType, bool kVector>
   const char* QuantizeWith(const QuantizeParams& q) {
-    using Kernel = QuantizeKernel<kType, kVector>;
+    using Kernel = QuantizeKernel<kType, kVector, 0>;
     int threads = 64;
-    while (threads < Kernel::kMaxThreads && threads * 16 < q.k) threads *= 2;
+    while (threads < Kernel::kMaxThreads && threads * 8 * kHeldGroups < q.stride) threads *= 2;
+    if constexpr (kVector) {
+      if (threads * 8 * kHeldGroups >= q.stride) {
+        using Held = QuantizeKernel<kType, true, kHeldGroups>;
+        return Launch<Held>(q.m, threads, Held::kShared, q);
+      }
+    }
     return Launch<Kernel>(q.m, threads, Kernel::kShared, q);
   }
 

@@ -22,8 +22,11 @@ struct QuantizeParams {
   int64_t piece_stride;
 };
 
+// Rows are held in registers if this many times eight elements per thread suffice; more would not fit beside the rest.
+inline constexpr int kHeldGroups = 2;
+
 // One block per row.
-template <Type kType, bool kVector>
+template <Type kType, bool kVector, int kHeld>
 struct QuantizeKernel {
   using Params = QuantizeParams;
   static constexpr int kMaxThreads = 512;
@@ -36,7 +39,8 @@ struct QuantizeKernel {
     const int64_t i = BlockIndex();
     const Ptr<uint32_t> scratch = Cast<uint32_t>(SharedMemory());
     int turn = 0;
-    RowBlock<kType, kVector> row(p.x + i * p.k * RowReader<kType, kVector>::kBytes, p.k, p.options, scratch, &turn);
+    RowBlock<kType, kVector, kHeld> row(p.x + i * p.k * RowReader<kType, kVector>::kBytes, p.k, p.options, scratch,
+                                        &turn);
     if (p.marking) {
       row.Mark(p.marks);
       return;

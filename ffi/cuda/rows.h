@@ -1,5 +1,5 @@
-// Quantises one row of activations with one block: statistics, outlier rule, codes. The row is read two to four times,
-// from device memory once: it stays in the first-level cache.
+// Quantises one row of activations with one block: statistics, outlier rule, codes. The row is looked at two to four
+// times and read from device memory once: it stays in registers, or, if it is too long, in the first-level cache.
 //
 // Every statistic is a maximum, a count or an integer sum, so the codes do not depend on the number of threads.
 #ifndef JAXINT8_FFI_CUDA_ROWS_H_
@@ -7,6 +7,7 @@
 
 #include "device.h"
 #include "int8.h"
+#include "reader.h"
 
 namespace jaxint8::cuda {
 
@@ -37,56 +38,6 @@ inline constexpr int kScratchWords = (kPiecesAt + kPieceWords + 31) / 32 * 32;
 // Up to this many largest values are found among the candidates above a bound; more, or too many ties, digit by digit.
 inline constexpr int64_t kQuickTopK = 24;
 
-// Elements of an activation row, eight at a time. kVector: k is a multiple of 8, so every row is aligned to 16 bytes.
-template <Type kType, bool kVector>
-struct RowReader {
-  static constexpr int kBytes = kType == Type::kF32 ? 4 : 2;
-  Ptr<const uint8_t> data;
-  int64_t k;
-
-  static JAXINT8_DEVICE float Widen(uint32_t half) {
-    return kType == Type::kBF16 ? FloatFromBits(half << 16) : HalfToFloat(static_cast<uint16_t>(half));
-  }
-
-  // v[j] = row[i + j], 0 beyond the end.
-  JAXINT8_DEVICE void Read(int64_t i, float (&v)[8]) const {
-    if constexpr (kVector && kType == Type::kF32) {
-      for (int half = 0; half < 2; ++half) {
-        const Word4 w = LoadAs<Word4>(data + 4 * (i + 4 * half));
-        v[4 * half + 0] = FloatFromBits(w.x);
-        v[4 * half + 1] = FloatFromBits(w.y);
-        v[4 * half + 2] = FloatFromBits(w.z);
-        v[4 * half + 3] = FloatFromBits(w.w);
-      }
-    } else if constexpr (kVector) {
-      const Word4 w = LoadAs<Word4>(data + 2 * i);
-      const uint32_t words[4] = {w.x, w.y, w.z, w.w};
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        v[2 * j] = Widen(words[j] & 0xffff);
-        v[2 * j + 1] = Widen(words[j] >> 16);
-      }
-    } else {
-#pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        v[j] = 0;
-        if (i + j < k) {
-          if constexpr (kType == Type::kF32) {
-            v[j] = FloatFromBits(LoadAs<uint32_t>(data + 4 * (i + j)));
-          } else {
-            v[j] = Widen(LoadAs<uint16_t>(data + 2 * (i + j)));
-          }
-        }
-      }
-    }
-  }
-
-  // Bit j is set where i + j is an element.
-  JAXINT8_DEVICE uint32_t Valid(int64_t i) const { return kVector || i + 8 <= k ? 0xff : (1u << (k - i)) - 1; }
-};
-
-JAXINT8_DEVICE uint32_t Magnitude(float x) { return Bits(x) & 0x7fffffff; }
-
 // Where a row goes. Pointers to shared or device memory.
 struct RowOutput {
   Ptr<int8_t> lo;  // [stride], columns from k on are set to 0
@@ -105,12 +56,20 @@ struct Selection {
   }
 };
 
-// All threads of the block call every function, with the same arguments.
-template <Type kType, bool kVector>
+// All threads of the block call every function, with the same arguments. kHeld: how many times eight elements every
+// thread holds in registers, enough for the padded row; 0: none, the row is read again each time.
+template <Type kType, bool kVector, int kHeld = 0>
 class RowBlock {
  public:
   JAXINT8_DEVICE RowBlock(Ptr<const uint8_t> data, int64_t k, const Options& options, Ptr<uint32_t> scratch, int* turn)
-      : row_{data, k}, options_(options), scratch_(scratch), turn_(turn) {}
+      : row_{data, k}, options_(options), scratch_(scratch), turn_(turn) {
+    static_assert(kVector || kHeld == 0);
+#pragma unroll
+    for (int c = 0; c < kHeld; ++c) {
+      held_[c] = {};
+      if (At(c) < k) held_[c] = row_.ReadRaw(At(c));
+    }
+  }
 
   // Sets the bits of this row's outliers in the marks; rows that are not finite have no say.
   JAXINT8_DEVICE void Mark(Ptr<uint32_t> marks) {
@@ -118,11 +77,7 @@ class RowBlock {
     if (absmax >= kInfinity) return;
     const Selection selection = Select(absmax);
     if (absmax < selection.threshold) return;
-    ForEach(row_.k, [&](int64_t i) {
-      float v[8];
-      row_.Read(i, v);
-      SetBits(marks, i, Outliers(selection, i, v));
-    });
+    ForEach(row_.k, [&](int64_t i, const float (&v)[8]) { SetBits(marks, i, Outliers(selection, i, v)); });
   }
 
   // Writes codes and returns the row scale, NaN if the row is not finite. Bits of `pieces` (in the scratch, zeroed by
@@ -137,10 +92,13 @@ class RowBlock {
       if (!by_column) selection = Select(absmax);
       if (by_column || absmax >= selection.threshold) {
         rest = 0;
-        ForEach(row_.k, [&](int64_t i) {
-          float v[8];
-          row_.Read(i, v);
+        ForEach(row_.k, [&](int64_t i, const float (&v)[8]) {
           const uint32_t mask = by_column ? Marked(out.marks, i) : Outliers(selection, i, v);
+          if (mask == 0) {
+            const uint32_t a = LargestOf(v);
+            rest = a > rest ? a : rest;
+            return;
+          }
           count += static_cast<uint32_t>(PopulationCount(mask));
 #pragma unroll
           for (int j = 0; j < 8; ++j) {
@@ -165,20 +123,50 @@ class RowBlock {
     }
     const bool usable = finite && scale >= kSmallestScale;
     scale = usable ? scale : 1.0f;
-    WriteCodes(out, selection, usable && count > 0, usable, scale, limit);
+    WriteCodes(out, selection, usable && count > 0, usable, scale);
     return finite ? scale : FloatFromBits(0x7fc00000);
   }
 
   JAXINT8_DEVICE Ptr<uint32_t> pieces() const { return scratch_ + kPiecesAt; }
 
  private:
-  template <typename Body>
+  static JAXINT8_DEVICE int64_t At(int c) { return 8 * (ThreadIndex() + c * BlockThreads()); }
+
+  // Calls body(i, v) for this thread's groups of eight elements before `end`; v is 0 from k on. kAgain: reads them
+  // again, for rare work that is better small than fast.
+  template <bool kAgain = false, typename Body>
   JAXINT8_DEVICE void ForEach(int64_t end, Body body) {
+    float v[8];
+    if constexpr (kHeld > 0 && !kAgain) {
+#pragma unroll
+      for (int c = 0; c < kHeld; ++c) {
+        if (At(c) >= end) continue;
+        row_.Widen(held_[c], v);
+        body(At(c), v);
+      }
+    } else {
 #pragma unroll 1
-    for (int64_t i = 8 * ThreadIndex(); i < end; i += 8 * BlockThreads()) body(i);
+      for (int64_t i = 8 * ThreadIndex(); i < end; i += 8 * BlockThreads()) {
+        if (i < row_.k) {
+          row_.Read(i, v);
+        } else {
+#pragma unroll
+          for (int j = 0; j < 8; ++j) v[j] = 0;
+        }
+        body(i, v);
+      }
+    }
+  }
+
+  static JAXINT8_DEVICE uint32_t LargestOf(const float (&v)[8]) {
+    uint32_t a = 0;
+#pragma unroll
+    for (int j = 0; j < 8; ++j) a = Magnitude(v[j]) > a ? Magnitude(v[j]) : a;
+    return a;
   }
 
   JAXINT8_DEVICE uint32_t Outliers(const Selection& selection, int64_t i, const float (&v)[8]) const {
+    if (LargestOf(v) < selection.threshold) return 0;  // nearly always
     uint32_t mask = 0;
 #pragma unroll
     for (int j = 0; j < 8; ++j) mask |= static_cast<uint32_t>(selection.Has(Magnitude(v[j]), i + j)) << j;
@@ -203,11 +191,9 @@ class RowBlock {
   // The largest magnitude of the row; own_ is that of this thread.
   JAXINT8_DEVICE uint32_t AbsMax() {
     own_ = 0;
-    ForEach(row_.k, [&](int64_t i) {
-      float v[8];
-      row_.Read(i, v);
-#pragma unroll
-      for (int j = 0; j < 8; ++j) own_ = Magnitude(v[j]) > own_ ? Magnitude(v[j]) : own_;
+    ForEach(row_.k, [&](int64_t, const float (&v)[8]) {
+      const uint32_t largest = LargestOf(v);
+      own_ = largest > own_ ? largest : own_;
     });
     const int lane = ThreadIndex() % 32, warp = ThreadIndex() / 32, warps = BlockThreads() / 32;
     const Ptr<uint32_t> buffer = NextBuffer();
@@ -269,15 +255,14 @@ class RowBlock {
 
   JAXINT8_DEVICE uint64_t SumOfSquares(float unit) {
     uint64_t sum = 0;
-    ForEach(row_.k, [&](int64_t i) {
-      float v[8];
-      row_.Read(i, v);
+    const float reciprocal = Divide(1.0f, unit);
+    ForEach(row_.k, [&](int64_t, const float (&v)[8]) {
+      int32_t codes[8];
+      RoundedQuotients(v, unit, reciprocal, codes);
       uint32_t part = 0;  // eight squares of 24 bits
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
-        const int32_t u = RoundToInt(Divide(FloatFromBits(Magnitude(v[j])), unit));
-        const uint32_t clipped = static_cast<uint32_t>(u < 4095 ? u : 4095);
-        part += clipped * clipped;
+        part += static_cast<uint32_t>(codes[j] * codes[j]);  // at most 4095: the quotient is, but for its rounding
       }
       sum += part;
     });
@@ -302,9 +287,7 @@ class RowBlock {
     Barrier();
     const uint32_t bound = RankedLane(Load(scratch_ + kGroupsAt + lane), count - 1);
     const Ptr<uint32_t> list = scratch_ + kCandidatesAt;
-    ForEach(row_.k, [&](int64_t i) {
-      float v[8];
-      row_.Read(i, v);
+    ForEach(row_.k, [&](int64_t i, const float (&v)[8]) {
       for (uint32_t mask = Outliers({bound, row_.k}, i, v); mask; mask &= mask - 1) {
         const int j = LowestBit(mask);
         const uint32_t at = AtomicAdd(result, 1);
@@ -363,9 +346,7 @@ class RowBlock {
     for (int shift = 42; shift >= 0; shift -= 7) {
       for (int b = ThreadIndex(); b < kBins; b += BlockThreads()) Store(bins + b, 0u);
       Barrier();
-      ForEach(row_.k, [&](int64_t i) {
-        float v[8];
-        row_.Read(i, v);
+      ForEach<true>(row_.k, [&](int64_t i, const float (&v)[8]) {
         const uint32_t valid = row_.Valid(i);
 #pragma unroll
         for (int j = 0; j < 8; ++j) {
@@ -401,30 +382,25 @@ class RowBlock {
     return {static_cast<uint32_t>(prefix >> kColumnBits), static_cast<int64_t>(kColumnMask - (prefix & kColumnMask))};
   }
 
-  JAXINT8_DEVICE void WriteCodes(const RowOutput& out, const Selection& selection, bool split, bool usable, float scale,
-                                 int32_t limit) {
-    ForEach(out.stride, [&](int64_t i) {
-      int8_t lo[8], hi[8];
+  // No code needs clipping: the scale is at least absmax / limit rounded, so no rounded quotient passes limit + 1/2.
+  JAXINT8_DEVICE void WriteCodes(const RowOutput& out, const Selection& selection, bool split, bool usable,
+                                 float scale) {
+    const float reciprocal = Divide(1.0f, scale);
+    ForEach(out.stride, [&](int64_t i, const float (&v)[8]) {
+      int32_t lo[8] = {}, hi[8] = {};
       uint32_t high = 0;
       if (usable && i < row_.k) {
-        float v[8];
-        row_.Read(i, v);
+        RoundedQuotients(v, scale, reciprocal, lo);
         uint32_t mask = 0;
         if (split) mask = options_.column_scope ? Marked(out.marks, i) : Outliers(selection, i, v);
+        if (mask) {
 #pragma unroll
-        for (int j = 0; j < 8; ++j) {
-          const bool is_outlier = mask >> j & 1;
-          const int32_t bound = is_outlier ? limit : 127;
-          int32_t code = RoundToInt(Divide(v[j], scale));
-          code = code > bound ? bound : code < -bound ? -bound : code;
-          const int32_t upper = is_outlier ? (code + 64) >> 7 : 0;
-          high |= static_cast<uint32_t>(upper != 0) << j;
-          lo[j] = static_cast<int8_t>(code - 128 * upper);
-          hi[j] = static_cast<int8_t>(upper);
+          for (int j = 0; j < 8; ++j) {
+            hi[j] = mask >> j & 1 ? (lo[j] + 64) >> 7 : 0;
+            high |= static_cast<uint32_t>(hi[j] != 0) << j;
+            lo[j] -= 128 * hi[j];
+          }
         }
-      } else {
-#pragma unroll
-        for (int j = 0; j < 8; ++j) lo[j] = hi[j] = 0;
       }
       Write(out.lo, out.stride, i, lo);
       if (out.hi) Write(out.hi, out.stride, i, hi);
@@ -435,24 +411,21 @@ class RowBlock {
     });
   }
 
-  static JAXINT8_DEVICE void Write(Ptr<int8_t> to, int64_t stride, int64_t i, const int8_t (&v)[8]) {
+  static JAXINT8_DEVICE void Write(Ptr<int8_t> to, int64_t stride, int64_t i, const int32_t (&v)[8]) {
     if constexpr (kVector) {  // stride is a multiple of 8 as well
-      Word2 w{0, 0};
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        w.x |= static_cast<uint32_t>(static_cast<uint8_t>(v[j])) << (8 * j);
-        w.y |= static_cast<uint32_t>(static_cast<uint8_t>(v[4 + j])) << (8 * j);
-      }
+      const Word2 w{PackBytes(v[0], v[1], v[2], v[3]), PackBytes(v[4], v[5], v[6], v[7])};
       StoreAs<Word2>(to + i, w);
     } else {
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
-        if (i + j < stride) Store(to + i + j, v[j]);
+        if (i + j < stride) Store(to + i + j, static_cast<int8_t>(v[j]));
       }
     }
   }
 
-  const RowReader<kType, kVector> row_;
+  using Reader = RowReader<kType, kVector>;
+  const Reader row_;
+  typename Reader::Raw held_[kHeld > 0 ? kHeld : 1];
   const Options& options_;
   const Ptr<uint32_t> scratch_;
   int* const turn_;

@@ -283,6 +283,12 @@ inline float Add(float x, float y) { return x + y; }
 inline float IntToFloat(int32_t v) { return static_cast<float>(v); }
 inline float WideToFloat(int64_t v) { return static_cast<float>(v); }
 inline int32_t RoundToInt(float x) { return static_cast<int32_t>(std::nearbyint(x)); }
+inline float Absolute(float x) { return std::fabs(x); }
+inline float Larger(float x, float y) { return x < y ? y : x; }
+inline uint32_t PackBytes(int32_t a, int32_t b, int32_t c, int32_t d) {
+  const auto byte = [](int32_t v) { return static_cast<uint32_t>(static_cast<uint8_t>(v)); };
+  return byte(a) | byte(b) << 8 | byte(c) << 16 | byte(d) << 24;
+}
 inline int PopulationCount(uint32_t v) { return __builtin_popcount(v); }
 inline int LowestBit(uint32_t v) { return __builtin_ctz(v); }
 
