@@ -1,10 +1,8 @@
 """Attention and rotary positions, as pure functions on arrays.
 
-Both forms are written out in plain products, for the sake of layouts: keys and values stand as in a
-cache, heads outside, and so are read as they lie. The surprising fact is what that is worth on a
-CPU: jax.nn.dot_product_attention computes the same bits from [b, t, heads, head_dim], but XLA copies
-and transposes around its products, and takes half as long again for a prompt and many times as long
-for a single query.
+Many queries at once are jax.nn.dot_product_attention, a block of queries at a time so that no block
+computes what it may not see. A single query is written out: on a CPU, XLA would copy and transpose
+a layer's whole cache for the two small matrix products, which costs several times what they do.
 """
 
 from __future__ import annotations
@@ -18,54 +16,40 @@ from jaxint8.models.config import DecoderConfig
 # Queries of a block: at least so many, and at most so many blocks, each being compiled by itself.
 SMALLEST_BLOCK = 128
 MOST_BLOCKS = 8
-# Score of what is not seen: far below all others, and finite, for then so is the softmax of a row
-# that sees nothing, as padding does.
-UNSEEN = np.float32(-1e30)
 
 
-def attend(
-    query: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array | None
-) -> jax.Array:
+def attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None) -> jax.Array:
     """Attention of t tokens to s slots.
 
     Args:
         query: float[b, t, heads, head_dim].
-        keys: the same dtype, [b, kv_heads, head_dim, s]; ``heads`` is a multiple of ``kv_heads``.
-        values: the same dtype, [b, kv_heads, s, head_dim].
+        key: the same dtype, [b, s, kv_heads, head_dim]; ``heads`` is a multiple of ``kv_heads``.
+        value: as ``key``.
         mask: bool[b, 1, t, s], what each token sees. Where t == s, the tokens are those in the
             slots, and a token sees none after its own; None: it sees all up to its own.
 
     Returns:
-        query.dtype[b, t, heads, head_dim]; softmax in float32. A token that sees nothing gets
-        something finite.
+        query.dtype[b, t, heads, head_dim]; softmax in float32.
     """
-    (b, t, heads, width), (_, kv_heads, s, _) = query.shape, values.shape
+    t, s = query.shape[1], key.shape[1]
     if mask is None:
         mask = jnp.tril(jnp.ones((t, t), bool))[None, None]
-    # The heads that share keys are more rows of one product.
-    query_heads = query.reshape(b, t, kv_heads, heads // kv_heads, width)
-    query_heads = jnp.transpose(query_heads, (0, 2, 3, 1, 4))
     block = max(SMALLEST_BLOCK, -(-t // MOST_BLOCKS))
     parts = []
-    for first in range(0, t, block):
-        last = min(first + block, t)
-        seen = last if t == s else s
-        rows = query_heads[:, :, :, first:last]
-        scores = _batched(rows, keys[:, :, :, :seen]) * np.float32(width**-0.5)
-        scores = jnp.where(mask[:, :, None, first:last, :seen], scores, UNSEEN)
-        share = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
-        parts.append(_batched(share, values[:, :, :seen]))
-    y = jnp.concatenate(parts, axis=3) if len(parts) > 1 else parts[0]
-    return jnp.transpose(y, (0, 3, 1, 2, 4)).reshape(query.shape).astype(query.dtype)
-
-
-def _batched(x: jax.Array, y: jax.Array) -> jax.Array:
-    """x[b, kv_heads, group, t, k] times y[b, kv_heads, k, n]; float32[b, kv_heads, group, t, n]."""
-    b, kv_heads, group, t, k = x.shape
-    rows = x.reshape(b, kv_heads, group * t, k)
-    contract = ((3,), (2,)), ((0, 1), (0, 1))
-    product = jax.lax.dot_general(rows, y, contract, preferred_element_type=jnp.float32)
-    return product.reshape(b, kv_heads, group, t, y.shape[-1])
+    # The function itself mixes dtypes (a float32 softmax of bfloat16 products).
+    with jax.numpy_dtype_promotion("standard"):
+        for first in range(0, t, block):
+            last = min(first + block, t)
+            seen = last if t == s else s
+            parts.append(
+                jax.nn.dot_product_attention(
+                    query[:, first:last],
+                    key[:, :seen],
+                    value[:, :seen],
+                    mask=mask[:, :, first:last, :seen],
+                )
+            )
+    return jnp.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
 
 
 def attend_one(query: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array) -> jax.Array:
@@ -89,18 +73,15 @@ def attend_one(query: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.A
     return y.reshape(query.shape).astype(query.dtype)
 
 
-def heads_outside(key: jax.Array, value: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Brings key and value [b, t, kv_heads, head_dim] into the form that a cache has."""
-    return jnp.transpose(key, (0, 2, 3, 1)), jnp.swapaxes(value, 1, 2)
-
-
 def store(
-    stored: tuple[jax.Array, jax.Array], new: tuple[jax.Array, jax.Array], slot: jax.Array | int
+    stored: tuple[jax.Array, jax.Array], key: jax.Array, value: jax.Array, slot: jax.Array | int
 ) -> tuple[jax.Array, jax.Array]:
-    """Writes keys and values of new tokens, in the form of a cache, into a layer's cache."""
+    """Writes key and value [b, t, kv_heads, head_dim] of new tokens into a layer's cache."""
+    keys, values = stored
+    new_keys, new_values = jnp.transpose(key, (0, 2, 3, 1)), jnp.swapaxes(value, 1, 2)
     return (
-        jax.lax.dynamic_update_slice(stored[0], new[0], (0, 0, 0, slot)),
-        jax.lax.dynamic_update_slice(stored[1], new[1], (0, 0, slot, 0)),
+        jax.lax.dynamic_update_slice(keys, new_keys, (0, 0, 0, slot)),
+        jax.lax.dynamic_update_slice(values, new_values, (0, 0, slot, 0)),
     )
 
 

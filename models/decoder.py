@@ -29,14 +29,7 @@ import jax.numpy as jnp
 
 from jaxint8 import QuantizedMatrix, int8_linear
 from jaxint8.linear import absmax_linear
-from jaxint8.models.attention import (
-    attend,
-    attend_one,
-    heads_outside,
-    rope_tables,
-    rotate,
-    store,
-)
+from jaxint8.models.attention import attend, attend_one, rope_tables, rotate, store
 from jaxint8.models.cache import KVCache
 from jaxint8.models.config import DecoderConfig, QuantizationConfig
 from jaxint8.models.head import rescore
@@ -223,15 +216,15 @@ def _attention(
         turned = rotate(turned, at.rope)
     query, key = turned[:, :, : config.heads], turned[:, :, config.heads :]
     value = fused[:, :, turning:]
-    new = heads_outside(key, value)
-    keys, values = new if stored is None else store(stored, new, at.slot)
-    stored = None if stored is None else (keys, values)
-    if t == 1 and at.mask is not None:
-        y = attend_one(query, keys, values, at.mask)
-    elif t == values.shape[2]:  # a cache that t tokens fill was empty before
-        y = attend(query, *new, at.mask)
+    if stored is not None:
+        stored = store(stored, key, value, at.slot)
+    if stored is None or t == stored[1].shape[2]:  # a cache that t tokens fill was empty before
+        y = attend(query, key, value, at.mask)
+    elif t == 1:
+        y = attend_one(query, *stored, at.mask)
     else:
-        y = attend(query, keys, values, at.mask)
+        key, value = jnp.transpose(stored[0], (0, 3, 1, 2)), jnp.swapaxes(stored[1], 1, 2)
+        y = attend(query, key, value, at.mask)
     y = at.only_tokens(y.reshape(b, t, config.query_size))
     return _linear(y, layer["out"], quantization), stored
 
