@@ -270,6 +270,33 @@ def test_topk_ties(executor: Executor, k: int) -> None:
         np.testing.assert_array_equal(got, wanted)
 
 
+@pytest.mark.parametrize("rule", [None, Threshold(200.0), RelativeThreshold(3.0)], ids=str)
+def test_quotients_near_a_half(executor: Executor, rule: Any) -> None:
+    """Quotients on a half and a few steps of float32 beside it, where a reciprocal alone would round wrongly."""
+    rng = np.random.default_rng(5)
+    halves = (rng.integers(-126, 126, (6, 2048)) + 0.5).astype(np.float32)
+    halves *= np.array([[1], [1 / 3], [0.1], [1.7], [1e-30], [1e30]], np.float32)
+    x = (halves.view(np.int32) + rng.integers(-3, 4, halves.shape, np.int32)).view(np.float32)
+    x[:, 7] = np.array([127, 127 / 3, 12.7, 127 * 1.7, 127e-30, 127e30], np.float32)
+    x[0, 9] = 16256.5 if rule else 3  # outlier codes around a half as well
+    x[0, 11] = 4000.5 if rule else 3
+    for got, wanted in zip(
+        executor.quantize(x, rule), reference.quantize_rows(x, rule), strict=True
+    ):
+        np.testing.assert_array_equal(got, wanted)
+
+
+@pytest.mark.parametrize("rule", [None, Threshold(2.0, "column"), RelativeThreshold(3.0), TopK(30)])
+def test_rows_in_registers_and_longer(executor: Executor, rule: Any) -> None:
+    """Rows that one, several and all groups of eight elements per thread hold, and rows too long for that."""
+    for shape in [(5, 2056), (2, 3080), (2, 8192), (2, 8200)]:
+        x = battery.make((*shape, 1), ml_dtypes.bfloat16).x
+        for got, wanted in zip(
+            executor.quantize(x, rule), reference.quantize_rows(x, rule), strict=True
+        ):
+            np.testing.assert_array_equal(got, wanted)
+
+
 def test_row_of_many_outliers_cannot_overflow(executor: Executor) -> None:
     """Over a thousand outliers in a row: the code bound gives way, and the int32 sum stays exact."""
     case = battery.make((2, 4096, 3), np.float32, "extreme")
