@@ -234,12 +234,36 @@ def test_tables_show_times_and_ratios(groups):
     assert found["Growth: threads"].rows == [["decode", "4,000", "2,000", "x 2.00"]]
     decode = found["Decode: 5 tokens after 20"]
     times = groups[2].times("relative", "float32").median
-    assert decode.rows[0][0] == "float32" and decode.rows[0][-1] == f"{times:.2f}"
+    assert decode.rows[0][0] == "float32"
+    assert decode.rows[0][-1].startswith(f"{times:.3g}\n(")
     assert decode.rows[1][-1] == tables.NONE
     layer, ratio = found["Layer"], found["Layer: times faster than"]
     price = 1 / groups[0].times("jaxint8 topk", layers.OFF).median - 1
-    assert layer.rows[0][layer.header.index("topk")] == f"{100 * price:+.0f} %"
+    assert layer.rows[0][layer.header.index("topk")].startswith(f"{100 * price:+.0f} %\n(")
     assert ratio.header[2:] == ["xla\nf32", "xla\nbf16", "xla\nint8"]
+
+
+def test_ratio_table_tells_calls_from_programs():
+    samples = {name: [1.0, 3.0] for name in layers.OTHERS}
+    samples |= {layers.OURS: [0.5, 1.0], layers.CALLED: [1.0, 2.0]}
+    group = results.Group(
+        suite="layer",
+        what={"k": 8, "n": 4, "m": 2},
+        lines=[results.line(name, values) for name, values in samples.items()],
+        pairs=results.pairs(samples, layers.PAIRS),
+    )
+    table = tables.ratio_table([group])
+    row = dict(zip(table.header, table.rows[0], strict=True))
+    assert row == {
+        "k x n": "8 x 4",
+        "m": "2",
+        **{f"{name}": "2.5\n(2.25-2.75)" for name in ("ort\nint8", "torch\nf32", "torch\nint8")},
+        **{
+            f"{name}\ncalled": "1.25\n(1.12-1.38)"
+            for name in ("ort\nint8", "torch\nf32", "torch\nint8")
+        },
+    }
+    assert "| 2.5 (2.25-2.75) |" in tables.to_markdown(table)
 
 
 def test_plots_are_made_for_what_was_measured(groups, tmp_path):

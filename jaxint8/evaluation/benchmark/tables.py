@@ -1,7 +1,8 @@
 """Measured groups as tables for people, on the terminal and in bench.md.
 
 The surprising fact: of a layer's dozen lines a table shows one row. Times are ours; of the others
-only the ratio is shown, for that is what the rounds make comparable. bench.json has everything.
+only the ratio is shown, with the quartiles of the rounds below it, for that is what the rounds make
+comparable. bench.json has everything.
 """
 
 import dataclasses
@@ -18,7 +19,7 @@ MOST_CLIFFS = 6
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """Text of a table; headers may hold a line break."""
+    """Text of a table; headers and cells may hold line breaks."""
 
     title: str
     header: Sequence[str]
@@ -66,7 +67,8 @@ def ratio_table(groups: Sequence[Group]) -> Table:
     ratios = {name.replace("loat", "").replace(" ", "\n"): (OURS, name) for name in XLA}
     for name in OTHERS:
         engine, kind = name.replace("onnxruntime", "ort").replace("loat", "").split(" ")
-        ratios |= {f"{engine}\n{kind}": (OURS, name), f"{kind}\ncalled": (CALLED, name)}
+        header = f"{engine}\n{kind}"
+        ratios |= {header: (OURS, name), f"{header}\ncalled": (CALLED, name)}
     ratios = {h: pair for h, pair in ratios.items() if any(g.times(*pair) for g in groups)}
     rows = [
         [*_layer(group), *(_times(group.times(*pair)) for pair in ratios.values())]
@@ -167,7 +169,7 @@ def busy(groups: Sequence[Group]) -> list[str]:
 
 def to_markdown(table: Table) -> str:
     """A table as Markdown."""
-    cells = [[header.replace("\n", " ") for header in table.header], *table.rows]
+    cells = [[cell.replace("\n", " ") for cell in row] for row in (table.header, *table.rows)]
     # At least two, for "-:" is the shortest rule.
     widths = [max(2, *(len(row[i]) for row in cells)) for i in range(len(table.header))]
     lines = [
@@ -194,8 +196,19 @@ def _time_and_share(line: Line | None) -> tuple[str, str]:
 
 
 def _price(times: Statistic | None) -> str:
-    return NONE if times is None else f"{100 * (1 / times.median - 1):+.0f} %"
+    """What outliers add to the time, and its quartiles, from how many times faster that is."""
+    if times is None:
+        return NONE
+    low, median, high = (100 / t - 100 for t in (times.high, times.median, times.low))
+    return f"{median:+.0f} %\n({low:+.0f} {high:+.0f})"
 
 
 def _times(times: Statistic | None) -> str:
-    return NONE if times is None else f"{times.median:.2f}"
+    """A ratio and its quartiles."""
+    if times is None:
+        return NONE
+    return f"{_short(times.median)}\n({_short(times.low)}-{_short(times.high)})"
+
+
+def _short(ratio: float) -> str:
+    return f"{ratio:,.0f}" if ratio >= 100 else f"{ratio:.3g}"
