@@ -93,7 +93,7 @@ def run(options: app.Options) -> None:
         screen.print()
     if output is not None:
         written = report.write(groups, environment, output)
-        SCREEN.print("wrote " + ", ".join(map(str, written)))
+        SCREEN.print("wrote " + ", ".join(map(str, written)), soft_wrap=True)
 
 
 def parse_suites(names: Sequence[str]) -> list[str]:

@@ -96,7 +96,7 @@ def run(options: app.Options) -> None:
         SCREEN.print(f"no changes without {report.BASELINE} among --methods")
     if output is not None:
         written = report.write(result, output)
-        SCREEN.print("wrote " + ", ".join(map(str, written)))
+        SCREEN.print("wrote " + ", ".join(map(str, written)), soft_wrap=True)
 
 
 def _measure(options: app.Options, names: list[str], text: str) -> dict[str, Measured]:
