@@ -54,23 +54,17 @@ struct Row {
   const HiWord* hi = {};         // ascending groups
 };
 
-// The high parts of a small product (m <= kSmallM), columns without any outlier squeezed out: slot j of group g stands
-// for some column, the same in every row. The weights of a group are gathered once per output and serve all m rows.
-// A product of one or two rows reads weights more slowly than it multiplies: there the groups are simply all columns.
+// The high parts of a small product (m <= kSmallM): which groups of four columns hold any, in some row. The weights of
+// these groups are gathered once per block and serve all rows. A single row may instead keep its high parts for all
+// columns (dense): its weights are read more slowly than multiplied.
 struct HiPlan {
-  // Up to 64 slots of a group that are filled from 64 adjacent columns.
-  struct Segment {
-    int64_t column;    // the first of the 64
-    uint64_t mask;     // the slots
-    uint8_t lane[64];  // per slot: column within the 64
-  };
-  static constexpr int64_t kMaxGroups = 8;  // with more, a product is better off with the high parts of each row
+  static constexpr int64_t kMaxGroups = 128;  // with more, a tiled product is better
 
   bool dense = false;
   int64_t groups = 0;
-  const int8_t* hi = {};              // [m][groups * 64], zero where not an outlier
-  const Segment* segments = {};       // of group g: [segment_start[g], segment_start[g + 1]); not when dense
-  const int32_t* segment_start = {};  // [groups + 1]
+  const int32_t* group = {};  // [groups], ascending
+  const int32_t* slot = {};   // of every word of every row, one row after the other: which of the groups it is
+  const int8_t* hi = {};      // dense: [k rounded up to 64], zero where not an outlier
 };
 
 // y[i][j] = round((float(c[i][j]) * rows[i].scale) * w_scale[j] (+ extra[i][j]) (+ bias[j])) for j < n.
@@ -93,7 +87,7 @@ struct Block {
   int64_t stride;      // bytes, a multiple of 64, at least k rounded up to 64
   const Row* rows;     // [m]
   bool with_hi;        // some row may hold outliers that are carried as 128 * hi + lo
-  const HiPlan* plan;  // with_hi and m <= kSmallM: set unless there would be too many groups
+  const HiPlan* plan;  // set when with_hi and m <= kSmallM, unless there would be too many groups
   int64_t m;
   const int8_t* w;  // [n][k]
   int64_t n;        // 1..kBlockN
@@ -185,7 +179,7 @@ class Job {
   void QuantizeRows(int64_t item);
   void CopyRows(int64_t item);
   void PlanHi();
-  int64_t SqueezeColumns();
+  void UnionOfGroups();
   Columns ListColumns() const;
   const float* FloatOutliers(const Block& block, const float* w_scale);
   void Multiply(int64_t item);

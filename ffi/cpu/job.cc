@@ -122,8 +122,7 @@ struct Workspace {
   HiPlan plan;
   Buffer hi;
   std::vector<uint64_t> used;
-  std::vector<int32_t> rank, segment_start;
-  std::vector<HiPlan::Segment> segments;
+  std::vector<int32_t> rank, groups, slots;
 
   size_t bytes() const {
     size_t total = lo.size() + marks.size() + rows.capacity() * sizeof(Row);
@@ -190,7 +189,6 @@ Job::Job(const Problem& problem) : p_(problem), ws_(Acquire()), id_(NextId()) {
   // One cache line more than needed: rows at a stride of 4096 would all fall into the same set of the L1 cache.
   ws_->stride = RoundUp(p_.k, 64) + 64;
   ws_->lo.Get<int8_t>(p_.m * ws_->stride);
-  ws_->plan.groups = 0;
   if (quantizes && p_.options.rule != Rule::kNone && !p_.options.float_outliers && p_.m <= kSmallM) items_[2] = 1;
   const int64_t blocks = CeilDiv(p_.n, kBlockN);
   chunks_ = CeilDiv(p_.m, p_.rung->chunk_m);
@@ -305,64 +303,53 @@ void Job::CopyRows(int64_t item) {
 void Job::PlanHi() {
   Workspace& ws = *ws_;
   ws.plan = HiPlan{};
-  bool any = false;
-  for (int64_t i = 0; i < p_.m; ++i) any |= ws.rows[i].words > 0;
-  if (!any) return;
-  // The high parts of every column cost one multiplication per row and 64 columns, which hides behind the reading of
-  // the weights for one row; squeezing costs some 3 instructions per 64 columns with an outlier.
-  const int64_t blocks = CeilDiv(p_.k, 64);
-  ws.plan.groups = SqueezeColumns();
-  ws.plan.dense = p_.m == 1 || (p_.m == 2 && static_cast<int64_t>(ws.segments.size()) * 3 > blocks);
-  if (ws.plan.dense) ws.plan.groups = blocks;
-  if (!ws.plan.dense && ws.plan.groups > HiPlan::kMaxGroups) return;
-  const int64_t width = ws.plan.groups * 64;
-  int8_t* hi = ws.hi.Get<int8_t>(p_.m * width);
-  std::memset(hi, 0, static_cast<size_t>(p_.m * width));
-  for (int64_t i = 0; i < p_.m; ++i, hi += width) {
-    for (int32_t j = 0; j < ws.rows[i].count; ++j) {
-      const Outlier& outlier = ws.rows[i].outliers[j];
-      if (outlier.hi == 0) continue;
-      const int32_t block = outlier.column / 64, bit = outlier.column % 64;
-      const int64_t slot = ws.plan.dense
-                               ? outlier.column
-                               : ws.rank[block] + __builtin_popcountll(ws.used[block] & ((uint64_t{1} << bit) - 1));
-      hi[slot] = static_cast<int8_t>(outlier.hi);
+  UnionOfGroups();
+  const auto groups = static_cast<int64_t>(ws.groups.size());
+  // Dense: a multiplication per 64 columns. Else: a load and a store per group.
+  if (p_.m == 1 && (groups > HiPlan::kMaxGroups || groups * 4 > p_.k / 64)) {
+    const int64_t width = RoundUp(p_.k, 64);
+    int8_t* hi = ws.hi.Get<int8_t>(width);
+    std::memset(hi, 0, static_cast<size_t>(width));
+    for (int32_t j = 0; j < ws.rows[0].count; ++j) {
+      const Outlier& outlier = ws.rows[0].outliers[j];
+      hi[outlier.column] = static_cast<int8_t>(outlier.hi);
+    }
+    ws.plan.dense = true;
+    ws.plan.hi = hi;
+    return;
+  }
+  ws.slots.clear();
+  for (int64_t i = 0; i < p_.m; ++i) {
+    for (int32_t j = 0; j < ws.rows[i].words; ++j) {
+      const int32_t group = ws.rows[i].hi[j].group;
+      const uint64_t before = ws.used[group / 64] & ((uint64_t{1} << (group % 64)) - 1);
+      ws.slots.push_back(ws.rank[group / 64] + __builtin_popcountll(before));
     }
   }
-  ws.plan.hi = ws.hi.Get<int8_t>(0);
+  ws.plan.groups = groups;
+  ws.plan.group = ws.groups.data();
+  ws.plan.slot = ws.slots.data();
 }
 
-// Lists the columns that hold a high part in some row, 64 to a group; returns how many groups.
-int64_t Job::SqueezeColumns() {
+// Lists the groups of four columns that hold a high part in some row.
+void Job::UnionOfGroups() {
   Workspace& ws = *ws_;
-  const int64_t blocks = CeilDiv(p_.k, 64);
+  const int64_t blocks = CeilDiv(p_.k, 256);
   ws.used.assign(blocks, 0);
   ws.rank.resize(blocks);
   for (int64_t i = 0; i < p_.m; ++i) {
-    for (int32_t j = 0; j < ws.rows[i].count; ++j) {
-      const Outlier& outlier = ws.rows[i].outliers[j];
-      if (outlier.hi != 0) ws.used[outlier.column / 64] |= uint64_t{1} << (outlier.column % 64);
+    for (int32_t j = 0; j < ws.rows[i].words; ++j) {
+      const int32_t group = ws.rows[i].hi[j].group;
+      ws.used[group / 64] |= uint64_t{1} << (group % 64);
     }
   }
-  ws.segments.clear();
-  ws.segment_start.clear();
-  int32_t slot = 0;
+  ws.groups.clear();
   for (int64_t block = 0; block < blocks; ++block) {
-    ws.rank[block] = slot;
-    uint64_t left = ws.used[block];
-    for (bool fresh = true; left; left &= left - 1, ++slot) {
-      if (slot % 64 == 0) ws.segment_start.push_back(static_cast<int32_t>(ws.segments.size()));
-      if (fresh || slot % 64 == 0) ws.segments.push_back({block * 64, 0, {}});
-      fresh = false;
-      ws.segments.back().mask |= uint64_t{1} << (slot % 64);
-      ws.segments.back().lane[slot % 64] = static_cast<uint8_t>(__builtin_ctzll(left));
+    ws.rank[block] = static_cast<int32_t>(ws.groups.size());
+    for (uint64_t left = ws.used[block]; left; left &= left - 1) {
+      ws.groups.push_back(static_cast<int32_t>(block * 64 + __builtin_ctzll(left)));
     }
   }
-  const auto groups = static_cast<int64_t>(ws.segment_start.size());
-  ws.segment_start.push_back(static_cast<int32_t>(ws.segments.size()));
-  ws.plan.segments = ws.segments.data();
-  ws.plan.segment_start = ws.segment_start.data();
-  return groups;
 }
 
 void Job::Multiply(int64_t item) {
@@ -377,7 +364,7 @@ void Job::Multiply(int64_t item) {
   b.lo = ws_->lo.Get<int8_t>(0) + i0 * ws_->stride;
   b.rows = ws_->rows.data() + i0;
   b.with_hi = p_.kind == Problem::Kind::kLinear && p_.options.rule != Rule::kNone && !p_.options.float_outliers;
-  b.plan = items_[2] && (ws_->plan.dense || ws_->plan.groups <= HiPlan::kMaxGroups) ? &ws_->plan : nullptr;
+  b.plan = items_[2] && ws_->plan.groups <= HiPlan::kMaxGroups ? &ws_->plan : nullptr;
   b.w = p_.w + j0 * p_.k;
   const int64_t next = item + threads_;
   b.job = id_;
