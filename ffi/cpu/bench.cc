@@ -5,12 +5,11 @@
 // One line per product: nanoseconds of the fastest call without and with outliers, the ratio of the two, the rate as a
 // share of the peak multiply rate and the weights' bytes per second as a share of the read bandwidth at their size.
 // Fastest rather than median: on a shared machine the fastest call is the one that nothing disturbed.
+#include <algorithm>
 #include <atomic>
-#include <cmath>
 #include <condition_variable>
 #include <cstdio>
 #include <cstdlib>
-#include <cstring>
 #include <ctime>
 #include <deque>
 #include <functional>
@@ -19,12 +18,9 @@
 #include <thread>
 #include <vector>
 
+#include "ceilings.h"
 #include "int8.h"
 #include "team.h"
-
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
 
 namespace jaxint8::cpu {
 namespace {
@@ -60,7 +56,8 @@ class Pool {
  private:
   void Loop() {
     while (!stop_) {
-      for (int spin = 0; spin < 20000 && pending_.load(std::memory_order_relaxed) == 0; ++spin) __builtin_ia32_pause();
+      for (int spin = 0; spin < 20000 && pending_.load(std::memory_order_relaxed) == 0; ++spin)
+        std::this_thread::yield();
       std::function<void()> task;
       {
         std::unique_lock<std::mutex> lock(mutex_);
@@ -80,63 +77,6 @@ class Pool {
   std::deque<std::function<void()>> tasks_;
   std::vector<std::thread> threads_;
 };
-
-// Runs f(thread) on all threads at once; returns nanoseconds of the fastest of `repeats` rounds.
-double OnAll(int threads, int repeats, const std::function<void(int)>& f) {
-  double best = 1e30;
-  for (int r = 0; r < repeats; ++r) {
-    std::atomic<int> waiting{threads};
-    std::atomic<int> running{threads};
-    std::vector<std::thread> others;
-    double start = 0;
-    auto body = [&](int t) {
-      waiting.fetch_sub(1);
-      while (waiting.load() > 0) __builtin_ia32_pause();
-      f(t);
-      running.fetch_sub(1);
-    };
-    for (int t = 1; t < threads; ++t) others.emplace_back(body, t);
-    while (waiting.load() > 1) __builtin_ia32_pause();
-    start = Now();
-    body(0);
-    while (running.load() > 0) __builtin_ia32_pause();
-    best = std::min(best, Now() - start);
-    for (std::thread& other : others) other.join();
-  }
-  return best;
-}
-
-// Multiplications per nanosecond of the 512-bit vpdpbusd, all threads together.
-__attribute__((target("avx512f,avx512vnni"))) double PeakMultiplies(int threads) {
-  constexpr int kSteps = 200000, kChains = 12;
-  const double ns = OnAll(threads, 9, [](int) __attribute__((target("avx512f,avx512vnni"))) {
-    __m512i acc[kChains], a = _mm512_set1_epi8(1), b = _mm512_set1_epi8(2);
-    for (auto& v : acc) v = _mm512_setzero_si512();
-    for (int s = 0; s < kSteps; ++s) {
-      asm volatile("" : "+v"(a));
-      for (auto& v : acc) v = _mm512_dpbusd_epi32(v, a, b);
-    }
-    for (auto& v : acc) asm volatile("" : "+v"(v));
-  });
-  return threads * 64.0 * kSteps * kChains / ns;
-}
-
-// Bytes per nanosecond that all threads together read from a set of that size.
-__attribute__((target("avx512f"))) double ReadBandwidth(int threads, const char* data, size_t bytes) {
-  const size_t part = bytes / threads / 512 * 512;
-  const int rounds = static_cast<int>(std::max<size_t>(1, (size_t{32} << 20) / bytes));
-  const double ns = OnAll(threads, 9, [=](int t) __attribute__((target("avx512f"))) {
-    __m512i sum[8] = {};
-    for (int r = 0; r < rounds; ++r) {
-      const char* p = data + t * part;
-      for (size_t i = 0; i < part; i += 512) {
-        for (int j = 0; j < 8; ++j) sum[j] = _mm512_xor_si512(sum[j], _mm512_loadu_si512(p + i + j * 64));
-      }
-    }
-    for (auto& v : sum) asm volatile("" : "+v"(v));
-  });
-  return static_cast<double>(part) * threads * rounds / ns;
-}
 
 struct Shape {
   int64_t m, k, n;
@@ -174,13 +114,14 @@ void Run(const Shape& s, int threads, Pool* pool, double peak, const std::vector
       best[o] = std::min(best[o], Now() - begin);
     }
   }
-  const double read = ReadBandwidth(threads, reinterpret_cast<const char*>(weights.data()), s.n * s.k);
-  const double multiplies = static_cast<double>(s.m) * s.k * s.n;
-  std::printf(
-      "%5ld %6ld %6ld %11.0f ns | column %.2f relative %.2f top8 %.2f float %.2f | %5.1f%% of peak, %5.1f%% of %.1f "
-      "GB/s\n",
-      s.m, s.k, s.n, best[0], best[1] / best[0], best[2] / best[0], best[3] / best[0], best[4] / best[0],
-      100 * multiplies / best[0] / peak, 100 * s.n * s.k / best[0] / read, read);
+  const double read = MeasureBandwidth(weights.data(), s.n * s.k, threads, 0.1) * 1e-9;
+  const auto [m, k, n] = s;
+  const double multiplies = static_cast<double>(m) * static_cast<double>(k) * static_cast<double>(n);
+  std::printf("%5ld %6ld %6ld %11.0f ns | column %.2f relative %.2f top8 %.2f float %.2f | ", static_cast<long>(m),
+              static_cast<long>(k), static_cast<long>(n), best[0], best[1] / best[0], best[2] / best[0],
+              best[3] / best[0], best[4] / best[0]);
+  std::printf("%5.1f%% of peak, %5.1f%% of %.1f GB/s\n", 100 * multiplies / best[0] / peak,
+              100 * static_cast<double>(n * k) / best[0] / read, read);
   std::fflush(stdout);
 }
 
@@ -193,14 +134,14 @@ int main(int argc, char** argv) {
   thread_time = threads == 1;
   std::vector<Shape> shapes;
   for (int i = 2; i < argc; ++i) {
-    Shape s{};
-    if (std::sscanf(argv[i], "%ld,%ld,%ld", &s.m, &s.k, &s.n) == 3) shapes.push_back(s);
+    long m, k, n;
+    if (std::sscanf(argv[i], "%ld,%ld,%ld", &m, &k, &n) == 3) shapes.push_back({m, k, n});
   }
   size_t largest = 0;
   for (const Shape& s : shapes) largest = std::max<size_t>(largest, s.k * s.n);
   std::vector<int8_t> weights(largest + 4096);
   for (size_t i = 0; i < weights.size(); ++i) weights[i] = static_cast<int8_t>((i * 2654435761u) >> 24);
-  const double peak = PeakMultiplies(threads);
+  const double peak = MeasurePeak(threads, 0.2).multiplies_per_second * 1e-9;
   std::printf("%s, %d threads, peak %.0f multiplies per ns\n", FindRung(-1)->name, threads, peak);
   Pool pool(threads - 1);
   for (const Shape& s : shapes) Run(s, threads, &pool, peak, weights);

@@ -18,7 +18,7 @@ inline constexpr int64_t kMaxK = ((int64_t{1} << 31) - 1) / (127 * 127);
 // Outputs per block of work: four 512-bit registers of int32. Every rung computes blocks of at most this width.
 inline constexpr int64_t kBlockN = 64;
 // Up to this many rows a product may be a bundle of dot products that streams the weights; above, it is tiled.
-inline constexpr int64_t kSmallM = 32;
+inline constexpr int64_t kSmallM = 24;
 
 enum class Type : int32_t { kF32, kBF16, kF16, kS32 };
 enum class Rule : int32_t { kNone, kThreshold, kRelative, kTopK };

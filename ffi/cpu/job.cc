@@ -256,7 +256,7 @@ void Job::QuantizeRows(int64_t item) {
     if (rows_only) {
       p_.row_scale[i] = row.scale;
       int8_t* hi = p_.hi + i * p_.k;
-      std::memset(hi, 0, static_cast<size_t>(p_.k));
+      if (p_.k > 0) std::memset(hi, 0, static_cast<size_t>(p_.k));
       if (p_.options.float_outliers) continue;
       for (int32_t j = 0; j < row.count; ++j) {
         hi[scratch.index[j]] = static_cast<int8_t>((scratch.codes[j] + 64) >> 7);
@@ -292,7 +292,7 @@ void Job::CopyRows(int64_t item) {
   const int64_t begin = item * rows_per_item_, end = std::min(p_.m, begin + rows_per_item_);
   for (int64_t i = begin; i < end; ++i) {
     int8_t* lo = ws_->lo.Get<int8_t>(0) + i * ws_->stride;
-    std::memcpy(lo, static_cast<const int8_t*>(p_.x) + i * p_.k, static_cast<size_t>(p_.k));
+    if (p_.k > 0) std::memcpy(lo, static_cast<const int8_t*>(p_.x) + i * p_.k, static_cast<size_t>(p_.k));
     std::memset(lo + p_.k, 0, static_cast<size_t>(ws_->stride - p_.k));
     Row row;
     for (int64_t j = 0; j < p_.k; ++j) row.sum += lo[j];

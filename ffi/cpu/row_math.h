@@ -116,7 +116,7 @@ inline Row NonFiniteRow(int64_t k, int8_t* lo) {
 
 // A row of zeros whose outliers, if any, have codes 0.
 inline Row ZeroRow(int64_t k, int64_t count, const RowScratch& scratch, int8_t* lo) {
-  std::memset(lo, 0, static_cast<size_t>(k));
+  if (k > 0) std::memset(lo, 0, static_cast<size_t>(k));  // of no columns, lo may be null
   for (int64_t j = 0; j < count; ++j) scratch.codes[j] = 0;
   Row row;
   row.count = static_cast<int32_t>(count);

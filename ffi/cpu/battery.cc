@@ -1,0 +1,214 @@
+// Every rung that this machine supports against the scalar one, to the bit: for machines without Python (cross-compiled
+// rungs under an emulator) and for sanitizers. tests/test_kernels.py compares the same kernels with the NumPy oracle.
+//
+//   battery            prints one line per rung and a checksum of the scalar results, which must be the same everywhere
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <functional>
+#include <limits>
+#include <random>
+#include <thread>
+#include <vector>
+
+#include "int8.h"
+#include "team.h"
+
+namespace jaxint8::cpu {
+namespace {
+
+// Exactly as long as it must be, so that a sanitizer sees every byte read beyond the end.
+using Bytes = std::vector<uint8_t>;
+
+struct Case {
+  int64_t m, k, n;
+  Type type;
+  Options options;
+  bool bias;
+};
+
+struct Inputs {
+  Bytes x, w, w_scale, bias, a;
+};
+
+struct Outputs {
+  Bytes y, product, lo, hi, row_scale;
+};
+
+uint16_t ToHalf(float x) {  // truncates; inputs only
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  const int exponent = static_cast<int>(bits >> 23 & 255) - 127 + 15;
+  const auto sign = static_cast<uint16_t>(bits >> 16 & 0x8000);
+  if (std::isnan(x)) return sign | 0x7e00;
+  if (exponent >= 31) return sign | 0x7c00;
+  if (exponent <= 0) return sign | (exponent > -11 ? (bits >> 13 & 0x3ff) >> -exponent : 0);
+  return static_cast<uint16_t>(sign | exponent << 10 | (bits >> 13 & 0x3ff));
+}
+
+template <typename T>
+void Put(Bytes& bytes, int64_t index, T value) {
+  std::memcpy(bytes.data() + index * static_cast<int64_t>(sizeof value), &value, sizeof value);
+}
+
+void PutActivation(Bytes& x, Type type, int64_t index, float value) {
+  if (type == Type::kF32) return Put(x, index, value);
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  Put(x, index, type == Type::kF16 ? ToHalf(value) : static_cast<uint16_t>(bits >> 16));
+}
+
+// No <random> distributions: their results differ between C++ libraries.
+float Uniform(std::mt19937& random) { return static_cast<float>(random() >> 8) * 0x1p-23f - 1; }
+
+Inputs Make(const Case& c, uint32_t seed) {
+  std::mt19937 random(seed);
+  Inputs in;
+  in.x.resize(c.m * c.k * (c.type == Type::kF32 ? 4 : 2));
+  in.w.resize(c.n * c.k);
+  in.a.resize(c.m * c.k);
+  in.w_scale.resize(c.n * 4);
+  in.bias.resize(c.n * 4);
+  for (uint8_t& w : in.w) w = static_cast<uint8_t>(random());
+  for (uint8_t& a : in.a) a = static_cast<uint8_t>(random());
+  for (int64_t j = 0; j < c.n; ++j) {
+    Put(in.w_scale, j, 0.01f * (Uniform(random) + 1.5f));
+    Put(in.bias, j, Uniform(random));
+  }
+  const float nan = std::numeric_limits<float>::quiet_NaN(), inf = std::numeric_limits<float>::infinity();
+  for (int64_t i = 0; i < c.m; ++i) {
+    const float size = std::ldexp(1.0f, static_cast<int>(random() % 9) - 4);
+    for (int64_t j = 0; j < c.k; ++j) {
+      float value = size * Uniform(random) * (random() % 64 == 0 ? 12 : 1);
+      if (i % 16 == 3) value = j % 2 ? 0.0f : -0.0f;
+      if (i % 16 == 5) value = j % 3 ? 2.0f : -2.0f;  // ties everywhere
+      if (i % 16 == 7 && j == c.k / 2) value = nan;
+      if (i % 16 == 9 && j == c.k - 1) value = -inf;
+      if (i % 16 == 11) value *= 0x1p-123f;
+      PutActivation(in.x, c.type, i * c.k + j, value);
+    }
+  }
+  return in;
+}
+
+// Runs on threads made for the occasion; the calling thread takes part.
+void RunOn(int threads, const Problem& problem) {
+  Job job(problem);
+  std::vector<std::thread> helpers;
+  RunJob(job, threads, [&](auto task) { helpers.emplace_back(std::move(task)); });
+  for (std::thread& helper : helpers) helper.join();
+}
+
+Outputs Run(const Case& c, const Inputs& in, const Rung* rung, int threads) {
+  Outputs out;
+  out.y.resize(c.m * c.n * (c.type == Type::kF32 ? 4 : 2));
+  out.product.resize(c.m * c.n * 4);
+  out.lo.resize(c.m * c.k);
+  out.hi.resize(c.m * c.k);
+  out.row_scale.resize(c.m * 4);
+  Problem p{};
+  p.rung = rung;
+  p.options = c.options;
+  p.type = c.type;
+  p.m = c.m, p.k = c.k, p.n = c.n;
+  p.x = in.x.data();
+  p.w = reinterpret_cast<const int8_t*>(in.w.data());
+  p.w_scale = reinterpret_cast<const float*>(in.w_scale.data());
+  p.bias = c.bias ? reinterpret_cast<const float*>(in.bias.data()) : nullptr;
+  p.lo = reinterpret_cast<int8_t*>(out.lo.data());
+  p.hi = reinterpret_cast<int8_t*>(out.hi.data());
+  p.row_scale = reinterpret_cast<float*>(out.row_scale.data());
+  p.kind = Problem::Kind::kQuantize;
+  RunOn(threads, p);
+  p.kind = Problem::Kind::kLinear;
+  p.y = out.y.data();
+  RunOn(threads, p);
+  p.kind = Problem::Kind::kProduct;
+  p.type = Type::kS32;
+  p.x = in.a.data();
+  p.y = out.product.data();
+  RunOn(threads, p);
+  return out;
+}
+
+// One NaN for all, because processors differ in the sign and payload of the NaN that they make.
+void UnifyNans(Bytes& bytes, Type type) {
+  const size_t size = type == Type::kF32 ? 4 : 2;
+  const uint32_t infinity = type == Type::kF32 ? 0x7f800000 : type == Type::kBF16 ? 0x7f80 : 0x7c00;
+  const uint32_t magnitude = type == Type::kF32 ? 0x7fffffff : 0x7fff;
+  for (size_t i = 0; i < bytes.size(); i += size) {
+    uint32_t value = 0;
+    std::memcpy(&value, bytes.data() + i, size);
+    if ((value & magnitude) > infinity) std::memcpy(bytes.data() + i, &magnitude, size);
+  }
+}
+
+uint64_t Checksum(uint64_t sum, const Bytes& bytes) {  // FNV-1a
+  for (uint8_t byte : bytes) sum = (sum ^ byte) * 1099511628211u;
+  return sum;
+}
+
+std::vector<Options> Rules() {
+  std::vector<Options> rules(9);
+  rules[1].rule = Rule::kThreshold, rules[1].value = 2;
+  rules[2] = rules[1], rules[2].column_scope = true;
+  rules[3].rule = Rule::kRelative, rules[3].value = 3;
+  rules[4] = rules[3], rules[4].column_scope = true, rules[4].value = 4;
+  rules[5].rule = Rule::kTopK, rules[5].topk = 8;
+  rules[6] = rules[5], rules[6].topk = 100;
+  rules[7] = rules[1], rules[7].value = 0;
+  rules[8] = rules[5], rules[8].float_outliers = true;
+  return rules;
+}
+
+int Main() {
+  const int64_t shapes[][3] = {{1, 1, 1},      {1, 3, 17},     {1, 576, 70},   {2, 499, 65},    {3, 130, 64},
+                               {4, 64, 16},    {6, 65, 15},    {7, 768, 72},   {8, 1027, 40},   {13, 300, 128},
+                               {16, 2100, 66}, {17, 256, 130}, {33, 1100, 64}, {64, 1088, 200}, {523, 70, 64},
+                               {0, 5, 5},      {5, 0, 5},      {5, 5, 0},      {1040, 129, 33}};
+  int count = 0;
+  const Rung* const* rungs = Rungs(&count);
+  const Rung* scalar = rungs[count - 1];
+  std::vector<int> failures(count, 0);
+  uint64_t sum = 14695981039346656037u;
+  uint32_t seed = 0;
+  for (const auto& shape : shapes) {
+    for (const Options& rule : Rules()) {
+      Case c{shape[0], shape[1], shape[2], static_cast<Type>(seed % 3), rule, seed % 2 == 0};
+      const Inputs in = Make(c, ++seed);
+      Outputs expected = Run(c, in, scalar, 1);
+      UnifyNans(expected.y, c.type);
+      UnifyNans(expected.row_scale, Type::kF32);
+      for (const Bytes* part : {&expected.y, &expected.product, &expected.lo, &expected.hi, &expected.row_scale}) {
+        sum = Checksum(sum, *part);
+      }
+      for (int r = 0; r < count; ++r) {
+        if (!rungs[r]->supported()) continue;
+        Outputs actual = Run(c, in, rungs[r], 1 + static_cast<int>(seed % 3));
+        UnifyNans(actual.y, c.type);
+        UnifyNans(actual.row_scale, Type::kF32);
+        const bool same = actual.y == expected.y && actual.product == expected.product && actual.lo == expected.lo &&
+                          actual.hi == expected.hi && actual.row_scale == expected.row_scale;
+        if (same) continue;
+        ++failures[r];
+        std::printf("%s differs: m %ld k %ld n %ld type %d rule %d\n", rungs[r]->name, static_cast<long>(c.m),
+                    static_cast<long>(c.k), static_cast<long>(c.n), static_cast<int>(c.type),
+                    static_cast<int>(rule.rule));
+      }
+    }
+  }
+  int failed = 0;
+  for (int r = 0; r < count; ++r) {
+    const bool supported = rungs[r]->supported();
+    std::printf("%-14s %s\n", rungs[r]->name, !supported ? "not supported here" : failures[r] ? "FAILED" : "ok");
+    failed += failures[r];
+  }
+  std::printf("%u cases, checksum %016lx\n", seed, static_cast<unsigned long>(sum));
+  return failed ? 1 : 0;
+}
+
+}  // namespace
+}  // namespace jaxint8::cpu
+
+int main() { return jaxint8::cpu::Main(); }
