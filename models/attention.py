@@ -1,4 +1,4 @@
-"""Attention and rotary positions, as pure functions on arrays.
+"""Attention, rotary positions and ALiBi, as pure functions on arrays.
 
 Many queries at once are jax.nn.dot_product_attention, a block of queries at a time so that no block
 computes what it may not see. A single query is written out: on a CPU, XLA would copy and transpose
@@ -18,7 +18,13 @@ SMALLEST_BLOCK = 128
 MOST_BLOCKS = 8
 
 
-def attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None) -> jax.Array:
+def attend(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    mask: jax.Array | None,
+    bias: jax.Array | None = None,
+) -> jax.Array:
     """Attention of t tokens to s slots.
 
     Args:
@@ -27,6 +33,7 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array |
         value: as ``key``.
         mask: bool[b, 1, t, s], what each token sees. Where t == s, the tokens are those in the
             slots, and a token sees none after its own; None: it sees all up to its own.
+        bias: float32[b or 1, heads, 1, s], added to the scores of each slot (see `alibi_bias`).
 
     Returns:
         query.dtype[b, t, heads, head_dim]; softmax in float32.
@@ -46,13 +53,20 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array |
                     query[:, first:last],
                     key[:, :seen],
                     value[:, :seen],
+                    bias=None if bias is None else bias[..., :seen],
                     mask=mask[:, :, first:last, :seen],
                 )
             )
     return jnp.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
 
 
-def attend_one(query: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array) -> jax.Array:
+def attend_one(
+    query: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    mask: jax.Array,
+    bias: jax.Array | None = None,
+) -> jax.Array:
     """Attention of one token per row to a cache, products and softmax in float32.
 
     Args:
@@ -60,6 +74,7 @@ def attend_one(query: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.A
         keys: the same dtype, [b, kv_heads, head_dim, slots].
         values: the same dtype, [b, kv_heads, slots, head_dim].
         mask: bool[b, 1, 1, slots]; every token sees at least one slot.
+        bias: float32[b, heads, 1, slots], added to the scores.
 
     Returns:
         query.dtype[b, 1, heads, head_dim].
@@ -68,6 +83,8 @@ def attend_one(query: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.A
     group = (b, keys.shape[1], heads // keys.shape[1], width, 1)
     scaled = query.astype(jnp.float32).reshape(group) * np.float32(width**-0.5)
     scores = jnp.sum(scaled * keys[:, :, None].astype(jnp.float32), axis=3)
+    if bias is not None:
+        scores += bias.reshape(scores.shape)
     share = jax.nn.softmax(jnp.where(mask, scores, -jnp.inf), axis=-1)
     y = jnp.sum(share[..., None] * values[:, :, None].astype(jnp.float32), axis=3)
     return y.reshape(query.shape).astype(query.dtype)
@@ -83,6 +100,28 @@ def store(
         jax.lax.dynamic_update_slice(keys, new_keys, (0, 0, 0, slot)),
         jax.lax.dynamic_update_slice(values, new_values, (0, 0, slot, 0)),
     )
+
+
+def alibi_slopes(heads: int) -> np.ndarray:
+    """Returns the slope of every head, float32[heads] (Press et al. 2022, section 3).
+
+    A geometric series from 2^(-8 / heads) for a power of two; other counts take the series of the
+    power below, and then every second slope of the power above (the authors' released code).
+    """
+    power = 1 << (heads.bit_length() - 1)
+    slopes = 2.0 ** (-8.0 / power * np.arange(1, power + 1))
+    between = 2.0 ** (-4.0 / power * np.arange(1, 2 * (heads - power), 2))
+    return np.concatenate([slopes, between]).astype(np.float32)
+
+
+def alibi_bias(heads: int, positions: jax.Array) -> jax.Array:
+    """Returns the bias of each slot, float32[b, heads, 1, s], for the slots' positions int32[b, s].
+
+    The bias that a query sees falls with its distance from a slot; that is a rise with the slot's
+    position, less what all slots of a query share, which a softmax does not see.
+    """
+    slopes = jnp.asarray(alibi_slopes(heads))[None, :, None, None]
+    return slopes * positions[:, None, None].astype(jnp.float32)
 
 
 def rope_frequencies(config: DecoderConfig) -> np.ndarray:

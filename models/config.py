@@ -61,11 +61,13 @@ class DecoderConfig:
     norm_affine: bool = True
     # Pre-norm (True) normalises the input of attention and MLP, post-norm the sum after them.
     norm_first: bool = True
-    # A last norm before the head.
+    # A last norm before the head, and one between the embedding and the first layer.
     final_norm: bool = True
+    embedding_norm: bool = False
 
-    # Positions: rotary, or a learned table whose row for position p is p + position_offset.
-    positions: Literal["rope", "learned"]
+    # Positions: rotary, a learned table whose row for position p is p + position_offset, or ALiBi,
+    # a bias of attention that falls with distance.
+    positions: Literal["rope", "learned", "alibi"]
     position_offset: int = 0
     rope_theta: float = 10000.0
     rope_scaling: RopeScaling | None = None

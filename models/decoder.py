@@ -9,7 +9,7 @@ would copy every layer's weights at every step):
 
     embedding [vocab, embedding_size]   positions [max_positions + offset, hidden]
     rope_factors [head_dim / 2]   project_in, project_out {weight}
-    final_norm {weight, bias}   lm_head {weight}   int8_head {weight}
+    embedding_norm, final_norm {weight, bias}   lm_head {weight}   int8_head {weight}
     layers[i]: attention_norm, mlp_norm {weight, bias}   qkv, out, up, down {weight, bias}
 
 where ``qkv`` has the rows of q, k, v one below the other, and ``up`` those of gate and up when
@@ -29,7 +29,14 @@ import jax.numpy as jnp
 
 from jaxint8 import QuantizedMatrix, int8_linear
 from jaxint8.linear import absmax_linear
-from jaxint8.models.attention import attend, attend_one, rope_tables, rotate, store
+from jaxint8.models.attention import (
+    alibi_bias,
+    attend,
+    attend_one,
+    rope_tables,
+    rotate,
+    store,
+)
 from jaxint8.models.cache import KVCache
 from jaxint8.models.config import DecoderConfig, QuantizationConfig
 from jaxint8.models.head import rescore
@@ -84,6 +91,8 @@ def forward(
             x += jnp.take(
                 params["positions"], at.positions + config.position_offset, axis=0, mode="clip"
             )
+        if config.embedding_norm:
+            x = at.only_tokens(_norm(config, x, params["embedding_norm"]))
         keys, values = [], []
         for index, layer in enumerate(params["layers"]):
             stored = None if cache is None else (cache.keys[index], cache.values[index])
@@ -121,6 +130,8 @@ class _Place:
     mask: jax.Array | None
     # float32[b, t, 1, head_dim / 2] each, or None without rotary positions.
     rope: tuple[jax.Array, jax.Array] | None
+    # float32[b or 1, heads, 1, slots], or None without ALiBi.
+    bias: jax.Array | None
     # bool[b, t, 1], False for padding; None when there is none.
     valid: jax.Array | None
 
@@ -140,17 +151,20 @@ def _place(
     offsets = jax.lax.broadcasted_iota(jnp.int32, (b, t), 1)
     if cache is None:
         slot, positions, mask, valid = 0, offsets, None, None
+        seen = offsets[:1]
     else:
         slot, start = cache.length, cache.start[:, None]
         slots = slot + offsets
         positions = jnp.maximum(slots - start, 0)
-        seen = jax.lax.broadcasted_iota(jnp.int32, (1, 1, cache.capacity), 2)
-        mask = ((seen <= slots[:, :, None]) & (seen >= start[:, :, None]))[:, None]
+        every = jax.lax.broadcasted_iota(jnp.int32, (1, 1, cache.capacity), 2)
+        mask = ((every <= slots[:, :, None]) & (every >= start[:, :, None]))[:, None]
+        seen = every[:, 0] - start
         # One token at a time is never padding.
         valid = (slots >= start)[:, :, None] if t > 1 else None
     factors = params.get("rope_factors")
     rope = rope_tables(config, positions, factors) if config.positions == "rope" else None
-    return _Place(slot, positions, mask, rope, valid)
+    bias = alibi_bias(config.heads, seen) if config.positions == "alibi" else None
+    return _Place(slot, positions, mask, rope, bias, valid)
 
 
 def _layer(
@@ -219,12 +233,12 @@ def _attention(
     if stored is not None:
         stored = store(stored, key, value, at.slot)
     if stored is None or t == stored[1].shape[2]:  # a cache that t tokens fill was empty before
-        y = attend(query, key, value, at.mask)
+        y = attend(query, key, value, at.mask, at.bias)
     elif t == 1:
-        y = attend_one(query, *stored, at.mask)
+        y = attend_one(query, *stored, at.mask, at.bias)
     else:
         key, value = jnp.transpose(stored[0], (0, 3, 1, 2)), jnp.swapaxes(stored[1], 1, 2)
-        y = attend(query, key, value, at.mask)
+        y = attend(query, key, value, at.mask, at.bias)
     y = at.only_tokens(y.reshape(b, t, config.query_size))
     return _linear(y, layer["out"], quantization), stored
 

@@ -245,7 +245,7 @@ def _check(checkpoint: Checkpoint) -> None:
                 problems["missing"].append(part.name)
             elif not _fits(reader, part, source):
                 problems["of a wrong shape or dtype"].append(
-                    f"{part.name} (expected {list(part.shape)}, "
+                    f"{part.name} (expected {list(part.stored_shape)}, "
                     f"got {reader.dtype(part.name)}{list(reader.shape(part.name))})"
                 )
     used |= {bitsandbytes.companion(name, x) for name in used for x in bitsandbytes.SUFFIXES}
@@ -261,7 +261,7 @@ def _check(checkpoint: Checkpoint) -> None:
 
 
 def _fits(reader: TensorReader, part: Part, source: Source) -> bool:
-    if reader.shape(part.name) != part.shape:
+    if reader.shape(part.name) != part.stored_shape:
         return False
     if source.kind in ("linear", "head") and bitsandbytes.is_int8(reader, part.name):
         return True

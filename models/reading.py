@@ -106,7 +106,7 @@ def int8_matrix(
     matrix, scales = aligned_empty(source.shape, np.int8), aligned_empty(source.shape[:1], "f4")
     for part, rows in _parts(source):
         if bitsandbytes.is_int8(reader, part.name):
-            _copy_codes(reader, part.name, pool, matrix[rows], scales[rows])
+            _copy_codes(reader, part, pool, matrix[rows], scales[rows])
         else:
             _make_codes(reader, part, pool, matrix[rows], scales[rows], per_tensor)
         if part.interleaved_heads:
@@ -125,23 +125,25 @@ def _make_codes(
 ) -> None:
     absmax = np.zeros(1, np.float32) if per_tensor else None
     if absmax is not None:
-        for rows in codes.row_blocks(part.shape):
+        for rows in codes.row_blocks(part.stored_shape):
             largest = codes.absmax_of_rows(reader, part.name, rows).max(initial=0)
             np.maximum(absmax, largest, out=absmax)
 
     def fill(rows: slice) -> None:
-        codes.quantize_rows(reader, part.name, rows, matrix[rows], scales[rows], absmax)
+        for run, own in part.runs(rows):
+            codes.quantize_rows(reader, part.name, run, matrix[own], scales[own], absmax)
 
     pool.run(part.shape, fill)
 
 
 def _copy_codes(
-    reader: TensorReader, name: str, pool: Pool, matrix: np.ndarray, scales: np.ndarray
+    reader: TensorReader, part: Part, pool: Pool, matrix: np.ndarray, scales: np.ndarray
 ) -> None:
-    scales[...] = bitsandbytes.read_scale(reader, name)
+    scales[...] = part.take(bitsandbytes.read_scale(reader, part.name))
 
     def fill(rows: slice) -> None:
-        matrix[rows] = reader.read(name, rows)
+        for run, own in part.runs(rows):
+            matrix[own] = reader.read(part.name, run)
 
     pool.run(matrix.shape, fill)
 
@@ -164,20 +166,22 @@ def float_array(
     """
     array = aligned_empty(source.shape, dtype)
     for part, where in _parts(source):
-        _fill_floats(reader, part.name, pool, array[where])
+        _fill_floats(reader, part, pool, array[where])
         if part.interleaved_heads:
             array[where] = part.arrange(array[where])
     return array
 
 
-def _fill_floats(reader: TensorReader, name: str, pool: Pool, array: np.ndarray) -> None:
+def _fill_floats(reader: TensorReader, part: Part, pool: Pool, array: np.ndarray) -> None:
+    name = part.name
     scales = bitsandbytes.read_scale(reader, name) if bitsandbytes.is_int8(reader, name) else None
 
     def fill(rows: slice) -> None:
-        if scales is None:
-            array[rows] = codes.read_floats(reader, name, rows, array.dtype)
-        else:
-            array[rows] = reader.read(name, rows).astype(np.float32) * scales[rows, None]
+        for run, own in part.runs(rows):
+            if scales is None:
+                array[own] = codes.read_floats(reader, name, run, array.dtype)
+            else:
+                array[own] = reader.read(name, run).astype(np.float32) * scales[run, None]
 
     pool.run(array.shape, fill)
 

@@ -62,9 +62,10 @@ def save(
         for key in path:
             leaf = leaf[key]
         start = 0
-        for part in source.parts:
-            tensors |= _tensors(leaf, part, slice(start, start + part.shape[0]))
-            start += part.shape[0]
+        for part in {part.name: part for part in source.parts}.values():
+            rows = slice(start, start + part.stored_shape[0])
+            tensors |= _tensors(leaf, part, rows)
+            start = rows.stop
     write_checkpoint(directory, tensors, {"format": "pt"}, shard_bytes)
     if model.tokenizer is not None:
         model.tokenizer.save(directory)
@@ -74,16 +75,17 @@ def save(
 
 
 def _tensors(leaf: QuantizedMatrix | jax.Array, part: Part, rows: slice) -> dict[str, _Later]:
+    shape = part.stored_shape
+
+    def stored(array: jax.Array) -> np.ndarray:
+        return part.store(np.asarray(array[rows]))
+
     if not isinstance(leaf, QuantizedMatrix):
-        return {part.name: _Later(part.shape, leaf.dtype, lambda: leaf[rows])}
+        return {part.name: _Later(shape, leaf.dtype, lambda: stored(leaf))}
     scale, layout = (bitsandbytes.companion(part.name, x) for x in bitsandbytes.SUFFIXES)
     return {
-        part.name: _Later(part.shape, np.int8, lambda: leaf.codes[rows]),
-        scale: _Later(
-            part.shape[:1],
-            np.float32,
-            lambda: bitsandbytes.absmax_of(np.asarray(leaf.scale[rows])),
-        ),
+        part.name: _Later(shape, np.int8, lambda: stored(leaf.codes)),
+        scale: _Later(shape[:1], np.float32, lambda: bitsandbytes.absmax_of(stored(leaf.scale))),
         layout: _Later((), np.uint8, lambda: np.array(bitsandbytes.ROW_MAJOR, np.uint8)),
     }
 

@@ -5,20 +5,31 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxint8.models.attention import MOST_BLOCKS, SMALLEST_BLOCK, attend, attend_one, store
+from jaxint8.models.attention import (
+    MOST_BLOCKS,
+    SMALLEST_BLOCK,
+    alibi_bias,
+    alibi_slopes,
+    attend,
+    attend_one,
+    store,
+)
 
 # (tokens, heads, kv_heads): one block, a block and a bit, several, more than the most blocks.
 SHAPES = [(1, 2, 1), (5, 4, 2), (129, 2, 2), (300, 6, 2), (SMALLEST_BLOCK * MOST_BLOCKS + 37, 2, 1)]
 
 
-def plain(query, key, value, mask) -> np.ndarray:
-    """Softmax(q k / sqrt(d)) v, head by head, in float64."""
+def plain(query, key, value, mask, slopes=None) -> np.ndarray:
+    """Softmax(q k / sqrt(d) - slope * distance) v, head by head, in float64."""
     b, t, heads, width = query.shape
     group = heads // key.shape[2]
     out = np.zeros((b, t, heads, width))
     for head in range(heads):
         k, v = (np.asarray(a[:, :, head // group], np.float64) for a in (key, value))
         scores = np.asarray(query[:, :, head], np.float64) @ k.swapaxes(1, 2) / width**0.5
+        if slopes is not None:
+            rows = np.arange(key.shape[1] - t, key.shape[1])[:, None]
+            scores -= slopes[head] * (rows - np.arange(key.shape[1]))
         scores = np.where(mask[:, 0], scores, -np.inf)
         share = np.exp(scores - scores.max(axis=-1, keepdims=True))
         out[:, :, head] = share / share.sum(axis=-1, keepdims=True) @ v
@@ -74,6 +85,27 @@ def test_one_token(heads: int, kv_heads: int) -> None:
     # What is not seen does not matter, whatever it is.
     other = (keys.at[..., 31:].set(1e30), values.at[:, :, 31:].set(-7.0))
     assert (jax.jit(attend_one)(query, *other, jnp.asarray(mask)) == found).all()
+
+
+def test_alibi_slopes_are_those_of_the_paper() -> None:
+    assert alibi_slopes(8).tolist() == [2.0**-i for i in range(1, 9)]
+    np.testing.assert_allclose(alibi_slopes(16)[:3], [2**-0.5, 2**-1, 2**-1.5], rtol=1e-6)
+    # No power of two: the slopes of 8 heads, and every second one of 16.
+    twelve = [2.0**-i for i in range(1, 9)] + [2**-0.5, 2**-1.5, 2**-2.5, 2**-3.5]
+    np.testing.assert_allclose(alibi_slopes(12), twelve, rtol=1e-6)
+
+
+def test_alibi_falls_with_distance() -> None:
+    t = SMALLEST_BLOCK + 9
+    query, key, value = inputs(t, t, 6, 2)
+    bias = alibi_bias(6, jnp.arange(t, dtype=jnp.int32)[None].repeat(2, 0))
+    mask = np.tril(np.ones((t, t), bool))[None, None]
+    expected = plain(query, key, value, mask, alibi_slopes(6))
+    # The bias reaches 70, whose float32 neighbours are 8e-6 apart.
+    np.testing.assert_allclose(jax.jit(attend)(query, key, value, None, bias), expected, atol=5e-5)
+    keys, values = jnp.transpose(key, (0, 2, 3, 1)), jnp.swapaxes(value, 1, 2)
+    last = jax.jit(attend_one)(query[:, -1:], keys, values, jnp.asarray(mask[:, :, -1:]), bias)
+    np.testing.assert_allclose(last, expected[:, -1:], atol=5e-5)
 
 
 def test_bfloat16_is_summed_in_float32() -> None:

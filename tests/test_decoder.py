@@ -50,7 +50,7 @@ def build(weight_map: dict, tensors: dict[str, np.ndarray]) -> dict:
                 node = node[key]
             else:
                 node = node.setdefault(key, [] if isinstance(following, int) else {})
-        value = np.concatenate([p.arrange(tensors[p.name]) for p in source.parts])
+        value = np.concatenate([p.arrange(p.take(tensors[p.name])) for p in source.parts])
         assert value.shape == source.shape, path
         node[path[-1]] = jnp.asarray(value)
     return params
@@ -60,7 +60,7 @@ run = jax.jit(forward, static_argnums=0, static_argnames=("quantization", "last_
 
 
 def test_goldens_exist() -> None:
-    assert len(CASES) == 8
+    assert len(CASES) == 9
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -96,7 +96,7 @@ def left_padded(rows: list[np.ndarray], filler: int) -> tuple[jnp.ndarray, jnp.n
     return jnp.asarray(np.stack(tokens), jnp.int32), jnp.asarray(start, jnp.int32)
 
 
-@pytest.mark.parametrize("case", ["llama_rope_llama3", "opt_post_norm", "opt_pre_norm"])
+@pytest.mark.parametrize("case", ["llama_rope_llama3", "opt_post_norm", "opt_pre_norm", "bloom"])
 def test_ragged_batch_equals_each_row_alone(case: str) -> None:
     config, params, golden = load_case(case)
     lengths = (3, 24, 1, 11)

@@ -11,7 +11,7 @@ from test_decoder import CASES, GOLDENS, build, load_case, run
 
 from jaxint8.checkpoint import open_checkpoint
 from jaxint8.models.families import FAMILIES, family_from_gguf, family_from_hf
-from jaxint8.models.families.base import deinterleave_rows
+from jaxint8.models.families.base import Fused, Part, deinterleave_rows
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -29,6 +29,7 @@ OPT = {
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
 }
+BLOOM = {"model_type": "bloom", "vocab_size": 96, "hidden_size": 32, "n_layer": 2, "n_head": 4}
 
 
 def config_of(described: dict):
@@ -41,8 +42,12 @@ def test_every_tensor_is_used_once_in_its_shape(case: str) -> None:
     family = family_from_hf(json.loads((GOLDENS / case / "config.json").read_text()))
     reader = open_checkpoint(GOLDENS / case)
     parts = [part for source in family.weight_map(config).values() for part in source.parts]
-    assert sorted(part.name for part in parts) == sorted(reader.names())
-    assert all(part.shape == reader.shape(part.name) for part in parts)
+    rows = {name: np.zeros(reader.shape(name)[0], np.int64) for name in reader.names()}
+    for part in parts:
+        assert part.stored_shape == reader.shape(part.name)
+        for stored, _ in part.runs(slice(0, part.shape[0])):
+            rows[part.name][stored] += 1
+    assert all((count == 1).all() for count in rows.values())
 
 
 def test_roles() -> None:
@@ -63,6 +68,12 @@ def test_defaults_are_those_of_hugging_face() -> None:
     assert (opt.norm_first, opt.final_norm, opt.qkv_bias, opt.tied_embeddings) == (True,) * 4
     assert (opt.embedding_size, opt.max_positions, opt.position_offset) == (32, 2048, 2)
     assert (opt.start_token, opt.end_tokens) == (2, (2,))
+    bloom = config_of(BLOOM)
+    assert (bloom.norm_epsilon, bloom.max_positions, bloom.mlp_size) == (1e-5, 2048, 128)
+    assert (bloom.start_token, bloom.end_tokens, bloom.tied_embeddings) == (1, (2,), True)
+    older = {**BLOOM, "n_embed": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    kept = ("hidden_size", "n_layer", "n_head")
+    assert config_of({key: older[key] for key in older if key not in kept}) == bloom
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -103,11 +114,13 @@ def test_several_end_tokens() -> None:
     ("described", "message"),
     [
         ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel; known: LlamaForCausalLM"),
-        ({"model_type": "bloom"}, "bloom; known: .*OPTForCausalLM"),
+        ({"model_type": "mpt"}, "mpt; known: .*OPTForCausalLM, .*BloomForCausalLM"),
         ({}, "none given"),
         ({**LLAMA, "rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "'yarn'"),
         ({**LLAMA, "hidden_act": "mish"}, "hidden_act 'mish'"),
         ({**OPT, "activation_function": "mish"}, "activation_function 'mish'"),
+        ({**BLOOM, "apply_residual_connection_post_layernorm": True}, "post_layernorm=true is not"),
+        ({**BLOOM, "n_head": None}, "'n_head' or 'num_attention_heads' is missing"),
         ({**LLAMA, "num_key_value_heads": 3}, r"heads \(4\) must be a multiple of kv_heads \(3\)"),
         ({**LLAMA, "num_hidden_layers": 0}, "layers must be at least 1, got 0"),
         ({**LLAMA, "head_dim": 7}, "even head_dim, got 7"),
@@ -135,6 +148,22 @@ def test_deinterleave_undoes_interleave() -> None:
     assert not (interleave_rows(rows, 4) == rows).all()
     assert (deinterleave_rows(interleave_rows(rows, 4), 4) == rows).all()
     assert (deinterleave_rows(interleave_rows(rows[:, 0], 3), 3) == rows[:, 0]).all()
+
+
+def test_fused_rows_are_found_run_by_run() -> None:
+    # Three heads of four rows, twice: the tensor holds 0 to 3 for the first part, 4 to 7 for the
+    # second, 8 to 11 for the first again.
+    first, second = (Part("w", (12, 2), fused=Fused(3, 2, index)) for index in (0, 1))
+    stored = np.arange(48).reshape(24, 2)
+    assert first.stored_shape == stored.shape
+    assert first.take(stored)[:, 0].tolist() == [0, 2, 4, 6, 16, 18, 20, 22, 32, 34, 36, 38]
+    assert list(second.runs(slice(2, 9))) == [
+        (slice(6, 8), slice(2, 4)),
+        (slice(12, 16), slice(4, 8)),
+        (slice(20, 21), slice(8, 9)),
+    ]
+    together = np.concatenate([first.take(stored), second.take(stored)])
+    assert (first.store(together) == stored).all()
 
 
 @pytest.mark.parametrize("case", ["llama_gqa_tied", "llama_biases", "llama_rope_llama3"])
@@ -212,3 +241,4 @@ def test_only_the_registry_knows_families() -> None:
     for path in root.glob("*.py"):
         assert "families.llama" not in path.read_text()
         assert "families.opt" not in path.read_text()
+        assert "families.bloom" not in path.read_text()

@@ -14,10 +14,11 @@ from jaxint8.models.families.base import Part as Part
 from jaxint8.models.families.base import Path as Path
 from jaxint8.models.families.base import Source as Source
 from jaxint8.models.families.base import WeightMap as WeightMap
+from jaxint8.models.families.bloom import FAMILY as _bloom
 from jaxint8.models.families.llama import FAMILY as _llama
 from jaxint8.models.families.opt import FAMILY as _opt
 
-FAMILIES: tuple[Family, ...] = (_llama, _opt)
+FAMILIES: tuple[Family, ...] = (_llama, _opt, _bloom)
 
 
 def family_from_hf(config: Mapping[str, Any]) -> Family:

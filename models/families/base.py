@@ -9,7 +9,7 @@ output channel changes no bit.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, Literal
 
 import numpy as np
@@ -40,9 +40,30 @@ def deinterleave_rows(rows: np.ndarray, heads: int) -> np.ndarray:
     return np.swapaxes(split, 1, 2).reshape(rows.shape)
 
 
+def fuse_rows(rows: np.ndarray, heads: int, count: int) -> np.ndarray:
+    """Puts the rows of ``count`` parts, one part below the other, into the order of `Fused`."""
+    split = rows.reshape(count, heads, rows.shape[0] // (count * heads), *rows.shape[1:])
+    return np.swapaxes(split, 0, 1).reshape(rows.shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class Fused:
+    """Which rows of a tensor are a part's, where it holds ``count`` parts head by head.
+
+    Of the rows of each of ``heads`` heads, the part's are those of turn ``index``.
+    """
+
+    heads: int
+    count: int
+    index: int
+
+
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """One tensor of a checkpoint: its name, the shape it must have, the order of its rows."""
+    """One tensor of a checkpoint: its name, the shape it must have, the order of its rows.
+
+    Or those rows of a fused tensor that are the parameter's.
+    """
 
     name: str
     # As the decoder wants it, outermost axis first: [n, k] for a matrix.
@@ -50,6 +71,40 @@ class Part:
     # Nonzero: rows are interleaved for rotary positions, in this many heads (see
     # deinterleave_rows).
     interleaved_heads: int = 0
+    fused: Fused | None = None
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """The shape of the tensor in the checkpoint."""
+        return (self.shape[0] * (self.fused.count if self.fused else 1), *self.shape[1:])
+
+    def runs(self, rows: slice) -> Iterator[tuple[slice, slice]]:
+        """Yields what ``rows`` of the part are in the tensor, run by run: (tensor rows, part rows).
+
+        Both are in the order of the checkpoint, which `arrange` changes where heads are
+        interleaved.
+        """
+        if self.fused is None:
+            yield rows, rows
+            return
+        size = self.shape[0] // self.fused.heads
+        start = rows.start
+        while start < rows.stop:
+            head, place = divmod(start, size)
+            stop = min(rows.stop, (head + 1) * size)
+            first = (head * self.fused.count + self.fused.index) * size + place
+            yield slice(first, first + stop - start), slice(start, stop)
+            start = stop
+
+    def take(self, stored: np.ndarray) -> np.ndarray:
+        """Returns the part's rows of a whole tensor, of ``stored_shape`` (or its leading axis)."""
+        if self.fused is None:
+            return stored
+        return np.concatenate([stored[run] for run, _ in self.runs(slice(0, self.shape[0]))])
+
+    def store(self, rows: np.ndarray) -> np.ndarray:
+        """Returns the whole tensor, from the rows of all its parts, one part below the other."""
+        return fuse_rows(rows, self.fused.heads, self.fused.count) if self.fused else rows
 
     def arrange(self, stored: np.ndarray) -> np.ndarray:
         """Returns the rows in the decoder's order; ``stored`` has the part's leading axis."""
@@ -61,6 +116,8 @@ class Part:
 @dataclasses.dataclass(frozen=True)
 class Source:
     """Where one parameter comes from: its parts are concatenated along axis 0, in order.
+
+    Parts of one fused tensor are all of it, in the order of their turns.
 
     ``kind`` is its role: a "linear" matrix becomes int8 when quantising; "head" is the matrix that
     makes logits, which has a switch of its own; an "embedding" table and a "vector" (norm, bias)
@@ -121,7 +178,8 @@ def layer_sources(
         index: the layer's number.
         names: for every module of the layer, the checkpoint's module names (without ".weight" and
             ".bias") in the order in which their rows are stacked: "attention_norm", "qkv" (three),
-            "out", "mlp_norm", "up" (gate and up when gated, else one), "down".
+            "out", "mlp_norm", "up" (gate and up when gated, else one), "down". Where q, k and v
+            have one name, the tensor holds them head by head (`Fused`).
         interleaved: whether q and k are stored interleaved.
 
     Returns:
@@ -140,14 +198,19 @@ def layer_sources(
     }
     sources: WeightMap = {}
     for module, (rows, k, bias, heads) in linears.items():
-        stems = tuple(zip(names[module], rows, heads, strict=True))
+        stems = names[module]
+        whole = len(stems) > 1 == len(set(stems))
+        order = [
+            (stem, n, turns, Fused(config.heads, len(stems), i) if whole else None)
+            for i, (stem, n, turns) in enumerate(zip(stems, rows, heads, strict=True))
+        ]
         path = ("layers", index, module)
         sources[(*path, "weight")] = Source(
-            tuple(Part(f"{s}.weight", (n, k), h) for s, n, h in stems), "linear"
+            tuple(Part(f"{s}.weight", (n, k), h, f) for s, n, h, f in order), "linear"
         )
         if bias:
             sources[(*path, "bias")] = Source(
-                tuple(Part(f"{s}.bias", (n,), h) for s, n, h in stems), "vector"
+                tuple(Part(f"{s}.bias", (n,), h, f) for s, n, h, f in order), "vector"
             )
     for module in ("attention_norm", "mlp_norm"):
         sources |= norm_sources(config, ("layers", index, module), names[module][0])

@@ -1,7 +1,7 @@
 """Makes the golden files of this folder: small random models and what Hugging Face computes.
 
 Not run by the tests. Needs torch and transformers, which the package does not depend on; run it
-with any Python that has them: ``python tests/goldens/make_goldens.py``. Last run with torch 2.13.0
+with any Python that has them: ``python tests/goldens/make_goldens.py [CASE ...]``. Last run with torch 2.13.0
 (CPU) and transformers 5.23.0. For every case it writes a folder with config.json and
 model.safetensors exactly as transformers saves them, and golden.npz: tokens int32[2, 24], logits
 float32[2, 24, vocab] and greedy int32[2, 8], the tokens generated greedily after the first 16 of
@@ -10,6 +10,7 @@ each row.
 
 import pathlib
 import shutil
+import sys
 
 import numpy as np
 import torch
@@ -82,6 +83,10 @@ CASES = {
             "tie_word_embeddings": False,
         }
     ),
+    # Heads that are no power of two have slopes of two series.
+    "bloom": transformers.BloomConfig(
+        vocab_size=VOCABULARY, hidden_size=36, n_layer=2, n_head=6, layer_norm_epsilon=1e-4
+    ),
 }
 
 
@@ -133,5 +138,5 @@ def make(name: str, config: transformers.PretrainedConfig) -> None:
 
 if __name__ == "__main__":
     print("torch", torch.__version__, "transformers", transformers.__version__)
-    for case, configuration in CASES.items():
-        make(case, configuration)
+    for case in sys.argv[1:] or CASES:
+        make(case, CASES[case])
