@@ -11,6 +11,7 @@ from jaxint8.linear import int8_linear as int8_linear
 from jaxint8.outliers import RelativeThreshold as RelativeThreshold
 from jaxint8.outliers import Threshold as Threshold
 from jaxint8.outliers import TopK as TopK
+from jaxint8.partition import Partition as Partition
 from jaxint8.quantize import QuantizedMatrix as QuantizedMatrix
 from jaxint8.quantize import quantize as quantize
 

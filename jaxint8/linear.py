@@ -16,9 +16,12 @@ import numpy as np
 
 from jaxint8 import kernels, reference
 from jaxint8.outliers import OutlierRule, as_rule, is_token_scope, outlier_mask
+from jaxint8.partition import Partition, partition_of
 from jaxint8.quantize import Arithmetic, QuantizedMatrix, QuantizedRows, quantize_rows, validate
+from jaxint8.shards import WHOLE, Shards, vary_like
 
 Implementation = Literal["cuda", "cpu", "xla", "reference"]
+Reduction = Literal["exact", "fast"]
 FLOATS = (jnp.float32, jnp.bfloat16, jnp.float16)
 # Outlier columns that one step of the float path adds; a step reads and writes all of y, so a few at once pay.
 COLUMNS_PER_STEP = 8
@@ -32,6 +35,8 @@ def int8_linear(
     outliers: OutlierRule | float | None = 6.0,
     outlier_arithmetic: Arithmetic | None = None,
     implementation: Implementation | None = None,
+    partition: Partition | None = None,
+    reduction: Reduction = "exact",
 ) -> jax.Array:
     """Computes ``x @ kernel + bias`` in int8, the outliers of ``x`` at higher precision (paper, sections 3.1, 3.2).
 
@@ -54,9 +59,17 @@ def int8_linear(
         floating-point product of the outliers with the dequantised weights), or None for the library's choice, int15.
       implementation: "cuda", "cpu" (compiled kernels), "xla" (pure JAX, anywhere), "reference" (NumPy through a
         callback, for tests), or None for the best that exists on the platform that the computation is compiled for.
+      partition: how x and w lie on a mesh of devices. None reads it from the arrays where they know it: on a mesh with
+        explicit axes, and outside of jit. Under jit on a mesh with automatic axes it must be given: what is not told
+        where it is split is gathered.
+      reduction: where k is split over devices, "exact" scales rows by their absmax on all devices and adds int32: with
+        "int15" the bits of one device. "fast" lets every device scale and take outliers by its own part of the row
+        and adds results in the dtype of x, half the bytes or less and no wait for a scale; beside the error of the
+        codes, which is not larger (a part's absmax is at most the row's), each of d partial results is rounded once
+        and their sum d - 1 times: at most d * eps / 2 * sum(abs(partial results)), for eps of the dtype.
 
     Returns:
-      x.dtype[..., n].
+      x.dtype[..., n], split as x over rows and as w over n.
 
     Raises:
       TypeError: an argument has the wrong type or dtype.
@@ -68,8 +81,20 @@ def int8_linear(
     k, n = w.shape
     if bias is not None:
         bias = bias.astype(jnp.float32)
+    if partition is None:
+        partition = partition_of(x, w.codes)
+    if reduction not in ("exact", "fast"):
+        raise ValueError(f"reduction: expected 'exact' or 'fast', got {reduction!r}")
+    if partition is not None:
+        if implementation == "reference":
+            raise ValueError("implementation: 'reference' runs on one device, not on a partition")
+        partition.check(x.shape, n)
+        x = partition.place(x)
+        how = (rule, arithmetic, implementation, partition, reduction)
+        return _traced_once(x, w.codes, w.scale, bias, *how)
     m = math.prod(x.shape[:-1])
-    y = _traced_once(x.reshape(m, k), w.codes, w.scale, bias, rule, arithmetic, implementation)
+    how = (rule, arithmetic, implementation, None, reduction)
+    y = _traced_once(x.reshape(m, k), w.codes, w.scale, bias, *how)
     return y.reshape(*x.shape[:-1], n)
 
 
@@ -110,7 +135,7 @@ def _check(
     return arithmetic or "int15"
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7, 8))
 def _linear(
     x: jax.Array,
     codes: jax.Array,
@@ -119,8 +144,40 @@ def _linear(
     rule: OutlierRule | None,
     arithmetic: Arithmetic,
     implementation: Implementation | None,
+    partition: Partition | None,
+    reduction: Reduction,
 ) -> jax.Array:
     """x.dtype[m, n] from x float[m, k]; the float edge at which the derivative is set."""
+    if partition is None:
+        return _one_device(x, codes, scale, bias, rule, arithmetic, implementation)
+
+    def part(x: jax.Array, codes: jax.Array, scale: jax.Array, bias: jax.Array | None) -> jax.Array:
+        y = local_linear(
+            x,
+            codes,
+            scale,
+            bias,
+            rule=rule,
+            arithmetic=arithmetic,
+            implementation=implementation,
+            shards=partition.shards,
+            reduction=reduction,
+        )
+        return partition.same_everywhere(y)
+
+    specs = (partition.x_spec(x.ndim), partition.codes_spec, partition.n_spec, partition.n_spec)
+    return partition.map(part, specs, partition.y_spec(x.ndim))(x, codes, scale, bias)
+
+
+def _one_device(
+    x: jax.Array,
+    codes: jax.Array,
+    scale: jax.Array,
+    bias: jax.Array | None,
+    rule: OutlierRule | None,
+    arithmetic: Arithmetic,
+    implementation: Implementation | None,
+) -> jax.Array:
     portable = functools.partial(xla_linear, rule=rule, arithmetic=arithmetic)
     if implementation == "xla":
         return portable(x, codes, scale, bias)
@@ -138,36 +195,98 @@ def _linear(
     return jax.lax.platform_dependent(x, codes, scale, bias, default=portable, **platforms)
 
 
-def _linear_forward(x, codes, scale, bias, rule, arithmetic, implementation):
-    y = _linear(x, codes, scale, bias, rule, arithmetic, implementation)
+def local_linear(
+    x: jax.Array,
+    codes: jax.Array,
+    scale: jax.Array,
+    bias: jax.Array | None,
+    *,
+    rule: OutlierRule | None,
+    arithmetic: Arithmetic,
+    implementation: Implementation | None,
+    shards: Shards,
+    reduction: Reduction = "exact",
+) -> jax.Array:
+    """What one device of a partition computes, inside a `jax.shard_map`: its part of `int8_linear`.
+
+    Where whole rows are here and no other device has a say in their outliers, that is the fused kernel. Else the
+    statistics are made by all devices together, and the kernel multiplies codes.
+
+    Args:
+      x: float[..., k]; these rows and columns.
+      codes: int8[n, k]; these output channels and columns.
+      scale: float32[n], of these output channels.
+      bias: float32[n] or None, of these output channels.
+      rule: the outlier rule, or None.
+      arithmetic: how outliers are carried out; "float" adds them in the order of the columns, device by device.
+      implementation: "cuda", "cpu", "xla" or None.
+      shards: what of the whole x this is.
+      reduction: "exact" or "fast", see `int8_linear`.
+
+    Returns:
+      x.dtype[..., n], the same on all devices over which columns are split.
+    """
+    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    whole = Shards(rows=shards.rows)
+    if not shards.columns and (not shards.rows or is_token_scope(rule)) and shards.k is None:
+        y = _one_device(rows, codes, scale, bias, rule, arithmetic, implementation)
+    elif reduction == "fast" and shards.columns:
+        part = functools.partial(local_linear, rule=rule, arithmetic=arithmetic, shards=whole)
+        y = part(rows, codes, scale, None, implementation=implementation)
+        y = finish(jax.lax.psum(y, shards.columns).astype(jnp.float32), bias, x.dtype)
+    else:
+        multiply = functools.partial(_product, implementation=implementation)
+        y = xla_linear(
+            rows,
+            codes,
+            scale,
+            bias,
+            rule=rule,
+            arithmetic=arithmetic,
+            shards=shards,
+            multiply=multiply,
+        )
+    return y.reshape(*x.shape[:-1], codes.shape[0])
+
+
+def _linear_forward(x, codes, scale, bias, *how):
     empty = jnp.zeros((0,), x.dtype)  # carries the dtype of dx
-    return y, (codes, scale, bias, empty)
+    return _linear(x, codes, scale, bias, *how), (codes, scale, bias, empty)
 
 
-def _linear_backward(rule, arithmetic, implementation, residuals, g):
-    del rule, arithmetic, implementation
+def _linear_backward(rule, arithmetic, implementation, partition, reduction, residuals, g):
+    del rule, arithmetic, implementation, reduction
     codes, scale, bias, empty = residuals
-    g = g.astype(jnp.float32)
-    dx = jax.lax.dot_general(
-        g * scale[None, :],
-        codes.astype(jnp.float32),
-        (((1,), (0,)), ((), ())),
-        precision=jax.lax.Precision.HIGHEST,
-    )
-    dbias = None if bias is None else jnp.sum(g, axis=0)
-    return (
-        dx.astype(empty.dtype),
-        np.zeros(codes.shape, jax.dtypes.float0),
-        jnp.zeros_like(scale),
-        dbias,
-    )
+
+    def part(
+        g: jax.Array, codes: jax.Array, scale: jax.Array
+    ) -> tuple[jax.Array, jax.Array | None]:
+        g = g.astype(jnp.float32)
+        dx = jax.lax.dot_general(
+            g * jnp.expand_dims(scale, tuple(range(g.ndim - 1))),
+            codes.astype(jnp.float32),
+            (((g.ndim - 1,), (0,)), ((), ())),
+            precision=jax.lax.Precision.HIGHEST,
+        )
+        dbias = None if bias is None else jnp.sum(g, axis=tuple(range(g.ndim - 1)))
+        if partition is not None:
+            dx = jax.lax.psum(dx, partition.n_axes) if partition.n_axes else dx
+            if dbias is not None and partition.row_axes:
+                dbias = jax.lax.psum(dbias, partition.row_axes)
+        return dx.astype(empty.dtype), dbias
+
+    if partition is not None:
+        specs = (partition.y_spec(g.ndim), partition.codes_spec, partition.n_spec)
+        part = partition.map(part, specs, (partition.x_spec(g.ndim), partition.n_spec))
+    dx, dbias = part(g, codes, scale)
+    return dx, np.zeros(codes.shape, jax.dtypes.float0), jnp.zeros_like(scale), dbias
 
 
 _linear.defvjp(_linear_forward, _linear_backward)
 
 # Layers of one shape share a trace and a lowering: with many layers that is seconds, and a call outside of jit is a
 # call of what has been compiled.
-_traced_once = jax.jit(_linear, static_argnums=(4, 5, 6))
+_traced_once = jax.jit(_linear, static_argnums=(4, 5, 6, 7, 8))
 
 
 @functools.cache
@@ -178,9 +297,10 @@ def _compiled(
 
     @jax.custom_batching.custom_vmap
     def call(x: jax.Array, codes: jax.Array, scale: jax.Array, bias: jax.Array | None) -> jax.Array:
-        return kernels.linear(
+        y = kernels.linear(
             x, codes, scale, bias, rule=rule, arithmetic=arithmetic, platform=platform
         )
+        return vary_like(y, *jax.tree.leaves((x, codes, scale, bias)))
 
     @call.def_vmap
     def _(
@@ -209,21 +329,72 @@ def _compiled(
     return call
 
 
-def absmax_linear(x: jax.Array, w: QuantizedMatrix, bias: jax.Array | None = None) -> jax.Array:
+Multiply = Callable[[jax.Array, jax.Array], jax.Array]
+"""int8[m, k], int8[n, k] -> their exact product int32[m, n]."""
+
+
+def _xla_product(a: jax.Array, codes: jax.Array) -> jax.Array:
+    """A single row is doubled: for a matrix-vector product XLA's CPU backend converts all of the weights to int32."""
+    left = jnp.concatenate([a, jnp.zeros_like(a)]) if a.shape[0] == 1 else a
+    sums = jax.lax.dot_general(
+        left, codes, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32
+    )
+    return sums[: a.shape[0]]
+
+
+def _product(a: jax.Array, codes: jax.Array, *, implementation: Implementation | None) -> jax.Array:
+    """A `Multiply` by the kernels."""
+    if implementation == "xla":
+        return _xla_product(a, codes)
+    if implementation is not None:
+        return _compiled_product(implementation)(a, codes)
+    platforms = {platform: _compiled_product(platform) for platform in kernels.platforms()}
+    return jax.lax.platform_dependent(a, codes, default=_xla_product, **platforms)
+
+
+@functools.cache
+def _compiled_product(platform: kernels.Platform) -> Multiply:
+    """The kernel as a function that vmap folds into rows."""
+
+    @jax.custom_batching.custom_vmap
+    def call(a: jax.Array, codes: jax.Array) -> jax.Array:
+        return vary_like(kernels.product(a, codes, platform=platform), a, codes)
+
+    @call.def_vmap
+    def _(size: int, batched: list[bool], a: jax.Array, codes: jax.Array) -> tuple[jax.Array, bool]:
+        if not batched[1]:
+            _, m, k = a.shape
+            return call(a.reshape(size * m, k), codes).reshape(size, m, codes.shape[0]), True
+        if batched[0]:
+            return jax.lax.map(lambda both: call(*both), (a, codes)), True
+        return jax.lax.map(lambda one: call(a, one), codes), True
+
+    return call
+
+
+def absmax_linear(
+    x: jax.Array,
+    w: QuantizedMatrix,
+    bias: jax.Array | None = None,
+    shards: Shards = WHOLE,
+) -> jax.Array:
     """The paper's plain absmax layer (section 2.1), kept for comparison: one scale for all of the activations.
 
     Args:
       x: float[..., k].
       w: a QuantizedMatrix of shape (k, n), made with `quantize(kernel, per="tensor")`.
       bias: float[n] or None.
+      shards: what of the whole x this is, inside a `jax.shard_map`.
 
     Returns:
       x.dtype[..., n].
     """
     _check(x, w, bias, None, None)
     k, n = w.shape
-    rows = quantize_rows(x.reshape(math.prod(x.shape[:-1]), k), None, per="tensor")
-    y = (product(rows, w.codes).astype(jnp.float32) * rows.scale) * w.scale[None, :]
+    x2 = x.reshape(math.prod(x.shape[:-1]), k)
+    rows = quantize_rows(x2, None, per="tensor", shards=shards)
+    sums = shards.sum_of_rows(product(rows, w.codes))
+    y = (sums.astype(jnp.float32) * rows.scale) * w.scale[None, :]
     y = finish(y, None if bias is None else bias.astype(jnp.float32), x.dtype)
     return y.reshape(*x.shape[:-1], n)
 
@@ -236,13 +407,16 @@ def xla_linear(
     *,
     rule: OutlierRule | None,
     arithmetic: Arithmetic,
+    shards: Shards = WHOLE,
+    multiply: Multiply = _xla_product,
 ) -> jax.Array:
     """The portable implementation: float[m, k], int8[n, k], float32[n] -> x.dtype[m, n]; see `int8_linear`."""
-    rows = quantize_rows(x, rule, arithmetic)
-    y = (product(rows, codes).astype(jnp.float32) * rows.scale) * scale[None, :]
+    rows = quantize_rows(x, rule, arithmetic, shards=shards)
+    sums = shards.sum_of_rows(product(rows, codes, multiply))
+    y = (sums.astype(jnp.float32) * rows.scale) * scale[None, :]
     if rule is not None and arithmetic == "float":
-        outliers = jnp.where(outlier_mask(x, rule), x.astype(jnp.float32), 0.0)
-        y = _add_outlier_columns(y, outliers, codes, scale)
+        outliers = jnp.where(outlier_mask(x, rule, shards), x.astype(jnp.float32), 0.0)
+        y = shards.in_turn(lambda y: _add_outlier_columns(y, outliers, codes, scale), y)
     return finish(y, bias, x.dtype)
 
 
@@ -253,21 +427,16 @@ def finish(y: jax.Array, bias: jax.Array | None, dtype: jnp.dtype) -> jax.Array:
     return y.astype(dtype)
 
 
-def product(rows: QuantizedRows, codes: jax.Array) -> jax.Array:
+def product(rows: QuantizedRows, codes: jax.Array, multiply: Multiply = _xla_product) -> jax.Array:
     """Returns the exact int32[m, n] product of quantised rows and int8[n, k] codes: ((hi . w) << 7) + lo . w.
 
-    lo and hi are stacked into one product, so the weights are read once; a single row is doubled, because XLA's CPU
-    backend converts the whole weight to int32 for a matrix-vector product (14 times slower than float).
+    lo and hi are stacked into one product, so the weights are read once.
     """
+    if rows.hi is None:
+        return multiply(rows.lo, codes)
     m = rows.lo.shape[0]
-    if rows.hi is not None:
-        left = jnp.concatenate([rows.lo, rows.hi])
-    else:
-        left = jnp.concatenate([rows.lo, jnp.zeros_like(rows.lo)]) if m == 1 else rows.lo
-    sums = jax.lax.dot_general(
-        left, codes, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32
-    )
-    return sums[:m] if rows.hi is None else sums[:m] + (sums[m:] << 7)
+    sums = multiply(jnp.concatenate([rows.lo, rows.hi]), codes)
+    return sums[:m] + (sums[m:] << 7)
 
 
 def _add_outlier_columns(

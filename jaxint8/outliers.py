@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxint8.shards import WHOLE, Shards
+
 Scope = Literal["token", "column"]
 
 # Row root mean squares are computed from magnitudes rounded to this many steps of the row's absmax: 12 bits, so that
@@ -111,31 +113,33 @@ def is_token_scope(rule: OutlierRule | None) -> bool:
     return rule is None or isinstance(rule, TopK) or rule.scope == "token"
 
 
-def outlier_mask(x: jax.Array, rule: OutlierRule | None) -> jax.Array:
+def outlier_mask(x: jax.Array, rule: OutlierRule | None, shards: Shards = WHOLE) -> jax.Array:
     """Selects the outliers of ``x``.
 
     Args:
       x: float[m, k] activations.
       rule: an outlier rule; None selects nothing.
+      shards: what of the whole matrix x is.
 
     Returns:
       bool[m, k]. Rows that hold a non-finite value select nothing and cast no vote in a column-scope rule.
     """
-    finite = finite_rows(x)
+    finite = finite_rows(x, shards)
     magnitude = jnp.abs(jnp.where(finite, x.astype(jnp.float32), jnp.float32(0)))
     match rule:
         case None:
             return jnp.zeros(x.shape, bool)
         case TopK(k=k):
-            mask = _top_k_mask(magnitude, k)
+            mask = _top_k_mask(magnitude, k, shards)
         case Threshold(value=value):
             mask = magnitude >= jnp.float32(value)
         case RelativeThreshold(value=value):
-            threshold, usable = _relative_threshold(magnitude, value)
+            threshold, usable = _relative_threshold(magnitude, value, shards)
             mask = (magnitude >= threshold) & usable
     mask &= finite
     if not is_token_scope(rule):
-        mask = jnp.broadcast_to(jnp.any(mask, axis=0, keepdims=True), mask.shape)
+        voted = shards.any_of_columns(jnp.any(mask, axis=0, keepdims=True))
+        mask = jnp.broadcast_to(voted, mask.shape)
         mask &= finite
     return mask
 
@@ -149,32 +153,42 @@ def divide(x: jax.Array, divisor: jax.Array | int) -> jax.Array:
     return x / jnp.where(x == x, jnp.asarray(divisor, jnp.float32), jnp.float32(1))
 
 
-def finite_rows(x: jax.Array) -> jax.Array:
+def finite_rows(x: jax.Array, shards: Shards = WHOLE) -> jax.Array:
     """Returns bool[m, 1]: True where every value of the row is finite."""
-    return jnp.all(jnp.isfinite(x), axis=-1, keepdims=True)
+    return shards.all_of_rows(jnp.all(jnp.isfinite(x), axis=-1, keepdims=True))
 
 
-def _top_k_mask(magnitude: jax.Array, k: int) -> jax.Array:
-    m, width = magnitude.shape
-    if k >= width:
+def _top_k_mask(magnitude: jax.Array, k: int, shards: Shards) -> jax.Array:
+    m, held = magnitude.shape
+    if k >= shards.width(held):
         return jnp.ones(magnitude.shape, bool)
-    _, index = jax.lax.top_k(magnitude, k)  # ties to the lower index, as documented
+    # Ties to the lower index, as documented: also between devices, whose candidates stand in order.
+    value, index = jax.lax.top_k(magnitude, min(k, held))
+    if shards.columns:
+        first = shards.first_column(held)
+        _, chosen = jax.lax.top_k(shards.candidates(value), k)
+        index = jnp.take_along_axis(shards.candidates(index + first), chosen, axis=1) - first
+        index = jnp.where((index >= 0) & (index < held), index, held)  # held: out of range, dropped
     rows = jnp.arange(m)[:, None]
-    return jnp.zeros(magnitude.shape, bool).at[rows, index].set(True)
+    return jnp.zeros(magnitude.shape, bool).at[rows, index].set(True, mode="drop")
 
 
-def _relative_threshold(magnitude: jax.Array, value: float) -> tuple[jax.Array, jax.Array]:
+def _relative_threshold(
+    magnitude: jax.Array, value: float, shards: Shards
+) -> tuple[jax.Array, jax.Array]:
     """Returns (threshold float32[m, 1], usable bool[m, 1]); see the class for why the sum is in integers."""
-    m, k = magnitude.shape
-    if k == 0:
+    m, held = magnitude.shape
+    if held == 0:
         return jnp.zeros((m, 1), jnp.float32), jnp.zeros((m, 1), bool)
-    unit = divide(jnp.max(magnitude, axis=-1, keepdims=True), RMS_LEVELS)
+    absmax = shards.max_of_rows(jnp.max(magnitude, axis=-1, keepdims=True))
+    unit = divide(absmax, RMS_LEVELS)
     usable = unit >= SMALLEST_SCALE
     steps = jnp.round(divide(magnitude, jnp.where(usable, unit, jnp.float32(1))))
     steps = jnp.minimum(steps, jnp.float32(RMS_LEVELS)).astype(jnp.int32)
     square = steps * steps
-    high = jnp.sum(square >> 12, axis=-1, keepdims=True)
-    low = jnp.sum(square & 4095, axis=-1, keepdims=True)
+    high = shards.sum_of_rows(jnp.sum(square >> 12, axis=-1, keepdims=True))
+    low = shards.sum_of_rows(jnp.sum(square & 4095, axis=-1, keepdims=True))
     # 64 = sqrt(4096), the weight of the high half; each operation is rounded on its own, so no backend can differ.
-    root = jnp.sqrt(divide((high + (low >> 12)).astype(jnp.float32), k))
+    mean = divide((high + (low >> 12)).astype(jnp.float32), shards.width(held))
+    root = jnp.sqrt(mean)
     return jnp.float32(value) * (unit * (jnp.float32(64) * root)), usable

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
 from jaxint8.outliers import SMALLEST_SCALE, OutlierRule, divide, finite_rows, outlier_mask
+from jaxint8.shards import WHOLE, Shards
 
 Arithmetic = Literal["int15", "float"]
 Granularity = Literal["channel", "tensor"]
@@ -152,6 +153,7 @@ def quantize_rows(
     rule: OutlierRule | None,
     arithmetic: Arithmetic = "int15",
     per: Literal["row", "tensor"] = "row",
+    shards: Shards = WHOLE,
 ) -> QuantizedRows:
     """Quantises activations (paper, section 3.1), with the outliers as 15-bit integers or left out.
 
@@ -164,35 +166,35 @@ def quantize_rows(
       rule: the outlier rule, or None.
       arithmetic: how outliers are carried out.
       per: "row", or "tensor" for one scale (the paper's plain absmax, kept for comparison).
+      shards: what of the whole matrix x is: scales are those of whole rows.
 
     Returns:
       The codes and row scales.
     """
-    k = x.shape[1]
-    finite = finite_rows(x)
+    k = shards.width(x.shape[1])
+    finite = finite_rows(x, shards)
     values = jnp.where(finite, x.astype(jnp.float32), 0.0)
     magnitude = jnp.abs(values)
     bound: jax.Array | int = CODE_MAX
     mask = None
     if rule is None:
-        raw = divide(jnp.max(magnitude, axis=1, keepdims=True, initial=0.0), CODE_MAX)
+        raw = divide(_absmax(magnitude, shards), CODE_MAX)
     else:
-        mask = outlier_mask(x, rule)
-        rest = jnp.max(jnp.where(mask, 0.0, magnitude), axis=1, keepdims=True, initial=0.0)
-        raw = divide(rest, CODE_MAX)
+        mask = outlier_mask(x, rule, shards)
+        raw = divide(_absmax(jnp.where(mask, 0.0, magnitude), shards), CODE_MAX)
         if arithmetic == "float":
             values = jnp.where(mask, 0.0, values)
         else:
-            count = jnp.sum(mask, axis=1, keepdims=True, dtype=jnp.int32)
+            count = shards.sum_of_rows(jnp.sum(mask, axis=1, keepdims=True, dtype=jnp.int32))
             room = (SUM_OF_CODES_MAX - CODE_MAX * (k - count)) // jnp.maximum(count, 1)
             limit = jnp.minimum(room, OUTLIER_CODE_MAX)
-            outlier = jnp.max(jnp.where(mask, magnitude, 0.0), axis=1, keepdims=True, initial=0.0)
+            outlier = _absmax(jnp.where(mask, magnitude, 0.0), shards)
             raw = jnp.where(
                 count > 0, jnp.maximum(raw, divide(outlier, limit.astype(jnp.float32))), raw
             )
             bound = jnp.where(mask, limit, CODE_MAX)
     if per == "tensor":
-        raw = jnp.broadcast_to(jnp.max(raw, initial=0.0), raw.shape)
+        raw = jnp.broadcast_to(shards.max_of_columns(jnp.max(raw, initial=0.0)), raw.shape)
     scale, usable = usable_scale(raw)
     codes = _round_clip(jnp.where(usable, values, 0.0), scale, bound)
     scale = jnp.where(finite, scale, jnp.nan)
@@ -200,6 +202,10 @@ def quantize_rows(
         return QuantizedRows(codes.astype(jnp.int8), None, scale)
     hi = jnp.where(mask, (codes + 64) >> 7, 0)
     return QuantizedRows((codes - 128 * hi).astype(jnp.int8), hi.astype(jnp.int8), scale)
+
+
+def _absmax(magnitude: jax.Array, shards: Shards) -> jax.Array:
+    return shards.max_of_rows(jnp.max(magnitude, axis=1, keepdims=True, initial=0.0))
 
 
 def usable_scale(raw: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -1,0 +1,195 @@
+"""How the arrays of one linear layer lie on a mesh of devices, and the map that runs a part of it on each.
+
+Column-parallel splits the output channels (n), row-parallel the inputs (k), batch-parallel the rows of x; all can be
+combined. The surprising fact is why this exists at all: to the compiler a kernel is opaque, so left to itself it would
+gather every operand, weights included, on every device.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.core
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxint8.shards import Shards
+
+Axes = str | tuple[str, ...] | None
+"""Mesh axes over which one axis of an array is split, the major one first."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Partition:
+    """Where the arrays of an int8_linear are split; hashable, so that it can be a static argument of jit.
+
+    Attributes:
+      mesh: the devices, with "data" and "model" as the usual names of its axes.
+      rows: mesh axes over which the leading axes of x are split: one entry for each axis, as in a PartitionSpec; a
+        name alone stands for the first axis (batch-parallel).
+      k: mesh axes over which inputs are split (row-parallel): the last axis of x, and of the codes.
+      n: mesh axes over which output channels are split (column-parallel).
+
+    Raises:
+      ValueError: an axis is not in the mesh, or is used twice.
+    """
+
+    mesh: Mesh | AbstractMesh
+    rows: Axes | P = None
+    k: Axes = None
+    n: Axes = None
+
+    def __post_init__(self) -> None:
+        """Brings the attributes into one form and checks them."""
+        rows = (self.rows,) if isinstance(self.rows, str) else tuple(self.rows or ())
+        object.__setattr__(self, "rows", tuple(map(_names, rows)))
+        object.__setattr__(self, "k", _names(self.k))
+        object.__setattr__(self, "n", _names(self.n))
+        used = [*self.row_axes, *self.k_axes, *self.n_axes]
+        for name in used:
+            if name not in self.mesh.axis_names:
+                raise ValueError(
+                    f"partition: expected axes of the mesh {self.mesh.axis_names}, got {name!r}"
+                )
+            if used.count(name) > 1:
+                raise ValueError(f"partition: axis {name!r} is used more than once")
+        # Where the arrays' types do not name them, axes of one device need no collectives either.
+        if not self._is_explicit:
+            object.__setattr__(self, "rows", tuple(map(self._shared, self._rows)))
+            object.__setattr__(self, "k", self._shared(self.k_axes))
+            object.__setattr__(self, "n", self._shared(self.n_axes))
+
+    @property
+    def k_axes(self) -> tuple[str, ...]:
+        """Mesh axes over which inputs are split."""
+        return _names(self.k)
+
+    @property
+    def n_axes(self) -> tuple[str, ...]:
+        """Mesh axes over which output channels are split."""
+        return _names(self.n)
+
+    @property
+    def row_axes(self) -> tuple[str, ...]:
+        """Mesh axes over which rows of x are split."""
+        return tuple(name for names in self._rows for name in names)
+
+    @property
+    def shards(self) -> Shards:
+        """What a device holds of x."""
+        return Shards(rows=self._shared(self.row_axes), columns=self._shared(self.k_axes))
+
+    def same_everywhere(self, y: jax.Array) -> jax.Array:
+        """Marks a result as equal on all devices of those k axes that have one device only."""
+        alone = tuple(name for name in self.k_axes if name not in self.shards.columns)
+        return jax.lax.psum(y, alone) if alone else y
+
+    @property
+    def codes_spec(self) -> P:
+        """Of codes[n, k]."""
+        return P(self.n_axes or None, self.k_axes or None)
+
+    @property
+    def n_spec(self) -> P:
+        """Of scale[n] and bias[n]."""
+        return P(self.n_axes or None)
+
+    def x_spec(self, ndim: int) -> P:
+        """Of x[..., k] with so many axes."""
+        return self._spec(ndim, self.k_axes)
+
+    def y_spec(self, ndim: int) -> P:
+        """Of the result [..., n] with so many axes."""
+        return self._spec(ndim, self.n_axes)
+
+    def check(self, shape: tuple[int, ...], n: int) -> None:
+        """Raises ValueError unless x of this shape, and n, can be split evenly."""
+        if len(self._rows) >= len(shape):
+            raise ValueError(
+                f"partition: rows has {len(self._rows)} entries for the {len(shape) - 1} leading axes of x"
+            )
+        sizes = [(f"axis {i} of x", shape[i], names) for i, names in enumerate(self._rows)]
+        for what, size, names in [*sizes, ("k", shape[-1], self.k_axes), ("n", n, self.n_axes)]:
+            parts = math.prod(self.mesh.shape[name] for name in names)
+            if size % parts:
+                raise ValueError(
+                    f"partition: {what} is {size}, which {parts} devices ({', '.join(names)}) cannot share evenly"
+                )
+
+    def place(self, x: jax.Array) -> jax.Array:
+        """Moves activations to where they must be on a mesh with explicit axes; elsewhere the compiler does."""
+        if self._is_explicit:
+            return jax.sharding.reshard(x, NamedSharding(self.mesh, self.x_spec(x.ndim)))
+        return x
+
+    def map(self, part: Callable[..., Any], specs: tuple[P, ...], out: Any) -> Callable[..., Any]:
+        """Returns `jax.shard_map` of ``part``; arguments that are None stay None."""
+
+        def call(*arguments: jax.Array | None) -> Any:
+            given = tuple(s for s, a in zip(specs, arguments, strict=True) if a is not None)
+
+            def fill(*parts: jax.Array) -> Any:
+                rest = iter(parts)
+                return part(*(None if a is None else next(rest) for a in arguments))
+
+            mapped = jax.shard_map(fill, mesh=self.mesh, in_specs=given, out_specs=out)
+            return mapped(*(a for a in arguments if a is not None))
+
+        return call
+
+    @property
+    def _is_explicit(self) -> bool:
+        return AxisType.Explicit in self.mesh.axis_types
+
+    def _shared(self, names: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(name for name in names if self.mesh.shape[name] > 1)
+
+    @property
+    def _rows(self) -> tuple[tuple[str, ...], ...]:
+        return tuple(map(_names, self.rows or ()))
+
+    def _spec(self, ndim: int, last: tuple[str, ...]) -> P:
+        rows = [names or None for names in self._rows]
+        return P(*rows, *[None] * (ndim - 1 - len(rows)), last or None)
+
+
+def partition_of(x: jax.Array, codes: jax.Array) -> Partition | None:
+    """Reads from arrays how they are split; None where they are not, or cannot know.
+
+    Arrays outside of jit know, and so do the types of a mesh with explicit axes. Weights never move: where x is split
+    otherwise along k, it is x that will be moved.
+
+    Args:
+      x: float[..., k].
+      codes: int8[n, k].
+    """
+    x_at, codes_at = _sharding(x), _sharding(codes)
+    at = codes_at or x_at
+    if at is None:
+        return None
+    n, k = _entries(codes_at, 2)
+    taken = {*n, *k}
+    rows = [tuple(name for name in e if name not in taken) for e in _entries(x_at, x.ndim)[:-1]]
+    if not taken and not any(rows):
+        return None
+    return Partition(at.mesh, P(*(names or None for names in rows)), k or None, n or None)
+
+
+def _sharding(array: Any) -> NamedSharding | None:
+    if isinstance(array, jax.core.Tracer):
+        found = jax.typeof(array).sharding
+        explicit = all(kind == AxisType.Explicit for kind in found.mesh.axis_types)
+        return found if explicit and not found.mesh.empty else None
+    found = getattr(array, "sharding", None)
+    return found if isinstance(found, NamedSharding) else None
+
+
+def _entries(sharding: NamedSharding | None, ndim: int) -> list[tuple[str, ...]]:
+    spec = () if sharding is None else tuple(sharding.spec)
+    return [_names(entry) for entry in (*spec, *[None] * (ndim - len(spec)))]
+
+
+def _names(axes: Any) -> tuple[str, ...]:
+    return () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)

@@ -1,0 +1,238 @@
+"""int8_linear on meshes of devices: the bits of one device, and the collectives that it takes."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from test_linear import bits
+
+from battery import KINDS, make
+from jaxint8 import (
+    Partition,
+    QuantizedMatrix,
+    RelativeThreshold,
+    Threshold,
+    TopK,
+    int8_linear,
+    quantize,
+    reference,
+)
+
+MESHES = [(1, 1), (1, 2), (2, 2), (1, 8), (8, 1), (4, 2)]
+RULES = [
+    None,
+    Threshold(6.0, "column"),
+    Threshold(4.0, "token"),
+    RelativeThreshold(2.0, "column"),
+    RelativeThreshold(3.0, "token"),
+    TopK(8),
+]
+# Ways of splitting the weights; rows are split over "data" in all of them.
+COLUMN, ROW = {"n": "model"}, {"k": "model"}
+M, K, N = 24, 80, 24
+
+
+def mesh_of(shape, kind=AxisType.Auto):
+    return jax.make_mesh(shape, ("data", "model"), axis_types=(kind, kind))
+
+
+@functools.cache
+def case():
+    """Rows of every kind of trouble in one x, so that one compilation tries them all."""
+    kinds = [kind for kind in KINDS if kind not in ("huge", "no_bias")]
+    found = [make((M, K, N), np.float32, kind) for kind in kinds]
+    x = np.stack([found[i % len(found)].x[i] for i in range(M)])
+    return found[0], x
+
+
+def place(partition, x, codes, scale, bias):
+    """The arrays, where the partition wants them."""
+    specs = partition.x_spec(x.ndim), partition.codes_spec, partition.n_spec, partition.n_spec
+    pairs = zip((x, codes, scale, bias), specs, strict=True)
+    return [jax.device_put(a, NamedSharding(partition.mesh, spec)) for a, spec in pairs]
+
+
+@functools.partial(jax.jit, static_argnums=(4, 5, 6, 7))
+def every_rule(x, codes, scale, bias, partition, rules, implementation=None, arithmetic="int15"):
+    return [
+        int8_linear(
+            x,
+            QuantizedMatrix(codes, scale),
+            bias,
+            outliers=rule,
+            partition=partition,
+            implementation=implementation,
+            outlier_arithmetic=arithmetic,
+        )
+        for rule in rules
+    ]
+
+
+def collectives(function, *args, **kwargs) -> list[tuple[str, str]]:
+    """(shape, operation) of every collective in the compiled program."""
+    text = function.lower(*args, **kwargs).compile().as_text()
+    name = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute|collective-broadcast"
+    return re.findall(rf"= (\S+) ({name})(?:-start)?\(", text)
+
+
+@pytest.mark.parametrize("split", [COLUMN, ROW], ids=["column", "row"])
+@pytest.mark.parametrize("shape", MESHES, ids=str)
+def test_every_mesh_has_the_bits_of_one_device(shape, split):
+    one, x = case()
+    partition = Partition(mesh_of(shape), rows="data", **split)
+    args = place(partition, x, one.codes, one.scale, one.bias)
+    for rule, y in zip(RULES, every_rule(*args, partition, tuple(RULES)), strict=True):
+        expected = reference.int8_linear(x, one.codes, one.scale, one.bias, rule)
+        np.testing.assert_array_equal(bits(y), bits(expected), err_msg=repr(rule))
+        assert y.sharding.is_equivalent_to(NamedSharding(partition.mesh, partition.y_spec(2)), 2)
+
+
+def test_both_splits_at_once_portably_and_with_float_outliers():
+    one, x = case()
+    mesh = jax.make_mesh((2, 2, 2), ("data", "k", "n"), axis_types=(AxisType.Auto,) * 3)
+    partition = Partition(mesh, rows=P(None, "data"), k="k", n="n")
+    args = place(partition, x.reshape(3, 8, K), one.codes, one.scale, one.bias)
+    rules = (Threshold(6.0, "column"), TopK(3))
+    single = map(jnp.asarray, (x, one.codes, one.scale, one.bias))
+    for arithmetic in ("int15", "float"):
+        found = every_rule(*args, partition, rules, "xla", arithmetic)
+        expected = (
+            every_rule(*single, None, rules, "xla", arithmetic)
+            if arithmetic == "float"
+            else [reference.int8_linear(x, one.codes, one.scale, one.bias, rule) for rule in rules]
+        )
+        for y, wanted in zip(found, expected, strict=True):
+            np.testing.assert_array_equal(bits(y).reshape(M, N), bits(wanted))
+
+
+@pytest.mark.parametrize("split", [COLUMN, ROW], ids=["column", "row"])
+def test_explicit_axes_and_arrays_outside_of_jit_tell_where_they_are(split):
+    one, x = case()
+    rule = Threshold(6.0, "column")
+    expected = reference.int8_linear(x, one.codes, one.scale, one.bias, rule)
+    for kind in (AxisType.Explicit, AxisType.Auto):
+        partition = Partition(mesh_of((2, 2), kind), rows="data", **split)
+        args = place(partition, x, one.codes, one.scale, one.bias)
+
+        def call(x, codes, scale, bias):
+            return int8_linear(x, QuantizedMatrix(codes, scale), bias, outliers=rule)
+
+        y = call(*args)
+        np.testing.assert_array_equal(bits(y), bits(expected))
+        if kind == AxisType.Explicit:
+            y = jax.jit(call)(*args)
+            assert jax.typeof(y).sharding.spec == partition.y_spec(2)
+            np.testing.assert_array_equal(bits(y), bits(expected))
+            # What only x has to give up for: the weights stay.
+            np.testing.assert_array_equal(
+                bits(jax.jit(call)(jnp.asarray(x), *args[1:])), bits(expected)
+            )
+
+
+def test_the_collectives_are_those_of_the_statistics_and_one_sum():
+    one, x = case()
+
+    def found(split, rule, shape=(2, 2)):
+        partition = Partition(mesh_of(shape), rows="data", **split)
+        args = place(partition, x, one.codes, one.scale, one.bias)
+        return collectives(every_rule, *args, partition, (rule,))
+
+    half = M // 2
+    for rule in (None, Threshold(4.0, "token"), RelativeThreshold(3.0), TopK(8)):
+        assert found(COLUMN, rule) == []
+    shared = found(COLUMN, Threshold(6.0, "column"))
+    assert [kind for _, kind in shared] == ["all-reduce"] and f"[1,{K}]" in shared[0][0]
+    assert found(COLUMN, Threshold(6.0, "column"), (1, 2)) == []
+    plain = found(ROW, None)
+    assert {kind for _, kind in plain} == {"all-reduce"}
+    assert sum(f"s32[{half},{N}]" in shape for shape, _ in plain) == 1
+    # Candidates of the largest magnitudes are all that is ever gathered.
+    gathered = [shape for shape, kind in found(ROW, TopK(8)) if kind != "all-reduce"]
+    assert gathered and all(re.search(rf"\[{half},16\]", shape) for shape in gathered)
+
+
+def test_fast_reduction_stays_within_its_bound():
+    one, x = case()
+    x = x[np.isfinite(x).all(axis=1)][:8]
+    w = QuantizedMatrix(jnp.asarray(one.codes), jnp.asarray(one.scale))
+    for dtype in (jnp.float32, jnp.bfloat16):
+        partition = Partition(mesh_of((2, 4)), rows="data", k="model")
+        args = place(partition, jnp.asarray(x, dtype), one.codes, one.scale, one.bias)
+
+        @jax.jit
+        def fast(x, codes, scale, bias, partition=partition):
+            w = QuantizedMatrix(codes, scale)
+            return int8_linear(x, w, bias, outliers=None, partition=partition, reduction="fast")
+
+        y = np.asarray(fast(*args), np.float64)
+        values = np.asarray(args[0], np.float64)
+        kernel = np.asarray(w.dequantize(), np.float64)
+        parts = [slice(i, i + K // 4) for i in range(0, K, K // 4)]
+        partial = [values[:, p] @ kernel[p] for p in parts]
+        # Each code errs by at most half a step of its part's scale; then d roundings of partial results and d - 1 of
+        # their sums, one more with the bias, and the float32 scalings (3 operations).
+        codes = sum(
+            np.abs(values[:, p]).max(axis=1, keepdims=True) / 254 * np.abs(kernel[p]).sum(axis=0)
+            for p in parts
+        )
+        flow = sum(np.abs(p) for p in partial) + codes + np.abs(one.bias)
+        bound = codes + (len(parts) + 4) * float(jnp.finfo(dtype).eps) * flow
+        assert np.all(np.abs(y - (sum(partial) + one.bias)) <= bound)
+        sums = [s for s, kind in collectives(fast, *args) if kind == "all-reduce"]
+        assert len(sums) == 1
+
+
+@pytest.mark.parametrize("split", [COLUMN, ROW], ids=["column", "row"])
+def test_gradients_vmap_scan_and_remat(split):
+    rng = np.random.default_rng(3)
+    x = rng.normal(size=(3, 8, 32)).astype(np.float32)
+    w = quantize(jnp.asarray(rng.normal(size=(32, 32)), jnp.float32))
+    bias = jnp.asarray(rng.normal(size=32), jnp.float32)
+    partition = Partition(mesh_of((2, 2)), rows="data", **split)
+
+    def layer(x, bias, partition):
+        y = int8_linear(x, w, bias, outliers=RelativeThreshold(2.0), partition=partition)
+        return jnp.tanh(y)
+
+    @functools.partial(jax.jit, static_argnums=2)
+    def everything(x, bias, partition):
+        mapped = jax.vmap(lambda x: layer(x, bias, partition))(x)
+
+        def loss(x, bias):
+            step = jax.checkpoint(lambda x, _: (layer(x, bias, partition), None))
+            return jnp.sum(jax.lax.scan(step, x, None, length=2)[0] ** 2)
+
+        return mapped, *jax.vmap(jax.grad(loss, (0, 1)), (0, None))(x, bias)
+
+    found = everything(x, bias, partition)
+    expected = everything(x, bias, None)
+    np.testing.assert_array_equal(found[0], expected[0])
+    # Sums of 32 products in another order, through two layers whose gradients are of order 30.
+    for y, wanted in zip(found[1:], expected[1:], strict=True):
+        np.testing.assert_allclose(y, wanted, rtol=2e-5, atol=2e-4)
+
+
+def test_bad_partitions_are_refused_in_one_line():
+    mesh = mesh_of((2, 2))
+    w = quantize(jnp.ones((6, 9)))
+    with pytest.raises(ValueError, match=r"axes of the mesh \('data', 'model'\), got 'tensor'"):
+        Partition(mesh, n="tensor")
+    with pytest.raises(ValueError, match="'model' is used more than once"):
+        Partition(mesh, k="model", n="model")
+    with pytest.raises(ValueError, match=r"n is 9, which 2 devices \(model\)"):
+        int8_linear(jnp.ones((4, 6)), w, partition=Partition(mesh, n="model"))
+    with pytest.raises(ValueError, match="axis 0 of x is 3"):
+        int8_linear(jnp.ones((3, 6)), w, partition=Partition(mesh, rows="data"))
+    with pytest.raises(ValueError, match="rows has 1 entries for the 0 leading axes"):
+        int8_linear(jnp.ones(6), w, partition=Partition(mesh, rows="data"))
+    with pytest.raises(ValueError, match="reduction: expected 'exact' or 'fast'"):
+        int8_linear(jnp.ones((4, 6)), w, reduction="sum")
+    with pytest.raises(ValueError, match="'reference' runs on one device"):
+        int8_linear(
+            jnp.ones((4, 6)), w, implementation="reference", partition=Partition(mesh, rows="data")
+        )
