@@ -1,8 +1,7 @@
 """int8_linear: the LLM.int8() product of activations and a quantised kernel, with its gradient.
 
 The public function checks its arguments, folds the leading axes into rows, picks an implementation and sets the
-derivative at the float edge: through a rounding, automatic differentiation would silently give zero. Portable ("xla")
-code for both ways of carrying out the outlier part stands here as well; it is two int8 products and an epilogue.
+derivative at the float edge: through a rounding, automatic differentiation would silently give zero.
 """
 
 import functools
@@ -15,16 +14,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxint8 import kernels, reference
-from jaxint8.outliers import OutlierRule, as_rule, is_token_scope, outlier_mask
+from jaxint8.outliers import OutlierRule, as_rule, is_token_scope
 from jaxint8.partition import Partition, partition_of
-from jaxint8.quantize import Arithmetic, QuantizedMatrix, QuantizedRows, quantize_rows, validate
+from jaxint8.portable import Multiply, finish, product, xla_linear, xla_product
+from jaxint8.quantize import Arithmetic, QuantizedMatrix, quantize_rows, validate
 from jaxint8.shards import WHOLE, Shards, vary_like
 
 Implementation = Literal["cuda", "cpu", "xla", "reference"]
 Reduction = Literal["exact", "fast"]
 FLOATS = (jnp.float32, jnp.bfloat16, jnp.float16)
-# Outlier columns that one step of the float path adds; a step reads and writes all of y, so a few at once pay.
-COLUMNS_PER_STEP = 8
 
 
 def int8_linear(
@@ -151,19 +149,11 @@ def _linear(
     if partition is None:
         return _one_device(x, codes, scale, bias, rule, arithmetic, implementation)
 
-    def part(x: jax.Array, codes: jax.Array, scale: jax.Array, bias: jax.Array | None) -> jax.Array:
-        y = local_linear(
-            x,
-            codes,
-            scale,
-            bias,
-            rule=rule,
-            arithmetic=arithmetic,
-            implementation=implementation,
-            shards=partition.shards,
-            reduction=reduction,
-        )
-        return partition.same_everywhere(y)
+    how = {"rule": rule, "arithmetic": arithmetic, "implementation": implementation}
+    local = functools.partial(local_linear, **how, shards=partition.shards, reduction=reduction)
+
+    def part(*arrays: jax.Array) -> jax.Array:
+        return partition.same_everywhere(local(*arrays))
 
     specs = (partition.x_spec(x.ndim), partition.codes_spec, partition.n_spec, partition.n_spec)
     return partition.map(part, specs, partition.y_spec(x.ndim))(x, codes, scale, bias)
@@ -235,17 +225,9 @@ def local_linear(
         y = part(rows, codes, scale, None, implementation=implementation)
         y = finish(jax.lax.psum(y, shards.columns).astype(jnp.float32), bias, x.dtype)
     else:
+        how = {"rule": rule, "arithmetic": arithmetic, "shards": shards}
         multiply = functools.partial(_product, implementation=implementation)
-        y = xla_linear(
-            rows,
-            codes,
-            scale,
-            bias,
-            rule=rule,
-            arithmetic=arithmetic,
-            shards=shards,
-            multiply=multiply,
-        )
+        y = xla_linear(rows, codes, scale, bias, **how, multiply=multiply)
     return y.reshape(*x.shape[:-1], codes.shape[0])
 
 
@@ -329,27 +311,14 @@ def _compiled(
     return call
 
 
-Multiply = Callable[[jax.Array, jax.Array], jax.Array]
-"""int8[m, k], int8[n, k] -> their exact product int32[m, n]."""
-
-
-def _xla_product(a: jax.Array, codes: jax.Array) -> jax.Array:
-    """A single row is doubled: for a matrix-vector product XLA's CPU backend converts all of the weights to int32."""
-    left = jnp.concatenate([a, jnp.zeros_like(a)]) if a.shape[0] == 1 else a
-    sums = jax.lax.dot_general(
-        left, codes, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32
-    )
-    return sums[: a.shape[0]]
-
-
 def _product(a: jax.Array, codes: jax.Array, *, implementation: Implementation | None) -> jax.Array:
     """A `Multiply` by the kernels."""
     if implementation == "xla":
-        return _xla_product(a, codes)
+        return xla_product(a, codes)
     if implementation is not None:
         return _compiled_product(implementation)(a, codes)
     platforms = {platform: _compiled_product(platform) for platform in kernels.platforms()}
-    return jax.lax.platform_dependent(a, codes, default=_xla_product, **platforms)
+    return jax.lax.platform_dependent(a, codes, default=xla_product, **platforms)
 
 
 @functools.cache
@@ -397,76 +366,6 @@ def absmax_linear(
     y = (sums.astype(jnp.float32) * rows.scale) * w.scale[None, :]
     y = finish(y, None if bias is None else bias.astype(jnp.float32), x.dtype)
     return y.reshape(*x.shape[:-1], n)
-
-
-def xla_linear(
-    x: jax.Array,
-    codes: jax.Array,
-    scale: jax.Array,
-    bias: jax.Array | None,
-    *,
-    rule: OutlierRule | None,
-    arithmetic: Arithmetic,
-    shards: Shards = WHOLE,
-    multiply: Multiply = _xla_product,
-) -> jax.Array:
-    """The portable implementation: float[m, k], int8[n, k], float32[n] -> x.dtype[m, n]; see `int8_linear`."""
-    rows = quantize_rows(x, rule, arithmetic, shards=shards)
-    sums = shards.sum_of_rows(product(rows, codes, multiply))
-    y = (sums.astype(jnp.float32) * rows.scale) * scale[None, :]
-    if rule is not None and arithmetic == "float":
-        outliers = jnp.where(outlier_mask(x, rule, shards), x.astype(jnp.float32), 0.0)
-        y = shards.in_turn(lambda y: _add_outlier_columns(y, outliers, codes, scale), y)
-    return finish(y, bias, x.dtype)
-
-
-def finish(y: jax.Array, bias: jax.Array | None, dtype: jnp.dtype) -> jax.Array:
-    """Adds the bias to float32[m, n] and rounds once; the barrier keeps the compiler from fusing into an FMA."""
-    if bias is not None:
-        y = jax.lax.optimization_barrier(y) + bias[None, :]
-    return y.astype(dtype)
-
-
-def product(rows: QuantizedRows, codes: jax.Array, multiply: Multiply = _xla_product) -> jax.Array:
-    """Returns the exact int32[m, n] product of quantised rows and int8[n, k] codes: ((hi . w) << 7) + lo . w.
-
-    lo and hi are stacked into one product, so the weights are read once.
-    """
-    if rows.hi is None:
-        return multiply(rows.lo, codes)
-    m = rows.lo.shape[0]
-    sums = multiply(jnp.concatenate([rows.lo, rows.hi]), codes)
-    return sums[:m] + (sums[m:] << 7)
-
-
-def _add_outlier_columns(
-    y: jax.Array, outliers: jax.Array, codes: jax.Array, scale: jax.Array
-) -> jax.Array:
-    """Adds outliers float32[m, k] @ dequantised weights to y, in ascending order of column.
-
-    A loop over the columns that hold an outlier: exact for any number of them with static shapes, and elementwise, so
-    a row's bits do not depend on the other rows (a matrix product would pick its order of summation by m).
-    """
-    k = outliers.shape[1]
-    if k == 0 or y.size == 0:
-        return y
-    used = jnp.any(outliers != 0, axis=0)
-    count = jnp.sum(used, dtype=jnp.int32)
-    order = jnp.argsort(~used, stable=True)  # the columns in use first, ascending
-
-    def body(state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        step, y = state
-        for lane in range(COLUMNS_PER_STEP):
-            position = step * COLUMNS_PER_STEP + lane
-            column = order[jnp.minimum(position, k - 1)]
-            value = jnp.where(position < count, outliers[:, column], 0.0)
-            weight = scale * codes[:, column].astype(jnp.float32)
-            y = y + value[:, None] * weight[None, :]
-        return step + 1, y
-
-    return jax.lax.while_loop(
-        lambda state: state[0] * COLUMNS_PER_STEP < count, body, (jnp.int32(0), y)
-    )[1]
 
 
 def _reference_linear(
