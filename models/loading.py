@@ -77,7 +77,7 @@ def load(
     method = as_quantization(quantization)
     chosen = _dtype(dtype)
     checkpoint = describe(source)
-    _check(checkpoint)
+    check(checkpoint)
     params = _read(checkpoint, method, chosen)
     checkpoint.reader.close()
     return LanguageModel(
@@ -232,7 +232,7 @@ def _dtype(dtype: DTypeLike | None) -> np.dtype[Any]:
 # Checking
 
 
-def _check(checkpoint: Checkpoint) -> None:
+def check(checkpoint: Checkpoint) -> None:
     """Raises CheckpointError, listing what is wrong, unless the tensors are just those expected."""
     reader, config = checkpoint.reader, checkpoint.config
     names = set(reader.names())

@@ -38,16 +38,17 @@ class Pool:
 
     Args:
         total: elements that there are to read.
+        label: what is done with them, for the bar.
     """
 
-    def __init__(self, total: int) -> None:
+    def __init__(self, total: int, label: str = "loading") -> None:
         """Starts nothing yet."""
         self._total = total
         self._executor = concurrent.futures.ThreadPoolExecutor(
             min(_THREADS_MAX, os.cpu_count() or 1)
         )
         self._progress = Progress(console=Console(stderr=True), transient=True)
-        self._task = self._progress.add_task("loading", total=total)
+        self._task = self._progress.add_task(label, total=total)
         self._start = time.monotonic()
         self._shown = False
 
@@ -66,16 +67,23 @@ class Pool:
         if self._shown:
             self._progress.stop()
 
-    def run(self, shape: tuple[int, ...], job: Callable[[slice], None]) -> None:
-        """Calls ``job`` with slices that cover the first axis of ``shape``; raises what it raises."""
-        blocks = list(codes.row_blocks(shape))
+    def run(self, shape: tuple[int, ...], job: Callable[[slice], None], unit: int = 1) -> None:
+        """Calls ``job`` with slices that cover the first axis of ``shape``; raises what it raises.
+
+        The slices start at multiples of ``unit``.
+        """
+        blocks = list(codes.row_blocks(shape, unit=unit))
         row = math.prod(shape[1:])
         for rows, _ in zip(blocks, self._executor.map(job, blocks), strict=True):
-            self._progress.advance(self._task, (rows.stop - rows.start) * row)
-            waited = time.monotonic() - self._start
-            if not self._shown and waited > _PATIENCE and sys.stderr.isatty():
-                self._progress.start()
-                self._shown = True
+            self.advance((rows.stop - rows.start) * row)
+
+    def advance(self, elements: int) -> None:
+        """Moves the bar on."""
+        self._progress.advance(self._task, elements)
+        waited = time.monotonic() - self._start
+        if not self._shown and waited > _PATIENCE and sys.stderr.isatty():
+            self._progress.start()
+            self._shown = True
 
 
 def aligned_empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:

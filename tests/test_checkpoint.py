@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from jaxint8.checkpoint import (
+    CHECKSUMS,
     CheckpointError,
     LazyTensor,
     bitsandbytes,
@@ -88,7 +89,7 @@ def test_shards_hold_what_one_file_holds(tmp_path: Path) -> None:
         *(f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)),
         "model.safetensors.index.json",
     ]
-    assert sorted(tmp_path.iterdir()) == sorted(paths)
+    assert sorted(tmp_path.iterdir()) == sorted([*paths, tmp_path / CHECKSUMS])
     reader = open_checkpoint(tmp_path)
     assert reader.metadata == {"format": "pt", "total_size": 640}
     for name, array in written.items():
@@ -96,7 +97,7 @@ def test_shards_hold_what_one_file_holds(tmp_path: Path) -> None:
         np.testing.assert_array_equal(reader.read(name, slice(1, 2)), array[1:2])
     # Copied tensor by tensor into one file, which replaces the shards.
     assert len(write_checkpoint(tmp_path, {n: LazyTensor(reader, n) for n in reader.names()})) == 1
-    assert [p.name for p in tmp_path.iterdir()] == ["model.safetensors"]
+    assert {p.name for p in tmp_path.iterdir()} == {"model.safetensors", CHECKSUMS}
     np.testing.assert_array_equal(
         open_checkpoint(tmp_path).read("layers.3.weight"), written["layers.3.weight"]
     )
@@ -113,7 +114,7 @@ def test_a_failing_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) ->
     before = (tmp_path / "model.safetensors").read_bytes()
     with pytest.raises(RuntimeError, match="went away"):
         write_checkpoint(tmp_path, {"a": np.zeros(3, np.float32), "b": Fails()}, shard_bytes=12)
-    assert [p.name for p in tmp_path.iterdir()] == ["model.safetensors"]
+    assert {p.name for p in tmp_path.iterdir()} == {"model.safetensors", CHECKSUMS}
     assert (tmp_path / "model.safetensors").read_bytes() == before
     with pytest.raises(TypeError, match="tensor 'c': safetensors has no dtype complex64"):
         write_safetensors(tmp_path / "c.safetensors", {"c": np.zeros(3, np.complex64)})

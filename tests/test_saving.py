@@ -33,6 +33,7 @@ def test_saved_models_load_as_they_were(tmp_path: Path, case: str, method: str) 
     model.save(tmp_path / "new")
     assert_same(load(tmp_path / "new", quantization=method), model)
     assert {path.name for path in (tmp_path / "new").iterdir()} == {
+        "SHA256SUMS",
         "config.json",
         "model.safetensors",
     }

@@ -17,8 +17,10 @@ from jaxint8.checkpoint.safetensors import (
     ShardedCheckpoint,
     open_index,
 )
+from jaxint8.checkpoint.writer import CHECKSUMS as CHECKSUMS
 from jaxint8.checkpoint.writer import FILE_NAME
 from jaxint8.checkpoint.writer import LazyTensor as LazyTensor
+from jaxint8.checkpoint.writer import Piece as Piece
 from jaxint8.checkpoint.writer import write_checkpoint as write_checkpoint
 from jaxint8.checkpoint.writer import write_safetensors as write_safetensors
 

@@ -29,6 +29,11 @@ class TensorReader(Protocol):
         ...
 
     @property
+    def files(self) -> list[Path]:
+        """The files that hold the tensors."""
+        ...
+
+    @property
     def metadata(self) -> Mapping[str, Any]:
         """What is kept beside the tensors: strings in safetensors, typed values in GGUF."""
         ...

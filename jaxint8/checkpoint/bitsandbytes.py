@@ -6,9 +6,12 @@ multiplying a scale by 127 loses nothing: for every float32 absmax, fl(fl(fl(abs
 to the bit.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 
 from jaxint8.checkpoint.base import CheckpointError, TensorReader
+from jaxint8.checkpoint.writer import Piece, Put
 
 CODE_MAX = np.float32(127)
 # Row by row; the other layouts are tilings of GPUs before 2023 that nothing writes any more.
@@ -60,6 +63,36 @@ def read_scale(reader: TensorReader, name: str) -> np.ndarray:
             f"{reader.path}: tensor {companion(name, 'SCB')!r}: expected finite scales >= 0"
         )
     return np.where(absmax > 0, absmax / CODE_MAX, np.float32(1))
+
+
+Keep = Callable[[int, np.ndarray, np.ndarray], None]
+"""Takes rows of an int8 matrix: the first row, int8[rows, k], and their scales float32[rows]."""
+
+
+def piece(name: str, shape: tuple[int, ...], make: Callable[[Keep], None]) -> Piece:
+    """Returns what a writer needs for int8 weight ``name``: codes, scales and layout together.
+
+    Args:
+      name: "... .weight".
+      shape: (n, k).
+      make: hands every row once to the function that it is given, in any order, from any thread.
+    """
+    scale, layout = (companion(name, suffix) for suffix in SUFFIXES)
+
+    def fill(put: Put) -> None:
+        def keep(row: int, codes: np.ndarray, scales: np.ndarray) -> None:
+            put(name, row, codes)
+            put(scale, row, absmax_of(scales))
+
+        make(keep)
+        put(layout, 0, np.array(ROW_MAJOR, np.uint8))
+
+    tensors = {
+        name: (shape, np.dtype(np.int8)),
+        scale: (shape[:1], np.dtype(np.float32)),
+        layout: ((), np.dtype(np.uint8)),
+    }
+    return Piece(tensors, fill)
 
 
 def absmax_of(scale: np.ndarray) -> np.ndarray:

@@ -19,9 +19,14 @@ BLOCK_ELEMENTS = 1 << 18  # of float32: 1 MB
 _CODE_MAX = np.float32(CODE_MAX)
 
 
-def row_blocks(shape: tuple[int, ...], elements: int = BLOCK_ELEMENTS) -> Iterator[slice]:
-    """Yields slices of the first axis that hold about ``elements`` values each."""
-    step = max(1, elements // max(1, math.prod(shape[1:])))
+def row_blocks(
+    shape: tuple[int, ...], elements: int = BLOCK_ELEMENTS, unit: int = 1
+) -> Iterator[slice]:
+    """Yields slices of the first axis that hold about ``elements`` values each.
+
+    Each slice starts at a multiple of ``unit`` rows.
+    """
+    step = max(1, elements // max(1, math.prod(shape[1:]) * unit)) * unit
     for start in range(0, shape[0], step):
         yield slice(start, min(shape[0], start + step))
 

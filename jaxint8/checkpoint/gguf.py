@@ -72,6 +72,7 @@ class GGUFFile:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
+        self.files = [self.path]
         self._file = PositionedFile(self.path)
         self.metadata, self._entries = _read_header(self.path, self._file.size)
 

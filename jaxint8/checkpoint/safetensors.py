@@ -61,6 +61,7 @@ class SafetensorsFile:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
+        self.files = [self.path]
         self._file = PositionedFile(self.path)
         self.metadata, self._entries = _read_header(self._file)
 
@@ -111,6 +112,7 @@ class ShardedCheckpoint:
         self.path = path
         self.metadata = metadata
         self._files = dict(files)
+        self.files = list(dict.fromkeys(p for reader in files.values() for p in reader.files))
 
     def names(self) -> list[str]:
         """See `TensorReader`."""

@@ -7,6 +7,7 @@ commands can be imported into one process.
 """
 
 import contextlib
+import re
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -34,6 +35,24 @@ def input_errors() -> Iterator[None]:
         yield
     except (ValueError, OSError) as error:
         raise InputError(str(error)) from error
+
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+_UNITS |= {f"{unit}i": 2 ** (10 * power) for power, unit in enumerate("KMGT", start=1)}
+
+
+def parse_bytes(name: str, text: str) -> int:
+    """Reads a size such as 24GiB, 5GB or 1000000.
+
+    Raises:
+      ValueError: it is none, or nothing; the message names the flag.
+    """
+    found = re.fullmatch(r"([0-9.]+) *(|[KMGT]i?)B?", text.strip())
+    with contextlib.suppress(ValueError):
+        size = int(float(found[1]) * _UNITS[found[2]]) if found else 0
+        if size > 0:
+            return size
+    raise ValueError(f"{name}: expected a size such as 24GiB or 5GB, got {text!r}")
 
 
 def launch(

@@ -112,6 +112,11 @@ class Part:
             deinterleave_rows(stored, self.interleaved_heads) if self.interleaved_heads else stored
         )
 
+    @property
+    def unit(self) -> int:
+        """Rows whose order can be put right together: those of a head where they are interleaved."""
+        return self.shape[0] // self.interleaved_heads if self.interleaved_heads else 1
+
 
 @dataclasses.dataclass(frozen=True)
 class Source:
