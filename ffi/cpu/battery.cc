@@ -1,5 +1,6 @@
 // Every rung that this machine supports against the scalar one, to the bit: for machines without Python (cross-compiled
 // rungs under an emulator) and for sanitizers. tests/test_kernels.py compares the same kernels with the NumPy oracle.
+// With AVX512-VNNI there are two more: AVX-VNNI in the encoding of AVX-512, and AMX with emulated tiles.
 //
 //   battery            prints one line per rung and a checksum of the scalar results, which must be the same everywhere
 #include <algorithm>
@@ -16,7 +17,20 @@
 #include "team.h"
 
 namespace jaxint8::cpu {
+
+extern const Rung kAmxInt8Emulated, kAvxVnniEvex;
+
 namespace {
+
+std::vector<const Rung*> AllRungs() {
+  int count = 0;
+  const Rung* const* rungs = Rungs(&count);
+  std::vector<const Rung*> all(rungs, rungs + count);
+#if defined(JAXINT8_STAND_INS)
+  all.insert(all.begin(), {&kAmxInt8Emulated, &kAvxVnniEvex});
+#endif
+  return all;
+}
 
 // Exactly as long as it must be, so that a sanitizer sees every byte read beyond the end.
 using Bytes = std::vector<uint8_t>;
@@ -71,6 +85,7 @@ Inputs Make(const Case& c, uint32_t seed) {
   in.w_scale.resize(c.n * 4);
   in.bias.resize(c.n * 4);
   for (uint8_t& w : in.w) w = static_cast<uint8_t>(random());
+  for (int64_t j = 6; j < c.n; j += 8) std::fill_n(in.w.begin() + j * c.k, c.k, j % 16 < 8 ? 0x80 : 0x7f);  // extremes
   for (uint8_t& a : in.a) a = static_cast<uint8_t>(random());
   for (int64_t j = 0; j < c.n; ++j) {
     Put(in.w_scale, j, 0.01f * (Uniform(random) + 1.5f));
@@ -167,9 +182,9 @@ int Main() {
                                {4, 64, 16},    {6, 65, 15},    {7, 768, 72},   {8, 1027, 40},   {13, 300, 128},
                                {16, 2100, 66}, {17, 256, 130}, {33, 1100, 64}, {64, 1088, 200}, {523, 70, 64},
                                {0, 5, 5},      {5, 0, 5},      {5, 5, 0},      {1040, 129, 33}};
-  int count = 0;
-  const Rung* const* rungs = Rungs(&count);
-  const Rung* scalar = rungs[count - 1];
+  const std::vector<const Rung*> rungs = AllRungs();
+  const size_t count = rungs.size();
+  const Rung* scalar = rungs.back();
   std::vector<int> failures(count, 0);
   uint64_t sum = 14695981039346656037u;
   uint32_t seed = 0;
@@ -183,7 +198,7 @@ int Main() {
       for (const Bytes* part : {&expected.y, &expected.product, &expected.lo, &expected.hi, &expected.row_scale}) {
         sum = Checksum(sum, *part);
       }
-      for (int r = 0; r < count; ++r) {
+      for (size_t r = 0; r < count; ++r) {
         if (!rungs[r]->supported()) continue;
         Outputs actual = Run(c, in, rungs[r], 1 + static_cast<int>(seed % 3));
         UnifyNans(actual.y, c.type);
@@ -199,9 +214,9 @@ int Main() {
     }
   }
   int failed = 0;
-  for (int r = 0; r < count; ++r) {
+  for (size_t r = 0; r < count; ++r) {
     const bool supported = rungs[r]->supported();
-    std::printf("%-14s %s\n", rungs[r]->name, !supported ? "not supported here" : failures[r] ? "FAILED" : "ok");
+    std::printf("%-18s %s\n", rungs[r]->name, !supported ? "not supported here" : failures[r] ? "FAILED" : "ok");
     failed += failures[r];
   }
   std::printf("%u cases, checksum %016lx\n", seed, static_cast<unsigned long>(sum));

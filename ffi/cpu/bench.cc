@@ -1,6 +1,6 @@
 // Times the kernels without JAX, beside what the machine can do: multiply rate, read bandwidth.
 //
-//   bench [threads] [m,k,n ...]
+//   bench [threads] [rung=NAME] [m,k,n ...]
 //
 // One line per product: nanoseconds of the fastest call without and with outliers, the ratio of the two, the rate as a
 // share of the peak multiply rate and the weights' bytes per second as a share of the read bandwidth at their size.
@@ -10,6 +10,7 @@
 #include <condition_variable>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <ctime>
 #include <deque>
 #include <functional>
@@ -25,6 +26,7 @@
 namespace jaxint8::cpu {
 namespace {
 
+const Rung* rung = nullptr;
 bool thread_time = false;  // with one thread: its processor time, which other programs lengthen less
 
 double Now() {
@@ -78,6 +80,15 @@ class Pool {
   std::vector<std::thread> threads_;
 };
 
+const Rung* NamedRung(const char* name) {
+  int count = 0;
+  const Rung* const* rungs = Rungs(&count);
+  for (int i = 0; i < count; ++i) {
+    if (std::strcmp(rungs[i]->name, name) == 0) return FindRung(i);
+  }
+  return nullptr;
+}
+
 struct Shape {
   int64_t m, k, n;
 };
@@ -104,7 +115,7 @@ void Run(const Shape& s, int threads, Pool* pool, double peak, const std::vector
     for (size_t o = 0; o < options.size(); ++o) {
       Problem p{};
       p.kind = Problem::Kind::kLinear;
-      p.rung = FindRung(-1);
+      p.rung = rung;
       p.options = options[o];
       p.m = s.m, p.k = s.k, p.n = s.n;
       p.x = x.data(), p.w = weights.data(), p.w_scale = scale.data(), p.y = y.data();
@@ -133,7 +144,10 @@ int main(int argc, char** argv) {
   const int threads = argc > 1 ? std::atoi(argv[1]) : 1;
   thread_time = threads == 1;
   std::vector<Shape> shapes;
+  rung = FindRung(-1);
   for (int i = 2; i < argc; ++i) {
+    if (std::strncmp(argv[i], "rung=", 5) == 0) rung = NamedRung(argv[i] + 5);
+    if (rung == nullptr) return std::fprintf(stderr, "%s: no such rung here\n", argv[i]), 2;
     long m, k, n;
     if (std::sscanf(argv[i], "%ld,%ld,%ld", &m, &k, &n) == 3) shapes.push_back({m, k, n});
   }
@@ -141,8 +155,8 @@ int main(int argc, char** argv) {
   for (const Shape& s : shapes) largest = std::max<size_t>(largest, s.k * s.n);
   std::vector<int8_t> weights(largest + 4096);
   for (size_t i = 0; i < weights.size(); ++i) weights[i] = static_cast<int8_t>((i * 2654435761u) >> 24);
-  const double peak = MeasurePeak(threads, 0.2).multiplies_per_second * 1e-9;
-  std::printf("%s, %d threads, peak %.0f multiplies per ns\n", FindRung(-1)->name, threads, peak);
+  const double peak = MeasurePeak(threads, 0.2, rung->name).multiplies_per_second * 1e-9;
+  std::printf("%s, %d threads, peak %.0f multiplies per ns\n", rung->name, threads, peak);
   Pool pool(threads - 1);
   for (const Shape& s : shapes) Run(s, threads, &pool, peak, weights);
 }

@@ -14,7 +14,7 @@ struct Peak {
 };
 
 // Runs nothing but that instruction, on registers, for about so many seconds.
-Peak MeasurePeak(int threads, double seconds);
+Peak MeasurePeak(int threads, double seconds, const char* instruction = nullptr);
 
 // Bytes per second that all threads together read from `data`, over and over, each its own part; at least one pass,
 // however short `seconds`. A set that fits a cache is read from there after the first pass, which is not counted.

@@ -3,16 +3,29 @@
 
 namespace jaxint8::cpu {
 
-extern const Rung kScalar;
-#if defined(__x86_64__)
-extern const Rung kAvx512Vnni;
-#endif
+// Which rungs the compiler could build is told by CMakeLists.txt.
+extern const Rung kAmxInt8, kAvx512Vnni, kAvxVnni, kAvx2, kNeonI8mm, kNeonDotprod, kScalar;
 
 namespace {
 
 const Rung* const kRungs[] = {
-#if defined(__x86_64__)
+#if defined(JAXINT8_AMX_INT8)
+    &kAmxInt8,
+#endif
+#if defined(JAXINT8_AVX512_VNNI)
     &kAvx512Vnni,
+#endif
+#if defined(JAXINT8_AVX_VNNI)
+    &kAvxVnni,
+#endif
+#if defined(JAXINT8_AVX2)
+    &kAvx2,
+#endif
+#if defined(JAXINT8_NEON_I8MM)
+    &kNeonI8mm,
+#endif
+#if defined(JAXINT8_NEON_DOTPROD)
+    &kNeonDotprod,
 #endif
     &kScalar,
 };

@@ -1,0 +1,74 @@
+// The AVX2 rung (Haswell, Zen and later).
+//
+// AVX2 has a product of bytes, vpmaddubsw, but it adds two products in 16 bits and saturates: 255 * 127 * 2 does not
+// fit. So weights and codes are widened to 16 bits and multiplied by vpmaddwd, which is exact for any two bytes. Both
+// ways come to 16 products per multiplication, and packed panels are widened once for all rows.
+#include <immintrin.h>
+
+#include "avx256.h"
+#include "features.h"
+#include "int8.h"
+#include "rows.h"
+#include "tiles.h"
+
+namespace jaxint8::cpu {
+namespace {
+
+struct Avx2 : Avx256 {
+  using Weights = __m256i;
+  using Codes = __m256i;
+  static constexpr bool kOffset = false, kArranged = true;
+  static constexpr int kDot = 16, kWord = 2, kDotsMost = 4, kDenseN = 4;
+  static constexpr int kDotsN[kDotsM] = {8, 4, 2, 2};
+  static constexpr int64_t kPanelK = 512;
+
+  static __m256i Widen(const int8_t* p) {
+    return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
+  static __m256i MulAdd(Sums sum, __m256i w, __m256i x) { return Add(sum, _mm256_madd_epi16(w, x)); }
+  static __m256i LoadWeights(const int8_t* w) { return Widen(w); }
+  static __m256i LoadCodes(const int8_t* x) { return Widen(x); }
+  static __m256i LoadRow(const int8_t* w) { return Widen(w); }
+
+  // One sum after the other: the compiler would rather finish all products first, and keep most sums in memory.
+  template <int>
+  ALWAYS_INLINE static Sums MulAddTile(Sums sum, Packed w, __m256i two) {
+    sum = MulAdd(sum, w, two);
+    asm volatile("" : "+x"(sum));
+    return sum;
+  }
+
+  static void Arrange(const int8_t* x, int64_t stride, int64_t rows, int64_t columns, uint8_t* out,
+                      int64_t out_stride) {
+    for (int64_t i = 0; i < rows; ++i, x += stride, out += out_stride) {
+      for (int64_t t = 0; t < columns; t += 16) StorePacked(out + 2 * t, Widen(x + t));
+    }
+  }
+
+  // Here the codes are high parts, never -128, so with |w| <= 128 two products reach 2 * 128 * 127 < 2^15: vpmaddubsw
+  // is exact.
+  static Sums MulAddWords(Sums sum, const uint8_t* words, uint32_t four) {
+    const __m256i w = Load(words);
+    const __m256i codes = _mm256_sign_epi8(_mm256_set1_epi32(static_cast<int32_t>(four)), w);
+    const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), codes);
+    return MulAdd(sum, pairs, _mm256_set1_epi16(1));
+  }
+
+  static void MulAddHi(Sums (&sum)[kHiRegisters], const uint8_t* panel, int64_t group, uint32_t four) {
+    const __m128i wide = _mm_cvtepi8_epi16(_mm_cvtsi32_si128(static_cast<int32_t>(four)));
+    const __m256i low = _mm256_broadcastd_epi32(wide), high = _mm256_broadcastd_epi32(_mm_srli_si128(wide, 4));
+    const uint8_t* w = panel + group * 2 * kTileZ * kBytes;
+    Unroll<kTileZ>([&](auto z) ALWAYS_INLINE {
+      sum[z] = MulAdd(sum[z], LoadPacked(w + z * kBytes), low);
+      sum[z] = MulAdd(sum[z], LoadPacked(w + (kTileZ + z) * kBytes), high);
+    });
+  }
+};
+
+}  // namespace
+
+extern const Rung kAvx2;
+const Rung kAvx2 = {
+    "avx2", HasAvx2, MarkRow, QuantizeRow, Multiply<Avx2>, /*chunk_m=*/kChunkM, sizeof(TileScratch<Avx2>)};
+
+}  // namespace jaxint8::cpu

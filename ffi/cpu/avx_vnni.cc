@@ -1,0 +1,72 @@
+// The AVX-VNNI rung (Alder Lake, Zen 5 and later): vpdpbusd on 256 bits, for processors without AVX-512.
+//
+// As in avx512_vnni.cc the weight is the unsigned operand, w + 128, and the correction comes from the quantiser.
+#include <immintrin.h>
+
+#include "avx256.h"
+#include "features.h"
+#include "int8.h"
+#include "rows.h"
+#include "tiles.h"
+
+namespace jaxint8::cpu {
+namespace {
+
+struct AvxVnni : Avx256 {
+  using Weights = __m256i;
+  using Codes = __m256i;
+  static constexpr bool kOffset = true, kArranged = false;
+  static constexpr int kDot = 32, kWord = 4, kDotsMost = 4, kDenseN = 4;
+  static constexpr int kDotsN[kDotsM] = {8, 4, 2, 2};
+  static constexpr int64_t kPanelK = 1024;
+
+  static __m256i Flip(__m256i w) { return _mm256_xor_si256(w, _mm256_set1_epi8(static_cast<char>(0x80))); }
+  static Sums MulAdd(Sums sum, __m256i w, __m256i x) {
+#if defined(JAXINT8_EVEX)  // the same instruction as AVX-512 encodes it: test only, for machines that have no other
+    return _mm256_dpbusd_epi32(sum, w, x);
+#else
+    return _mm256_dpbusd_avx_epi32(sum, w, x);
+#endif
+  }
+  static __m256i LoadWeights(const int8_t* w) { return Flip(Load(w)); }
+  static __m256i LoadCodes(const int8_t* x) { return Load(x); }
+  static __m256i LoadRow(const int8_t* w) { return Flip(Load(w)); }
+
+  template <int>
+  static Sums MulAddTile(Sums sum, Packed w, __m256i four) {
+    return MulAdd(sum, w, four);
+  }
+
+  static Sums MulAddWords(Sums sum, const uint8_t* words, uint32_t four) {
+    return MulAdd(sum, Flip(Load(words)), _mm256_set1_epi32(static_cast<int32_t>(four)));
+  }
+
+  static void MulAddHi(Sums (&sum)[kHiRegisters], const uint8_t* panel, int64_t group, uint32_t four) {
+    const __m256i codes = _mm256_set1_epi32(static_cast<int32_t>(four));
+    const uint8_t* w = panel + group * kTileZ * kBytes;
+    Unroll<kTileZ>([&](auto z) ALWAYS_INLINE { sum[z] = MulAdd(sum[z], LoadPacked(w + z * kBytes), codes); });
+  }
+};
+
+#if defined(JAXINT8_EVEX)
+bool HasAvx512VlVnni() { return __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni"); }
+#endif
+
+}  // namespace
+
+#if defined(JAXINT8_EVEX)
+extern const Rung kAvxVnniEvex;
+const Rung kAvxVnniEvex = {"avx_vnni as EVEX",
+                           HasAvx512VlVnni,
+                           MarkRow,
+                           QuantizeRow,
+                           Multiply<AvxVnni>,
+                           /*chunk_m=*/kChunkM,
+                           sizeof(TileScratch<AvxVnni>)};
+#else
+extern const Rung kAvxVnni;
+const Rung kAvxVnni = {
+    "avx_vnni", HasAvxVnni, MarkRow, QuantizeRow, Multiply<AvxVnni>, /*chunk_m=*/kChunkM, sizeof(TileScratch<AvxVnni>)};
+#endif
+
+}  // namespace jaxint8::cpu

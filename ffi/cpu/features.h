@@ -1,0 +1,19 @@
+// What the processor can do and the operating system allows, for the choice of a rung and of a ceiling.
+#ifndef JAXINT8_FFI_CPU_FEATURES_H_
+#define JAXINT8_FFI_CPU_FEATURES_H_
+
+namespace jaxint8::cpu {
+
+#if defined(__x86_64__)
+bool HasAvx2();
+bool HasAvxVnni();
+// Asks Linux, once, for permission to use the tile registers: it saves them only for processes that have asked.
+bool HasAmxInt8();
+#elif defined(__aarch64__)
+bool HasDotprod();
+bool HasI8mm();  // and dot products
+#endif
+
+}  // namespace jaxint8::cpu
+
+#endif  // JAXINT8_FFI_CPU_FEATURES_H_
