@@ -71,6 +71,11 @@ cuda-check: setup
 	$(BIN)/python ffi/cuda/check.py $$(find $(CUDA_BUILD)/cuda/CMakeFiles/jaxint8_cuda.dir -name '*.o')
 	$(BIN)/python -m pytest tests/test_cuda_executor.py
 
+# The CPU kernels for other processors, emulated: needs g++-aarch64-linux-gnu and qemu-user, and says so if they lack.
+.PHONY: cross-check
+cross-check: setup
+	$(BIN)/python ffi/cpu/check.py build/check --cross
+
 # On a machine with a GPU: builds, compares with the oracle, looks for races, times. Uses the python3 that has jax[cuda].
 gpu-check:
 	python3 ffi/cuda/gpu_check.py
