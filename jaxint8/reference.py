@@ -69,9 +69,12 @@ def outlier_mask(x: np.ndarray, rule: Any) -> np.ndarray:
 
 
 def quantize_rows(
-    x: np.ndarray, rule: Any, arithmetic: Literal["int15", "float"] = "int15"
+    x: np.ndarray,
+    rule: Any,
+    arithmetic: Literal["int15", "float"] = "int15",
+    per: Literal["row", "tensor"] = "row",
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Quantises activations float[m, k] row by row (paper, section 3.1: "vector-wise").
+    """Quantises activations float[m, k] row by row (paper, section 3.1: "vector-wise"), or all with one scale.
 
     Returns:
       lo: int8[m, k] codes; for an outlier, with "int15", the low part of 128 * hi + lo; with "float", 0.
@@ -97,6 +100,8 @@ def quantize_rows(
     else:
         values = np.where(mask, np.float32(0), values)
         mask = np.zeros_like(mask)
+    if per == "tensor":
+        raw = np.full_like(raw, np.max(raw, initial=np.float32(0)))
     scale, usable = _scale(raw)
     values = np.where(usable[:, None], values, np.float32(0))
     bound = np.where(mask, limit[:, None], CODE_MAX)
@@ -142,6 +147,79 @@ def int8_linear(
             outliers = np.where(outlier_mask(x, rule), x.astype(np.float64), 0.0)
             weights = codes.astype(np.float32) * scale[:, None].astype(np.float32)
             y = (y.astype(np.float64) + outliers @ weights.T.astype(np.float64)).astype(np.float32)
+        if bias is not None:
+            y = y + bias.astype(np.float32)[None, :]
+        return y.astype(x.dtype)
+
+
+def quantize_zeropoint(
+    x: np.ndarray, per: Literal["row", "tensor"] = "row"
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Quantises rows float[m, k] over [min, max] widened to contain 0 (paper, section 2.1, corrected).
+
+    Returns:
+      codes int8[m, k], scale float32[m] and zero int32[m]: x is about scale * (codes + zero). A row that holds a
+      non-finite value has codes 0 and the scale NaN, and takes no part in a range over all rows.
+    """
+    values = x.astype(np.float32)
+    finite = np.all(np.isfinite(values), axis=1)
+    values = np.where(finite[:, None], values, np.float32(0))
+    high = np.max(values, axis=1, initial=np.float32(0))
+    low = np.min(values, axis=1, initial=np.float32(0))
+    if per == "tensor":
+        high = np.full_like(high, np.max(high, initial=np.float32(0)))
+        low = np.full_like(low, np.min(low, initial=np.float32(0)))
+    levels = np.float32(2 * CODE_MAX)
+    scale, usable = _scale(high / levels - low / levels)
+    usable &= finite
+    zero = np.where(usable, np.rint(low / scale).astype(np.int32) + CODE_MAX, 0)
+    zero = np.clip(zero, -CODE_MAX, CODE_MAX).astype(np.int32)
+    steps = np.rint(np.where(usable[:, None], values, np.float32(0)) / scale[:, None])
+    codes = np.clip(steps.astype(np.int64) - zero[:, None], -CODE_MAX, CODE_MAX)
+    return codes.astype(np.int8), np.where(finite, scale, np.float32(np.nan)), zero
+
+
+def zeropoint_product(
+    a: np.ndarray, a_zero: np.ndarray, codes: np.ndarray, zero: np.ndarray
+) -> np.ndarray:
+    """Returns int32[m, n], the sum of (a + a_zero) * (codes + zero) as it stands in the paper's equation (4)."""
+    left = a.astype(np.int64) + a_zero[:, None]
+    return (left @ (codes.astype(np.int64) + zero[:, None]).T).astype(np.int32)
+
+
+def scheme_linear(x: np.ndarray, w: Any, bias: np.ndarray | None, scheme: Any) -> np.ndarray:
+    """Returns x.dtype[m, n]: a linear layer by any scheme of `jaxint8.schemes`, sums of floats in float64.
+
+    Args:
+      x: float[m, k].
+      w: arrays ``codes`` int8[n, k] and ``scale`` float32[n], perhaps ``zero`` int32[n] and ``kernel`` float[n, k].
+      bias: float[n] or None.
+      scheme: which one.
+    """
+    codes, scale = np.asarray(w.codes), np.asarray(w.scale)
+    zero = np.asarray(getattr(w, "zero", np.zeros(len(codes), np.int32)))
+    if scheme.activations == "row" and scheme.numbers == "absmax" and not hasattr(w, "kernel"):
+        arithmetic = scheme.outlier_arithmetic or "int15"
+        return int8_linear(x, codes, scale, bias, scheme.outliers, arithmetic)
+    weights = (codes.astype(np.float32) + zero[:, None].astype(np.float32)) * scale[:, None]
+    kernel = getattr(w, "kernel", None)
+    wide = weights if kernel is None else np.asarray(kernel).astype(np.float32)
+    with np.errstate(over="ignore", invalid="ignore"):
+        if scheme.activations == "float":
+            weights = weights.astype(x.dtype).astype(np.float64)
+            y = (x.astype(np.float64) @ weights.T).astype(np.float32)
+        else:
+            mask = outlier_mask(x, scheme.outliers)
+            rest = np.where(mask, 0, x)
+            if scheme.numbers == "zeropoint":
+                a, row_scale, a_zero = quantize_zeropoint(rest, scheme.activations)
+                acc = zeropoint_product(a, a_zero, codes, zero)
+            else:
+                a, _, row_scale = quantize_rows(rest, None, per=scheme.activations)
+                acc = product(a, codes)
+            y = (acc.astype(np.float32) * row_scale[:, None]) * scale[None, :]
+            outliers = np.where(mask, x.astype(np.float64), 0.0) @ wide.T.astype(np.float64)
+            y = (y.astype(np.float64) + outliers).astype(np.float32)
         if bias is not None:
             y = y + bias.astype(np.float32)[None, :]
         return y.astype(x.dtype)

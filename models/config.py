@@ -10,7 +10,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-from jaxint8 import RelativeThreshold, Threshold, TopK
+from jaxint8 import schemes
+from jaxint8.schemes import SCHEMES, Scheme
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -122,63 +123,37 @@ class DecoderConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class QuantizationConfig:
-    """How a decoder's linear layers are carried out in int8; the default is the paper's method.
+class QuantizationConfig(Scheme):
+    """How a decoder's linear layers are carried out in int8: a scheme, and where; the default is the paper's method.
 
     Embeddings, norms and biases stay float, and so does the head unless ``lm_head`` says "int8".
     """
 
-    # Which activation values leave the 8-bit range; a number means Threshold(number), None means
-    # that none does ("vector-wise" quantisation).
-    outliers: Threshold | RelativeThreshold | TopK | float | None = 6.0
-    # "float" or "int15" (see jaxint8.int8_linear); None is the library's choice.
-    outlier_arithmetic: Literal["float", "int15"] | None = None
     # "cuda", "cpu", "xla", "reference"; None is the best that exists.
     implementation: str | None = None
-    # One scale per row of activations, or one for all of them (the paper's plain absmax method).
-    activations: Literal["row", "tensor"] = "row"
-    # One scale per output channel of weights, or one per matrix.
-    weights: Literal["row", "tensor"] = "row"
     # Precision of the product that makes logits. "int8" keeps the float matrix as well: the largest
     # logits are computed from it once more where they choose the next token (see head.py).
     lm_head: Literal["float", "int8"] = "float"
 
     def __post_init__(self) -> None:
         """Checks the choices, and turns a number into the rule that it means."""
-        if isinstance(self.outliers, int | float):
-            object.__setattr__(self, "outliers", Threshold(float(self.outliers)))
-        choices = {
-            "outlier_arithmetic": (None, "float", "int15"),
-            "activations": ("row", "tensor"),
-            "weights": ("row", "tensor"),
-            "lm_head": ("float", "int8"),
-        }
-        for name, known in choices.items():
-            value = getattr(self, name)
-            if value not in known:
-                raise ValueError(
-                    f"quantization: {name} must be one of {', '.join(map(repr, known))}, "
-                    f"got {value!r}"
-                )
-        if self.activations == "tensor" and self.outliers is not None:
-            raise ValueError(
-                'quantization: activations="tensor" has no outlier decomposition; '
-                f"outliers must be None, got {self.outliers!r}"
-            )
+        super().__post_init__()
+        self._one_of("lm_head", "float", "int8")
+
+    @classmethod
+    def of(cls, scheme: Scheme) -> QuantizationConfig:
+        """Returns the scheme with the library's choices for the rest."""
+        return cls(**vars(scheme))
 
 
 # The methods of the paper's tables, and the rules that came after it, by the names used everywhere.
-QUANTIZATIONS: dict[str, QuantizationConfig] = {
-    "absmax": QuantizationConfig(outliers=None, activations="tensor", weights="tensor"),
-    "vectorwise": QuantizationConfig(outliers=None),
-    "llm_int8": QuantizationConfig(outliers=Threshold(6.0)),
-    "relative": QuantizationConfig(outliers=RelativeThreshold(6.0)),
-    "topk": QuantizationConfig(outliers=TopK(8)),
-}
+QUANTIZATIONS = {name: QuantizationConfig.of(scheme) for name, scheme in SCHEMES.items()}
 
 
 def as_quantization(value: QuantizationConfig | str | None) -> QuantizationConfig | None:
     """Returns what a user's ``quantization`` argument means: a config, a name, or None for float.
+
+    A name may carry options, "relative:8" or "topk:16" (see `jaxint8.schemes.parse`).
 
     Raises:
         ValueError: a name that is not known.
@@ -192,6 +167,4 @@ def as_quantization(value: QuantizationConfig | str | None) -> QuantizationConfi
             "quantization: expected a name, a QuantizationConfig or None, "
             f"got {type(value).__name__}"
         )
-    if value not in QUANTIZATIONS:
-        raise ValueError(f"quantization: {value!r} is not one of {', '.join(QUANTIZATIONS)}")
-    return QUANTIZATIONS[value]
+    return QuantizationConfig.of(schemes.parse(value))

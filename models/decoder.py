@@ -27,8 +27,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxint8 import QuantizedMatrix, int8_linear
-from jaxint8.linear import absmax_linear
+from jaxint8 import QuantizedMatrix
 from jaxint8.models.attention import (
     alibi_bias,
     attend,
@@ -40,6 +39,7 @@ from jaxint8.models.attention import (
 from jaxint8.models.cache import KVCache
 from jaxint8.models.config import DecoderConfig, QuantizationConfig
 from jaxint8.models.head import rescore
+from jaxint8.scheme_linear import SchemeMatrix, scheme_linear
 
 Params = Mapping[str, Any]
 
@@ -279,18 +279,9 @@ def _linear(x: jax.Array, layer: Params, quantization: QuantizationConfig | None
         layer["tap"](x)
     weight, bias = layer["weight"], layer.get("bias")
     bias = None if bias is None else bias.astype(jnp.float32)
-    if isinstance(weight, QuantizedMatrix):
+    if isinstance(weight, QuantizedMatrix | SchemeMatrix):
         how = quantization or QuantizationConfig()
-        if how.activations == "tensor":
-            return absmax_linear(x, weight, bias)
-        return int8_linear(
-            x,
-            weight,
-            bias,
-            outliers=how.outliers,
-            outlier_arithmetic=how.outlier_arithmetic,
-            implementation=how.implementation,
-        )
+        return scheme_linear(x, weight, bias, scheme=how, implementation=how.implementation)
     y = _product(x, weight)
     y = y if bias is None else y + bias[None, None]
     return y.astype(x.dtype)

@@ -54,9 +54,9 @@ def load(
             (downloaded once), or the id of a model on the Hugging Face hub, "owner/name" or
             "owner/name@revision", if huggingface_hub is installed (the extra ``hub``). Linear
             layers that bitsandbytes has saved as int8 keep their codes.
-        quantization: a QuantizationConfig, the name of one ("absmax", "vectorwise", "llm_int8",
-            "relative", "topk"), or None for float weights; "float32" and "bfloat16" mean None in
-            that dtype.
+        quantization: a QuantizationConfig, the name of one ("llm_int8", "relative", "topk" and all
+            of `jaxint8.schemes.SCHEMES`, with options: "topk:16"), or None for float weights;
+            "float32" and "bfloat16" mean None in that dtype.
         dtype: of the float weights and of activations: float32 or bfloat16. None is bfloat16 on
             accelerators and float32 on a CPU, where bfloat16 is slower. Norms and biases are always
             float32.
@@ -287,9 +287,7 @@ def _read(
     with reading.Pool(sum(math.prod(source.shape) for source in sources.values())) as pool:
         for path, source in sources.items():
             if method is not None and source.kind == "linear":
-                value = reading.int8_matrix(
-                    checkpoint.reader, source, pool, per_tensor=method.weights == "tensor"
-                )
+                value = reading.linear_matrix(checkpoint.reader, source, pool, method)
             else:
                 kept = np.dtype(np.float32) if source.kind == "vector" else dtype
                 value = reading.float_array(checkpoint.reader, source, pool, kept)

@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any, Self
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 from rich.progress import Progress
@@ -24,6 +26,8 @@ from rich.progress import Progress
 from jaxint8 import QuantizedMatrix
 from jaxint8.checkpoint import TensorReader, bitsandbytes, codes
 from jaxint8.models.families import Part, Source
+from jaxint8.scheme_linear import Matrix, quantize_kernel
+from jaxint8.schemes import Scheme
 
 # XLA:CPU takes over buffers with this alignment and copies others.
 _ALIGNMENT = 64
@@ -92,6 +96,28 @@ def aligned_empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     buffer = np.empty(size + _ALIGNMENT, np.uint8)
     start = -buffer.ctypes.data % _ALIGNMENT
     return buffer[start : start + size].view(dtype).reshape(shape)
+
+
+def linear_matrix(reader: TensorReader, source: Source, pool: Pool, scheme: Scheme) -> Matrix:
+    """Returns the weights of a linear layer as a scheme wants them; on the host but for rare schemes.
+
+    Args:
+        reader: the checkpoint.
+        source: the parameter's parts, matrices [n, k] one below the other.
+        pool: who does it.
+        scheme: what says how.
+
+    Raises:
+        CheckpointError: a weight is not finite.
+        ValueError: the layer is too wide for the scheme.
+
+    """
+    if scheme.numbers == "absmax" and scheme.outlier_weights == "int8":
+        return int8_matrix(reader, source, pool, per_tensor=scheme.weights == "tensor")
+    # For comparisons only, so one float matrix at a time may exist.
+    kernel = float_array(reader, source, pool, np.dtype(np.float32))
+    parts = [quantize_kernel(kernel[rows].T, scheme) for _, rows in _parts(source)]
+    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
 
 
 def int8_matrix(

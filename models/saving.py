@@ -19,6 +19,7 @@ from jaxint8 import QuantizedMatrix, Threshold
 from jaxint8.checkpoint import Piece, bitsandbytes, write_checkpoint
 from jaxint8.checkpoint.writer import SHARD_BYTES
 from jaxint8.models.families import FAMILIES, Part
+from jaxint8.scheme_linear import SchemeMatrix
 
 if TYPE_CHECKING:
     from jaxint8.models.language_model import LanguageModel
@@ -41,7 +42,8 @@ def save(
         shard_bytes: size at which a file ends and the next begins.
 
     Raises:
-        ValueError: the architecture has no form as a config.json (see its family).
+        ValueError: the architecture has no form as a config.json (see its family), or the weights
+            are those of a scheme for comparisons.
 
     """
     family = next(f for f in FAMILIES if f.name == model.config.family)
@@ -56,6 +58,11 @@ def save(
         leaf: Any = model.params
         for key in path:
             leaf = leaf[key]
+        if isinstance(leaf, SchemeMatrix):
+            raise ValueError(
+                f"save: the weights of {model.quantization} have no form in a checkpoint; "
+                "save the float model, or one quantised by absmax"
+            )
         start = 0
         for part in {part.name: part for part in source.parts}.values():
             rows = slice(start, start + part.stored_shape[0])

@@ -66,6 +66,7 @@ def test_help_names_every_flag_and_method(command, capsys):
         (["--methods=llm_int8,int4"], "methods: expected any of float32, bfloat16, absmax,"),
         (["--methods=llm_int8,int4"], "or all, got 'int4'"),
         (["--methods="], "got nothing"),
+        (["--methods=topk:x"], "methods: quantization: 'topk:x': option 'x' does not go with topk"),
         (["--window=1"], "flag --window=1: 1 is not integer >= 2"),
         (["--window=257"], "window: 257 exceeds the model's 256 positions"),
         (["--window=many"], "flag --window=many: invalid literal"),
@@ -173,7 +174,7 @@ def test_eval_measures_the_share_of_outliers(evaluated, checkpoint):
 def test_eval_loads_each_set_of_weights_once(evaluated):
     _, _, loads = evaluated
     kinds = [
-        (call["quantization"] and call["quantization"].weights, call["dtype"]) for call in loads
+        (call["quantization"] and call["quantization"].stored, call["dtype"]) for call in loads
     ]
     assert len(kinds) == len(set(kinds)) == 4  # bfloat16, int8 per tensor, int8 per row, float32
 
@@ -192,8 +193,12 @@ def test_methods_expand_all_and_drop_repetitions():
         "topk",
         *(name for name in methods.METHODS if name != "topk"),
     ]
-    groups = methods.by_weights(["llm_int8", "float32", "topk", "absmax"])
-    assert groups == [["llm_int8", "topk"], ["float32"], ["absmax"]]
+    groups = methods.by_weights(
+        ["llm_int8", "float32", "topk:4", "absmax", "llm_int8:float_weights"]
+    )
+    assert groups == [["llm_int8", "topk:4"], ["float32"], ["absmax"], ["llm_int8:float_weights"]]
+    swept = methods.parse_methods(["float32", "sweep"])
+    assert {"float32", "weights_only", "relative:6", "topk:8"} <= set(swept)
 
 
 def test_decode_speed_needs_positions(checkpoint):
@@ -240,7 +245,7 @@ def test_generate_streams_the_same_text(checkpoint, tmp_path, capsys):
     [
         ([], "prompt: expected at least one"),
         (["--prompt="], "prompt: expected at least one, none of them empty"),
-        (["--prompt=a", "--method=int4"], "method: expected one of float32,"),
+        (["--prompt=a", "--method=int4"], "method: expected any of float32,"),
         (["--prompt=a", "--method=all"], "got 'all'"),
         (["--prompt=a", "--method=float32", "--lm_head=int8"], "lm_head: int8 goes with"),
         (["--prompt=a", "--lm_head=int4"], "flag --lm_head=int4"),

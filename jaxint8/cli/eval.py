@@ -2,14 +2,17 @@
 
   jaxint8-eval                          the demo model on the demo text, every method
   jaxint8-eval --model=DIR --text=FILE --methods=float32,relative --output=DIR
+  jaxint8-eval --text= --tasks=lambada,piqa --limit=300 --output=DIR
 
-Changes are against the method float32; without it they are not measured.
+With --tasks, zero-shot accuracy by the rules of lm-evaluation-harness as well (--text= for that
+alone); with --output an interrupted run goes on where it was. Changes are against the
+method float32; without it they are not measured.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 from absl import flags
@@ -25,9 +28,11 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from jaxint8.cli import app, measure, methods
+from jaxint8.cli import app, measure, methods, resume, zeroshot
 from jaxint8.cli.measure import Measured
 from jaxint8.evaluation import datasets, report
+from jaxint8.evaluation import zeroshot as evaluation
+from jaxint8.evaluation.tasks import TASKS, Document
 from jaxint8.models import LanguageModel
 
 SCREEN = Console(stderr=True, highlight=False)
@@ -40,14 +45,26 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def define_flags(values: flags.FlagValues) -> None:
     """Adds the command's flags to `values`."""
-    known = ", ".join(methods.METHODS)
     flags.DEFINE_string("model", "demo", "A checkpoint, or demo.", flag_values=values)
-    flags.DEFINE_list("methods", ["all"], f"Any of {known}, or all.", flag_values=values)
+    flags.DEFINE_list("methods", ["all"], methods.HELP, flag_values=values)
     flags.DEFINE_string(
         "text",
         "demo",
         "A .txt file, a .jsonl file of {text: ...}, demo (public-domain speeches) or pydoc (the "
         "topics of Python's own help; needs no network).",
+        flag_values=values,
+    )
+    flags.DEFINE_list(
+        "tasks",
+        [],
+        f"Zero-shot tasks, any of {', '.join(TASKS)}, or NAME=FILE with JSON lines.",
+        flag_values=values,
+    )
+    flags.DEFINE_integer(
+        "limit",
+        None,
+        "At most so many documents of each task, spread evenly.",
+        lower_bound=1,
         flag_values=values,
     )
     flags.DEFINE_integer(
@@ -61,6 +78,7 @@ def define_flags(values: flags.FlagValues) -> None:
         flag_values=values,
     )
     flags.DEFINE_integer("batch_size", 1, "Windows per call.", lower_bound=1, flag_values=values)
+    flags.DEFINE_bool("decode", True, "Whether to time decoding too.", flag_values=values)
     flags.DEFINE_string(
         "output", None, "Folder for report.json, report.md and plots.", flag_values=values
     )
@@ -70,28 +88,35 @@ def run(options: app.Options) -> None:
     """Evaluates as the flags say, prints the table, writes the report."""
     with app.input_errors():
         names = methods.parse_methods(options["methods"])
-        text = datasets.load_text(options["text"])
+        documents = zeroshot.load(options["tasks"], options["limit"])
+        # Without a text there must be tasks, else the empty name is a file that does not exist.
+        text = None if documents and not options["text"] else datasets.load_text(options["text"])
         output = options["output"]
         if output is not None:  # now, rather than after minutes of work
             Path(output).mkdir(parents=True, exist_ok=True)
     # Work of others slows ours: a reader of the report should know how much there was.
     load = round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None
-    measured = _measure(options, names, text.text)
-    score = measured[names[0]].score
+    measured, tasks, answers = _measure(options, names, text and text.text, documents)
+    score = next(iter(measured.values())).score if measured else None
     result = report.Report(
         model=options["model"],
-        text=text.name,
-        tokens=score.tokens,
+        text="" if text is None else text.name,
+        tokens=score.tokens if score else 0,
         rows=measure.rows(measured),
+        tasks=zeroshot.rows(tasks, answers),
         environment=report.environment(
             command=options["command"],
             window=options["window"],
             batch_size=options["batch_size"],
-            scored_tokens=score.scored,
+            scored_tokens=score.scored if score else 0,
             load_average_before=load,
         ),
     )
-    Console(highlight=False).print(_table(result))
+    tables = ((report.COLUMNS, result.rows, 1), (report.TASK_COLUMNS, result.tasks, 2))
+    for columns, rows, names_first in tables:
+        if rows:
+            table = _table(report.heading(result), columns, rows, names_first)
+            Console(highlight=False).print(table)
     if report.BASELINE not in names:
         SCREEN.print(f"no changes without {report.BASELINE} among --methods")
     if output is not None:
@@ -99,37 +124,92 @@ def run(options: app.Options) -> None:
         SCREEN.print("wrote " + ", ".join(map(str, written)), soft_wrap=True)
 
 
-def _measure(options: app.Options, names: list[str], text: str) -> dict[str, Measured]:
+def _measure(
+    options: app.Options,
+    names: list[str],
+    text: str | None,
+    documents: list[tuple[str, list[Document]]],
+) -> tuple[
+    dict[str, Measured], list[zeroshot.Loaded], dict[str, dict[str, list[evaluation.Answer]]]
+]:
     """Measures every method, in the order that needs fewest loads; returned in the order asked."""
     measured: dict[str, Measured] = {}
-    tokens = None
+    answers: dict[str, dict[str, list[evaluation.Answer]]] = {}
+    tokens, tasks = None, None
     with _Bar(len(names)) as bar:
         for group in methods.by_weights(names):
             bar.hide()  # loading has a bar of its own
             with app.input_errors():
                 model = measure.load_group(options["model"], group)
-                if tokens is None:
-                    tokens = _tokens(model, text, options)
+                if tasks is None:
+                    tasks = zeroshot.encode(model, documents)
+                    tokens = None if text is None else _tokens(model, text, options)
+            method = model
             for name in group:
-                bar.begin(name, tokens.size)
-                measured[name] = measure.measure(
-                    measure.as_method(model, name),
-                    tokens,
-                    window=options["window"],
-                    batch_size=options["batch_size"],
-                    show=bar.show,
-                )
-                bar.end(f"{name}: perplexity {measured[name].score.perplexity:.4f}")
-            del model  # before the next is loaded: only one set of parameters at a time
-    return {name: measured[name] for name in names}
+                method = measure.as_method(model, name)
+                if tokens is not None:
+                    measured[name] = _text(options, name, method, tokens, bar)
+                answers[name] = {
+                    task.name: _task(options, name, method, task, bar) for task in tasks
+                }
+            del model, method  # before the next is loaded: one set of parameters at a time
+    return (
+        {name: measured[name] for name in names if name in measured},
+        tasks or [],
+        {name: answers[name] for name in names},
+    )
+
+
+def _text(
+    options: app.Options, name: str, method: LanguageModel, tokens: np.ndarray, bar: "_Bar"
+) -> Measured:
+    """Measures one method on the text, unless the output folder has it already."""
+    cut = options["window"], options["batch_size"], options["decode"]
+    key = resume.identity(options["model"], methods.method(name), *cut, tokens.tobytes())
+    path = resume.file_of(options["output"], "text", name, ".npz")
+    with app.input_errors():
+        found = resume.read(path, key)
+    if found is None:
+        bar.begin(name, tokens.size)
+        found = measure.measure(
+            method,
+            tokens,
+            window=options["window"],
+            batch_size=options["batch_size"],
+            show=bar.show,
+            decode=options["decode"],
+        )
+        resume.write(path, found, key)
+    bar.end(f"{name}: perplexity {found.score.perplexity:.4f}")
+    return found
+
+
+def _task(
+    options: app.Options, name: str, method: LanguageModel, task: zeroshot.Loaded, bar: "_Bar"
+) -> list[evaluation.Answer]:
+    """Asks one method one task; batches that the output folder has already are not asked again."""
+    batch_tokens = options["window"] * options["batch_size"]
+    bar.begin(name, task.tokens)
+    with app.input_errors():
+        answers = zeroshot.answer(
+            method,
+            task,
+            batch_tokens=batch_tokens,
+            journal=resume.file_of(options["output"], task.name, name, ".jsonl"),
+            identity=resume.identity(options["model"], methods.method(name), batch_tokens),
+            progress=lambda done, total: bar.show(task.name, done),
+        )
+    (row,) = zeroshot.rows([task], {name: {task.name: answers}})
+    bar.end(f"{name}: {task.name} acc {100 * row.acc:.2f}")
+    return answers
 
 
 class _Bar:
-    """One progress bar over all methods, on a terminal; its unit is a token of a pass."""
+    """One progress bar, on a terminal; its unit is a token of the pass at hand."""
 
-    def __init__(self, passes: int) -> None:
-        self._passes, self._before = passes, 0
-        self._name, self._tokens = "", 0
+    def __init__(self, methods: int) -> None:
+        self._methods, self._name = methods, ""
+        self._seen: dict[str, None] = {}
         columns = (BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TimeRemainingColumn())
         self._progress = Progress(
             *columns,
@@ -151,29 +231,33 @@ class _Bar:
         self._progress.stop()
 
     def begin(self, name: str, tokens: int) -> None:
-        """Begins the pass of a method over so many tokens."""
-        self._name, self._tokens = name, tokens
-        self._progress.update(self._task, total=self._passes * tokens)
+        """Begins a pass of a method over so many tokens."""
+        self._name, self._seen = name, {**self._seen, name: None}
+        self._progress.reset(self._task, total=tokens)
         self._progress.start()
 
     def show(self, what: str, done: int) -> None:
         """Says what is going on, and how many tokens of this pass are done."""
-        done += self._before
-        self._progress.update(self._task, description=f"{self._name}: {what}", completed=done)
+        of = f"{len(self._seen)} of {self._methods}"
+        self._progress.update(
+            self._task, description=f"{self._name} ({of}): {what}", completed=done
+        )
 
     def end(self, result: str) -> None:
         """Ends the pass; the line with its result stays on the screen."""
-        self._before += self._tokens
         SCREEN.print(result)
 
 
-def _table(result: report.Report) -> Table:
+def _table(
+    title: str, columns: Sequence[tuple[str, Callable]], rows: Sequence[Any], names: int
+) -> Table:
+    """A table whose first columns, `names` of them, stand on the left."""
     # 80 columns are what a pipe or a log has.
-    table = Table(title=report.heading(result), box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for i, (header, _) in enumerate(report.COLUMNS):
-        table.add_column(header, justify="right" if i else "left", no_wrap=True)
-    for row in result.rows:
-        table.add_row(*(show(row) for _, show in report.COLUMNS))
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for i, (header, _) in enumerate(columns):
+        table.add_column(header, justify="left" if i < names else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*(show(row) for _, show in columns))
     return table
 
 

@@ -31,9 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def define_flags(values: flags.FlagValues) -> None:
     """Adds the command's flags to `values`."""
-    known = ", ".join(methods.METHODS)
     flags.DEFINE_string("model", "demo", "A checkpoint, or demo.", flag_values=values)
-    flags.DEFINE_string("method", "relative", f"One of {known}.", flag_values=values)
+    flags.DEFINE_string("method", "relative", methods.HELP, flag_values=values)
     flags.DEFINE_enum(
         "lm_head",
         "float",
@@ -69,9 +68,10 @@ def run(options: app.Options) -> None:
     """Generates as the flags say."""
     with app.input_errors():
         method = options["method"]
-        if method not in methods.METHODS:
-            known = ", ".join(methods.METHODS)
-            raise ValueError(f"method: expected one of {known}, got {method!r}")
+        try:
+            how = methods.method(method)
+        except ValueError as error:
+            raise ValueError(f"method: {error}") from None
         prompts = _prompts(options["prompt"], options["prompt_file"])
         stream = options["stream"]
         if stream and len(prompts) > 1:
@@ -79,7 +79,7 @@ def run(options: app.Options) -> None:
         draw = {name: options[name] for name in ("temperature", "top_k", "top_p")}
         sampling = Sampling(**draw)
     with app.input_errors():
-        model = _load(options["model"], methods.METHODS[method], options["lm_head"])
+        model = _load(options["model"], how, options["lm_head"])
         if model.tokenizer is None:
             raise ValueError(f"model: {options['model']} comes without a tokenizer")
     encoded = [model.tokenizer.encode(prompt) for prompt in prompts]

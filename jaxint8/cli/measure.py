@@ -44,20 +44,26 @@ class Measured:
 
 def load_group(source: str, names: Sequence[str]) -> LanguageModel:
     """Loads the parameters that the methods `names` (a group of `methods.by_weights`) share."""
-    method = methods.METHODS[names[0]]
+    method = methods.method(names[0])
     return load(source, quantization=method.quantization, dtype=method.dtype)
 
 
 def as_method(model: LanguageModel, name: str) -> LanguageModel:
     """The same parameters under another method of their group; nothing is copied."""
-    quantization = methods.METHODS[name].quantization
+    quantization = methods.method(name).quantization
     return LanguageModel(
         model.config, model.params, tokenizer=model.tokenizer, quantization=quantization
     )
 
 
 def measure(
-    model: LanguageModel, tokens: np.ndarray, *, window: int, batch_size: int, show: Show
+    model: LanguageModel,
+    tokens: np.ndarray,
+    *,
+    window: int,
+    batch_size: int,
+    show: Show,
+    decode: bool = True,
 ) -> Measured:
     """Measures one method.
 
@@ -67,6 +73,7 @@ def measure(
       window: tokens per window.
       batch_size: windows per call.
       show: told what is going on.
+      decode: whether to time decoding.
 
     Raises:
       ValueError: the text is too short, or does not fit the model.
@@ -79,10 +86,14 @@ def measure(
         batch_size=batch_size,
         progress=lambda done, total: show("scoring" if done else "compiling", done),
     )
-    show("decoding", score.tokens)
-    speed = decode_speed(model, tokens)
+    speed = None
+    if decode:
+        show("decoding", score.tokens)
+        speed = decode_speed(model, tokens)
     share = 0.0
-    if model.quantization is not None and model.quantization.outliers is not None:
+    if model.quantization is not None and model.quantization.activations == "float":
+        share = 1.0
+    elif model.quantization is not None and model.quantization.outliers is not None:
         show("counting outliers", score.tokens)
         calls = perplexity.cut(tokens, window, batch_size)[:OUTLIER_CALLS]
         inputs = functools.partial(

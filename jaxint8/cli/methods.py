@@ -1,4 +1,4 @@
-"""The methods by name: two in floating point, and every int8 method that models knows.
+"""The methods by name: two in floating point, and every int8 scheme that the library knows.
 
 A method is a quantisation and a dtype of everything else. The surprising fact: most int8 methods
 share their weights and differ in how activations are treated, so a whole table needs few loads.
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from jaxint8.models.config import QUANTIZATIONS, QuantizationConfig
+from jaxint8.models.config import QUANTIZATIONS, QuantizationConfig, as_quantization
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Method:
         """Equal for methods that can share one set of parameters."""
         if self.quantization is None:
             return jnp.dtype(self.dtype)
-        return self.quantization.weights, self.quantization.lm_head
+        return *self.quantization.stored, self.quantization.lm_head
 
 
 METHODS: dict[str, Method] = {
@@ -35,19 +35,51 @@ METHODS: dict[str, Method] = {
 }
 
 
+# What `--methods=sweep` adds: each kind of rule over its range, and the choices that the paper left open.
+SWEEP = (
+    "weights_only",
+    "vectorwise",
+    *(f"llm_int8:{value}" for value in (2, 3, 4, 5, 6, 8, 12, 20)),
+    *(f"llm_int8:{value}:token" for value in (2, 3, 4, 5, 6, 8, 12, 20)),
+    *(f"relative:{value}" for value in (3, 4, 5, 6, 7, 8, 10, 14)),
+    *(f"topk:{k}" for k in (1, 2, 4, 8, 16, 32)),
+)
+GROUPS = {"all": tuple(METHODS), "sweep": SWEEP}
+HELP = (
+    f"Any of {', '.join(METHODS)}, with options as in llm_int8:4:token, relative:8:column:float, "
+    "topk:16, llm_int8:float_weights; or all; or sweep (thresholds of each rule)."
+)
+
+
+def method(name: str) -> Method:
+    """Returns what a name means; int8 methods may carry options (see `jaxint8.schemes.parse`).
+
+    Raises:
+      ValueError: a name or an option that is not known.
+    """
+    if name in METHODS:
+        return METHODS[name]
+    if name.partition(":")[0] not in QUANTIZATIONS:
+        raise ValueError(f"expected any of {', '.join(METHODS)} or all, got {name!r}")
+    return Method(as_quantization(name))
+
+
 def parse_methods(names: Iterable[str]) -> list[str]:
-    """Expands "all" and drops repetitions, keeping the order.
+    """Expands "all" and "sweep" and drops repetitions, keeping the order.
 
     Raises:
       ValueError: a name that is not known, or no name at all.
     """
     expanded: dict[str, None] = {}
     for name in names:
-        expanded.update(dict.fromkeys(METHODS if name == "all" else [name]))
-    if not expanded or any(name not in METHODS for name in expanded):
-        unknown = [name for name in expanded if name not in METHODS]
-        got = ", ".join(map(repr, unknown)) or "nothing"
-        raise ValueError(f"methods: expected any of {', '.join(METHODS)} or all, got {got}")
+        expanded.update(dict.fromkeys(GROUPS.get(name, (name,))))
+    if not expanded:
+        raise ValueError(f"methods: expected any of {', '.join(METHODS)} or all, got nothing")
+    for name in expanded:
+        try:
+            method(name)
+        except ValueError as error:
+            raise ValueError(f"methods: {error}") from None
     return list(expanded)
 
 
@@ -55,5 +87,5 @@ def by_weights(names: Iterable[str]) -> list[list[str]]:
     """Groups of methods that share their parameters, in order of first appearance."""
     groups: dict[Hashable, list[str]] = {}
     for name in names:
-        groups.setdefault(METHODS[name].weights, []).append(name)
+        groups.setdefault(method(name).weights, []).append(name)
     return list(groups.values())

@@ -1,7 +1,6 @@
 """The plots of an evaluation report. Importing this needs matplotlib (the extra `plot`).
 
-Figures are made without pyplot: no global state, no display, nothing to close. The surprising
-fact: the axis of the perplexity change is linear up to 1 % and logarithmic above, for a collapsed
+The surprising fact: the axis of the perplexity change is linear up to 1 % and logarithmic above, for a collapsed
 method may be a hundred times worse than a good one.
 """
 
@@ -11,12 +10,9 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from jaxint8.evaluation import sweep
 from jaxint8.evaluation.report import BASELINE, Report, Row, heading
-
-INK, MUTED, GRID, ACCENT = "#1f2933", "#9aa5b1", "#e4e7eb", "#0b6e99"
-# Okabe and Ito's colours, told apart by the colour-blind; the markers tell them apart in print.
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "h")
+from jaxint8.evaluation.style import ACCENT, COLOURS, INK, MARKERS, MUTED, plain
 
 
 def figures(report: Report) -> dict[str, Figure]:
@@ -26,7 +22,9 @@ def figures(report: Report) -> dict[str, Figure]:
     if not rows or baseline is None:
         return {}
     title = heading(report)
-    return {"quality.png": quality(rows, title), "speed.png": speed(rows, baseline, title)}
+    drawn = {"quality.png": quality(rows, title), "speed.png": speed(rows, baseline, title)}
+    swept = sweep.figure(rows, title)
+    return drawn if swept is None else {**drawn, "sweep.png": swept}
 
 
 def _comparable(row: Row) -> bool:
@@ -49,9 +47,8 @@ def quality(rows: Sequence[Row], title: str) -> Figure:
         axes.plot(values, places, "o", color=ACCENT, markersize=7)
         axes.axvline(0, color=INK, linewidth=0.8)
         axes.margins(x=0.25, y=0.1)
-        axes.grid(axis="x", color=GRID)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right", "left"]].set_visible(False)
+        plain(axes, "x")
+        axes.spines["left"].set_visible(False)
         axes.tick_params(axis="y", length=0)
     left.set_yticks(places, [row.method for row in rows])
     left.xaxis.set_major_formatter("{x:g}")
@@ -90,9 +87,7 @@ def speed(rows: Sequence[Row], baseline: Row, title: str) -> Figure:
             axes.set_yscale("log")
         axes.margins(y=0.15)
         axes.set_xlabel(f"{name}, tokens/s", color=INK)
-        axes.grid(color=GRID)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
+        plain(axes)
     all_axes[0].set_ylabel("mean abs(Δ log p) against float32, nats", color=INK)
     handles, labels = all_axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", frameon=False)

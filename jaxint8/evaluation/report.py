@@ -42,6 +42,26 @@ class Row:
 
 
 @dataclass(frozen=True)
+class TaskRow:
+    """One method on one zero-shot task; accuracies are fractions, with their standard errors."""
+
+    task: str
+    method: str
+    documents: int
+    acc: float
+    acc_stderr: float | None
+    acc_norm: float | None
+    """With log-probabilities divided by characters; None where lm-evaluation-harness has none."""
+    acc_norm_stderr: float | None
+    change: float | None
+    """The main figure (acc_norm if there is one) minus that of float32, on the same documents."""
+    change_stderr: float | None
+    """Of the paired difference: far below that of either accuracy."""
+    perplexity: float | None
+    """Per document; of LAMBADA only."""
+
+
+@dataclass(frozen=True)
 class Report:
     """What one run measured: model, text, how many tokens of it, where, and a row per method."""
 
@@ -49,6 +69,7 @@ class Report:
     text: str
     tokens: int
     rows: Sequence[Row]
+    tasks: Sequence[TaskRow] = ()
     environment: dict[str, Any] = field(default_factory=dict)
 
 
@@ -93,16 +114,14 @@ def write(report: Report, directory: str | Path) -> list[Path]:
 
 
 def to_json(report: Report) -> str:
-    """The report as JSON: model, text, tokens, environment, rows."""
+    """The report as JSON: model, text, tokens, environment, rows, and tasks if there are any."""
     content = {
         "model": report.model,
         "text": report.text,
         "tokens": report.tokens,
         "environment": report.environment,
-        "rows": [
-            {name: _finite_or_none(value) for name, value in dataclasses.asdict(row).items()}
-            for row in report.rows
-        ],
+        "rows": [_record(row) for row in report.rows],
+        **({"tasks": [_record(row) for row in report.tasks]} if report.tasks else {}),
     }
     return json.dumps(content, indent=2, allow_nan=False) + "\n"
 
@@ -120,14 +139,31 @@ COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
 """Header (may be two lines) and text of each column, in the report and on the terminal."""
 
 
+def _accuracy(value: float | None, stderr: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{100 * value:.2f}" + ("" if stderr is None else f" ± {100 * stderr:.2f}")
+
+
+def _change(row: TaskRow) -> str:
+    if row.change is None:
+        return "-"
+    return f"{100 * row.change:+.2f} ± {100 * (row.change_stderr or 0.0):.2f}"
+
+
+TASK_COLUMNS: tuple[tuple[str, Callable[[TaskRow], str]], ...] = (
+    ("task", lambda row: row.task),
+    ("method", lambda row: row.method),
+    ("documents", lambda row: f"{row.documents:,}"),
+    ("acc, %", lambda row: _accuracy(row.acc, row.acc_stderr)),
+    ("acc_norm, %", lambda row: _accuracy(row.acc_norm, row.acc_norm_stderr)),
+    ("against\nfloat32", _change),
+    ("perplexity", lambda row: _show(row.perplexity, lambda x: f"{x:.3f}")),
+)
+
+
 def to_markdown(report: Report, plots: Sequence[str] = ()) -> str:
     """The report as Markdown; `plots` are file names to show below the table."""
-    table = [[header.replace("\n", " ") for header, _ in COLUMNS]]
-    table += [[show(row) for _, show in COLUMNS] for row in report.rows]
-    widths = [max(len(line[i]) for line in table) for i in range(len(COLUMNS))]
-    lines = [_table_line(line, widths) for line in table]
-    rule = [("-" * w if i == 0 else "-" * (w - 1) + ":") for i, w in enumerate(widths)]
-    lines.insert(1, _table_line(rule, widths))
     facts = [
         f"- {name}: {value}" for name, value in report.environment.items() if name != "command"
     ]
@@ -137,9 +173,10 @@ def to_markdown(report: Report, plots: Sequence[str] = ()) -> str:
             f"# {heading(report)}",
             "",
             *([f"    {command}", ""] if command else []),
-            *lines,
-            "",
+            *(markdown_table(COLUMNS, report.rows) if report.rows else []),
+            *(markdown_table(TASK_COLUMNS, report.tasks) if report.tasks else []),
             *(f"![{name.removesuffix('.png')}]({name})\n" for name in plots),
+            *(_TASK_NOTES if report.tasks else []),
             "- change: perplexity against the float32 row. report.json gives it as a fraction.",
             "- mean abs Δ log p: mean of abs(log p - log p of the float32 row), nats.",
             "- prefill: the perplexity pass, without compilation. decode: greedy, one sequence.",
@@ -153,8 +190,28 @@ def to_markdown(report: Report, plots: Sequence[str] = ()) -> str:
     )
 
 
+_TASK_NOTES = (
+    "- acc, acc_norm: zero-shot accuracy by the rules of lm-evaluation-harness, ± standard error.",
+    "- against float32: of acc_norm where there is one, ± standard error of the paired difference.",
+)
+
+
+def markdown_table[R](
+    columns: Sequence[tuple[str, Callable[[R], str]]], rows: Sequence[R]
+) -> list[str]:
+    """The lines of a Markdown table and an empty one; its first column is on the left, the others on the right."""
+    table = [[header.replace("\n", " ") for header, _ in columns]]
+    table += [[show(row) for _, show in columns] for row in rows]
+    widths = [max(len(line[i]) for line in table) for i in range(len(columns))]
+    lines = [_table_line(line, widths) for line in table]
+    rule = [("-" * w if i == 0 else "-" * (w - 1) + ":") for i, w in enumerate(widths)]
+    return [lines[0], _table_line(rule, widths), *lines[1:], ""]
+
+
 def heading(report: Report) -> str:
     """One line that says what the figures are of."""
+    if not report.rows:
+        return f"model {report.model}, {len({row.task for row in report.tasks})} zero-shot tasks"
     return f"model {report.model}, text {report.text}, {report.tokens:,} tokens"
 
 
@@ -177,6 +234,10 @@ def _table_line(cells: Sequence[str], widths: Sequence[int]) -> str:
 
 def _show(value: float | None, how: Callable[[float], str]) -> str:
     return "-" if value is None else how(value)
+
+
+def _record(row: Row | TaskRow) -> dict[str, Any]:
+    return {name: _finite_or_none(value) for name, value in dataclasses.asdict(row).items()}
 
 
 def _finite_or_none(value: Any) -> Any:

@@ -12,7 +12,7 @@ from matplotlib.ticker import NullFormatter
 
 from jaxint8.evaluation.benchmark.layers import OFF, OURS
 from jaxint8.evaluation.benchmark.results import Group, Line
-from jaxint8.evaluation.plots import COLOURS, GRID, INK, MARKERS, MUTED
+from jaxint8.evaluation.style import COLOURS, GRID, INK, MARKERS, MUTED
 
 
 def figures(groups: Sequence[Group]) -> dict[str, Figure]:
