@@ -14,6 +14,7 @@ from jax.typing import DTypeLike
 
 from jaxint8.linear import Implementation, int8_linear
 from jaxint8.outliers import OutlierRule
+from jaxint8.partition import Partition
 from jaxint8.quantize import Arithmetic, QuantizedMatrix
 
 COLLECTION = "quant"
@@ -32,6 +33,7 @@ class Dense8bit(nn.Module):
       param_dtype: dtype of the bias.
       implementation: "cuda", "cpu", "xla", "reference", or None for the best that exists.
       kernel_axes: logical partition names of the codes [n, k] (output channels first); None: no metadata.
+      partition: how x and the layer lie on a mesh, under jit with automatic axes; see `jaxint8.int8_linear`.
       bias_init: initialiser of the bias.
     """
 
@@ -43,6 +45,7 @@ class Dense8bit(nn.Module):
     param_dtype: DTypeLike = jnp.float32
     implementation: Implementation | None = None
     kernel_axes: tuple[str | None, str | None] | None = None
+    partition: Partition | None = None
     bias_init: Callable[..., jax.Array] = nn.initializers.zeros_init()
 
     @nn.compact
@@ -66,6 +69,7 @@ class Dense8bit(nn.Module):
             outliers=self.outliers,
             outlier_arithmetic=self.outlier_arithmetic,
             implementation=self.implementation,
+            partition=self.partition,
         )
 
     def _quant(self, name: str, init: Callable[[], jax.Array], names: Names | None) -> jax.Array:

@@ -11,6 +11,7 @@ from jax.typing import DTypeLike
 
 from jaxint8.linear import Implementation, int8_linear
 from jaxint8.outliers import OutlierRule
+from jaxint8.partition import Partition
 from jaxint8.quantize import Arithmetic, QuantizedMatrix, quantize
 
 
@@ -38,6 +39,7 @@ class Dense8bit(nnx.Module):
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
         implementation: Implementation | None = None,
+        partition: Partition | None = None,
         rngs: nnx.Rngs,
     ) -> None:
         """Makes a layer of zeros.
@@ -51,6 +53,7 @@ class Dense8bit(nnx.Module):
           dtype: dtype of the computation and output; None keeps that of the input.
           param_dtype: dtype of the bias.
           implementation: "cuda", "cpu", "xla", "reference", or None for the best that exists.
+          partition: how x and the layer lie on a mesh, under jit with automatic axes; see `jaxint8.int8_linear`.
           rngs: accepted like any NNX layer's; nothing is drawn from it.
         """
         del rngs
@@ -60,6 +63,7 @@ class Dense8bit(nnx.Module):
         self.outlier_arithmetic: Arithmetic | None = outlier_arithmetic
         self.dtype = dtype
         self.implementation: Implementation | None = implementation
+        self.partition = partition
         self.codes = Quantized(jnp.zeros((out_features, in_features), jnp.int8))
         self.scale = Quantized(jnp.ones((out_features,), jnp.float32))
         self.bias = nnx.Param(jnp.zeros((out_features,), param_dtype)) if use_bias else None
@@ -75,6 +79,7 @@ class Dense8bit(nnx.Module):
             outliers=self.outliers,
             outlier_arithmetic=self.outlier_arithmetic,
             implementation=self.implementation,
+            partition=self.partition,
         )
 
     @classmethod

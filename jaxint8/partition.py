@@ -12,6 +12,8 @@ from typing import Any
 
 import jax
 import jax.core
+import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -175,6 +177,13 @@ def partition_of(x: jax.Array, codes: jax.Array) -> Partition | None:
     if not taken and not any(rows):
         return None
     return Partition(at.mesh, P(*(names or None for names in rows)), k or None, n or None)
+
+
+def to_host(array: jax.Array) -> np.ndarray:
+    """Returns all of an array; of one that other processes hold parts of, every process must ask."""
+    if array.is_fully_addressable or array.is_fully_replicated:
+        return np.asarray(array)
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
 
 
 def _sharding(array: Any) -> NamedSharding | None:

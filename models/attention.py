@@ -114,14 +114,13 @@ def alibi_slopes(heads: int) -> np.ndarray:
     return np.concatenate([slopes, between]).astype(np.float32)
 
 
-def alibi_bias(heads: int, positions: jax.Array) -> jax.Array:
+def alibi_bias(slopes: jax.Array, positions: jax.Array) -> jax.Array:
     """Returns the bias of each slot, float32[b, heads, 1, s], for the slots' positions int32[b, s].
 
     The bias that a query sees falls with its distance from a slot; that is a rise with the slot's
     position, less what all slots of a query share, which a softmax does not see.
     """
-    slopes = jnp.asarray(alibi_slopes(heads))[None, :, None, None]
-    return slopes * positions[:, None, None].astype(jnp.float32)
+    return slopes[None, :, None, None] * positions[:, None, None].astype(jnp.float32)
 
 
 def rope_frequencies(config: DecoderConfig) -> np.ndarray:

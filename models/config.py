@@ -134,11 +134,15 @@ class QuantizationConfig(Scheme):
     # Precision of the product that makes logits. "int8" keeps the float matrix as well: the largest
     # logits are computed from it once more where they choose the next token (see head.py).
     lm_head: Literal["float", "int8"] = "float"
+    # On a mesh, how layers split along their inputs add up: "exact" with the bits of one device, or
+    # "fast" (see jaxint8.int8_linear).
+    reduction: Literal["exact", "fast"] = "exact"
 
     def __post_init__(self) -> None:
         """Checks the choices, and turns a number into the rule that it means."""
         super().__post_init__()
         self._one_of("lm_head", "float", "int8")
+        self._one_of("reduction", "exact", "fast")
 
     @classmethod
     def of(cls, scheme: Scheme) -> QuantizationConfig:

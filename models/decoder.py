@@ -28,8 +28,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxint8 import QuantizedMatrix
+from jaxint8.linear import local_linear
 from jaxint8.models.attention import (
     alibi_bias,
+    alibi_slopes,
     attend,
     attend_one,
     rope_tables,
@@ -39,6 +41,9 @@ from jaxint8.models.attention import (
 from jaxint8.models.cache import KVCache
 from jaxint8.models.config import DecoderConfig, QuantizationConfig
 from jaxint8.models.head import rescore
+from jaxint8.models.placement import Placement
+from jaxint8.models.split import ALONE, Split
+from jaxint8.outliers import as_rule
 from jaxint8.scheme_linear import SchemeMatrix, scheme_linear
 
 Params = Mapping[str, Any]
@@ -58,6 +63,7 @@ def forward(
     cache: KVCache | None = None,
     *,
     quantization: QuantizationConfig | None = None,
+    placement: Placement | None = None,
     last_only: bool = False,
     seen: list[dict[str, jax.Array]] | None = None,
 ) -> tuple[jax.Array, KVCache | None]:
@@ -71,22 +77,76 @@ def forward(
             that follow those it holds (left padding included, see `KVCache`).
         cache: keys and values of the tokens before; must have room for t more.
         quantization: how `QuantizedMatrix` weights are carried out; static under jit.
+        placement: where the parameters lie on a mesh, and then tokens and cache too: b must be a
+            multiple of its "data" axis; static under jit.
         last_only: whether only the last token's logits are wanted, to choose the next by: then an
             int8 head's largest logits are exact (see `rescore`); else they all are int8.
-        seen: if a list, what enters the linear layers is appended, a dict by name for each layer.
+        seen: if a list, what enters the linear layers is appended, a dict by name for each layer;
+            with a placement, columns of padding included.
 
     Returns:
         Logits float32[b, t or 1, vocab], and the cache with the t tokens added (None without one).
+        With a placement all t logits of a token have columns of padding (see ``whole_logits``).
 
     """
-    x = jnp.take(params["embedding"], tokens, axis=0, mode="clip")
+    if placement is None:
+        return _forward(
+            config, params, tokens, cache, quantization=quantization, last_only=last_only, seen=seen
+        )
+    split = placement.split
+    config = dataclasses.replace(placement.local, end_tokens=config.end_tokens)
+
+    def device(
+        params: Params, tokens: jax.Array, cache: KVCache | None
+    ) -> tuple[jax.Array, KVCache | None, list[dict[str, jax.Array]] | None]:
+        inputs = None if seen is None else []
+        logits, cache = _forward(
+            config,
+            params,
+            tokens,
+            cache,
+            quantization=quantization,
+            last_only=last_only,
+            seen=inputs,
+            split=split,
+        )
+        return logits, cache, inputs
+
+    rows = placement.rows_spec
+    caches = None if cache is None else placement.cache_specs(cache)
+    layers = None if seen is None else [placement.input_specs] * config.layers
+    run = jax.shard_map(
+        device,
+        mesh=placement.mesh,
+        in_specs=(placement.param_specs(params), rows, caches),
+        out_specs=(rows if last_only else placement.logits_spec, caches, layers),
+    )
+    logits, cache, inputs = run(params, tokens, cache)
+    if seen is not None and inputs is not None:
+        seen.extend(inputs)
+    return logits, cache
+
+
+def _forward(
+    config: DecoderConfig,
+    params: Params,
+    tokens: jax.Array,
+    cache: KVCache | None,
+    *,
+    quantization: QuantizationConfig | None,
+    last_only: bool,
+    seen: list[dict[str, jax.Array]] | None = None,
+    split: Split = ALONE,
+) -> tuple[jax.Array, KVCache | None]:
+    """What one device does in `forward`; ``split`` says what it does together with others."""
+    x = split.take(params["embedding"], tokens)
     # Float32 means float32, also where a matrix unit would rather round its inputs.
     precision = "highest" if x.dtype == jnp.float32 else None
     with jax.default_matmul_precision(precision):
-        at = _place(config, params, tokens, cache)
+        at = _place(config, params, tokens, cache, split)
         x = at.only_tokens(x)
         if "project_in" in params:
-            x = _linear(x, params["project_in"], quantization)
+            x = _linear(x, params["project_in"], quantization, split)
         if config.positions == "learned":
             x += jnp.take(
                 params["positions"], at.positions + config.position_offset, axis=0, mode="clip"
@@ -110,11 +170,11 @@ def forward(
         if last_only:
             x = x[:, -1:]
         if "project_out" in params:
-            x = _linear(x, params["project_out"], quantization)
+            x = _linear(x, params["project_out"], quantization, split)
         if cache is not None:
             length = cache.length + tokens.shape[1]
             cache = dataclasses.replace(cache, keys=keys, values=values, length=length)
-        return _logits(config, params, x, quantization, exact_best=last_only), cache
+        return _logits(config, params, x, quantization, last_only, split), cache
 
 
 @jax.tree_util.register_dataclass
@@ -134,6 +194,7 @@ class _Place:
     bias: jax.Array | None
     # bool[b, t, 1], False for padding; None when there is none.
     valid: jax.Array | None
+    split: Split = dataclasses.field(metadata={"static": True})
 
     def only_tokens(self, x: jax.Array) -> jax.Array:
         """Puts zeros in the rows of padding.
@@ -145,7 +206,7 @@ class _Place:
 
 
 def _place(
-    config: DecoderConfig, params: Params, tokens: jax.Array, cache: KVCache | None
+    config: DecoderConfig, params: Params, tokens: jax.Array, cache: KVCache | None, split: Split
 ) -> _Place:
     b, t = tokens.shape
     offsets = jax.lax.broadcasted_iota(jnp.int32, (b, t), 1)
@@ -163,8 +224,10 @@ def _place(
         valid = (slots >= start)[:, :, None] if t > 1 else None
     factors = params.get("rope_factors")
     rope = rope_tables(config, positions, factors) if config.positions == "rope" else None
-    bias = alibi_bias(config.heads, seen) if config.positions == "alibi" else None
-    return _Place(slot, positions, mask, rope, bias, valid)
+    bias = None
+    if config.positions == "alibi":
+        bias = alibi_bias(split.of_heads(alibi_slopes, config.heads), seen)
+    return _Place(slot, positions, mask, rope, bias, valid, split)
 
 
 def _layer(
@@ -223,7 +286,7 @@ def _attention(
     """Self-attention of x[b, t, hidden] to itself, or to a cache that it is first added to."""
     b, t, _ = x.shape
     # Heads of q, then those of k, then those of v.
-    fused = _linear(x, layer["qkv"], quantization).reshape(b, t, -1, config.head_dim)
+    fused = _linear(x, layer["qkv"], quantization, at.split).reshape(b, t, -1, config.head_dim)
     turning = config.heads + config.kv_heads
     turned = fused[:, :, :turning]
     if at.rope is not None:
@@ -240,7 +303,7 @@ def _attention(
         key, value = jnp.transpose(stored[0], (0, 3, 1, 2)), jnp.swapaxes(stored[1], 1, 2)
         y = attend(query, key, value, at.mask, at.bias)
     y = at.only_tokens(y.reshape(b, t, config.query_size))
-    return _linear(y, layer["out"], quantization), stored
+    return _linear(y, layer["out"], quantization, at.split, "out"), stored
 
 
 def _mlp(
@@ -250,11 +313,12 @@ def _mlp(
     at: _Place,
     quantization: QuantizationConfig | None,
 ) -> jax.Array:
-    y = _linear(x, layer["up"], quantization).astype(jnp.float32)
+    y = _linear(x, layer["up"], quantization, at.split).astype(jnp.float32)
     activation = _ACTIVATIONS[config.activation]
     gate = activation(y[..., : config.mlp_size])
     y = gate * y[..., config.mlp_size :] if config.gated else gate
-    return _linear(at.only_tokens(y.astype(x.dtype)), layer["down"], quantization)
+    y = at.only_tokens(y.astype(x.dtype))
+    return _linear(y, layer["down"], quantization, at.split, "down")
 
 
 def _logits(
@@ -262,27 +326,55 @@ def _logits(
     params: Params,
     x: jax.Array,
     quantization: QuantizationConfig | None,
-    exact_best: bool,
+    last_only: bool,
+    split: Split,
 ) -> jax.Array:
-    """Logits float32[b, t, vocab] of x[b, t, embedding_size]."""
+    """Logits float32[b, t, vocab] of x[b, t, embedding_size]; the last one's are exact at the top."""
     table = params["embedding"] if config.tied_embeddings else params["lm_head"]["weight"]
-    if "int8_head" not in params:
-        return _product(x, table)
-    # In float32, for in bfloat16 the best logits would often be equal.
-    logits = _linear(x.astype(jnp.float32), params["int8_head"], quantization)
-    return rescore(logits, x, table) if exact_best else logits
+    if "int8_head" in params:
+        # In float32, for in bfloat16 the best logits would often be equal.
+        logits = _linear(x.astype(jnp.float32), params["int8_head"], quantization, split)
+    else:
+        logits = _product(x, table)
+    if not last_only:
+        return logits
+    logits = split.whole_vocabulary(logits)
+    take = functools.partial(split.take, table)
+    return rescore(logits, x, take) if "int8_head" in params else logits
 
 
-def _linear(x: jax.Array, layer: Params, quantization: QuantizationConfig | None) -> jax.Array:
-    """x[..., k] times a weight [n, k] of either kind, plus its bias if any; x.dtype[..., n]."""
+def _linear(
+    x: jax.Array,
+    layer: Params,
+    quantization: QuantizationConfig | None,
+    split: Split,
+    module: str | None = None,
+) -> jax.Array:
+    """x[..., k] times a weight [n, k] of either kind, plus its bias if any; x.dtype[..., n].
+
+    Modules with a name are those that many devices split along k (see `Split`).
+    """
     if "tap" in layer:  # see observe.py
         layer["tap"](x)
     weight, bias = layer["weight"], layer.get("bias")
     bias = None if bias is None else bias.astype(jnp.float32)
     if isinstance(weight, QuantizedMatrix | SchemeMatrix):
         how = quantization or QuantizationConfig()
+        if split:
+            assert isinstance(weight, QuantizedMatrix)  # others are refused when loading
+            return local_linear(
+                x,
+                weight.codes,
+                weight.scale,
+                bias,
+                rule=as_rule(how.outliers),
+                arithmetic=how.outlier_arithmetic or "int15",
+                implementation=how.implementation,
+                shards=split.shards(module),
+                reduction=how.reduction,
+            )
         return scheme_linear(x, weight, bias, scheme=how, implementation=how.implementation)
-    y = _product(x, weight)
+    y = split.sum(_product(x, weight), module)
     y = y if bias is None else y + bias[None, None]
     return y.astype(x.dtype)
 

@@ -20,6 +20,7 @@ import numpy as np
 from jaxint8.models.cache import KVCache, capacity_for, grow_cache, init_cache
 from jaxint8.models.config import DecoderConfig, QuantizationConfig
 from jaxint8.models.decoder import Params, forward
+from jaxint8.models.placement import Placement
 from jaxint8.models.sampling import Draw, Sampling, next_tokens
 
 # Steps that one call of the jitted loop makes at most: enough that calling it costs nothing beside
@@ -44,7 +45,7 @@ class _State:
     keys: jax.Array
 
 
-_STATIC = ("config", "quantization", "capacity")
+_STATIC = ("config", "quantization", "placement", "capacity")
 
 
 @functools.partial(jax.jit, static_argnames=_STATIC)
@@ -57,21 +58,34 @@ def _prefill(
     *,
     config: DecoderConfig,
     quantization: QuantizationConfig | None,
+    placement: Placement | None,
     capacity: int,
 ) -> _State:
-    """Runs left-padded prompts int32[b, t] and draws the first token of each row."""
-    cache = init_cache(config, tokens.shape[1], start, params["embedding"].dtype)
+    """Runs left-padded prompts int32[b, t] and draws the first token of each row.
+
+    With a placement, keys are the data of keys: arrays of plain numbers go from host to any mesh.
+    """
+    keys = keys if placement is None else jax.random.wrap_key_data(keys)
+    held = config if placement is None else placement.cache_config
+    cache = init_cache(held, tokens.shape[1], start, params["embedding"].dtype)
     logits, cache = forward(
-        config, params, tokens, cache, quantization=quantization, last_only=True
+        config,
+        params,
+        tokens,
+        cache,
+        quantization=quantization,
+        placement=placement,
+        last_only=True,
     )
     step = jnp.zeros((), jnp.int32)
     token = next_tokens(logits[:, 0], draw, keys, step)
+    token = token if placement is None else placement.everywhere(token)
     return _State(
         grow_cache(cache, capacity), token, _is_end(token, config), step + jnp.int32(1), keys
     )
 
 
-@functools.partial(jax.jit, static_argnames=_STATIC[:2], donate_argnames="state")
+@functools.partial(jax.jit, static_argnames=_STATIC[:3], donate_argnames="state")
 def _decode(
     params: Params,
     state: _State,
@@ -80,6 +94,7 @@ def _decode(
     *,
     config: DecoderConfig,
     quantization: QuantizationConfig | None,
+    placement: Placement | None,
 ) -> tuple[_State, jax.Array]:
     """Makes up to ``steps`` (at most CHUNK) tokens more; stops early once every row has ended.
 
@@ -102,9 +117,11 @@ def _decode(
             state.token[:, None],
             state.cache,
             quantization=quantization,
+            placement=placement,
             last_only=True,
         )
         token = next_tokens(logits[:, 0], draw, state.keys, state.step)
+        token = token if placement is None else placement.everywhere(token)
         made = jax.lax.dynamic_update_slice(made, token[:, None], (0, state.step - first))
         done = state.done | _is_end(token, config)
         step = state.step + jnp.int32(1)
@@ -153,6 +170,7 @@ def stream_tokens(
     max_new_tokens: int,
     *,
     quantization: QuantizationConfig | None = None,
+    placement: Placement | None = None,
     sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
     seed: int = 0,
     chunk: int = 8,
@@ -165,6 +183,7 @@ def stream_tokens(
         prompts: token ids of each row; lengths may differ.
         max_new_tokens: most tokens to add to a row.
         quantization: how int8 weights are carried out.
+        placement: where the parameters lie on a mesh; None on one device.
         sampling: greedy by default.
         seed: of the rows' keys.
         chunk: steps between two hand-outs, 1 to CHUNK.
@@ -183,13 +202,20 @@ def stream_tokens(
         return
     tokens, start = _left_pad(prompts)
     total = tokens.shape[1] + max_new_tokens
-    how: dict[str, Any] = {"config": config, "quantization": quantization}
+    how: dict[str, Any] = {
+        "config": config,
+        "quantization": quantization,
+        "placement": placement,
+    }
     draw = Draw.of(sampling)
     capacity = capacity_for(tokens.shape[1] + 1)
     keys = row_keys(prompts, seed)
+    if placement is not None:
+        tokens, start = placement.fill_rows(tokens), placement.fill_rows(start)
+        keys = placement.fill_rows(np.asarray(jax.random.key_data(keys)))
     state = _prefill(params, tokens, start, draw, keys, capacity=capacity, **how)
     ended = [False] * len(prompts)
-    yield _until_end(config, ended, np.asarray(state.token)[:, None])
+    yield _until_end(config, ended, np.asarray(state.token)[: len(prompts), None])
     made = 1
     while made < max_new_tokens and not all(ended):
         # The cache holds all but the last token drawn.
@@ -201,7 +227,7 @@ def stream_tokens(
         state, new = _decode(params, state, jnp.int32(steps), draw, **how)
         count = int(state.step) - made
         made += count
-        yield _until_end(config, ended, np.asarray(new[:, :count]))
+        yield _until_end(config, ended, np.asarray(new)[: len(prompts), :count])
 
 
 def generate_tokens(
@@ -211,6 +237,7 @@ def generate_tokens(
     max_new_tokens: int,
     *,
     quantization: QuantizationConfig | None = None,
+    placement: Placement | None = None,
     sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
     seed: int = 0,
 ) -> list[list[int]]:
@@ -227,6 +254,7 @@ def generate_tokens(
         prompts,
         max_new_tokens,
         quantization=quantization,
+        placement=placement,
         sampling=sampling,
         seed=seed,
         chunk=CHUNK,
@@ -265,14 +293,14 @@ def check_tokens(config: DecoderConfig, tokens: np.ndarray, name: str) -> None:
         )
 
 
-def _left_pad(prompts: list[list[int]]) -> tuple[jax.Array, jax.Array]:
+def _left_pad(prompts: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
     """Returns int32[b, t] with the prompts at the right, and int32[b], the padding of each."""
     length = padded_length(max(map(len, prompts)))
     tokens = np.zeros((len(prompts), length), np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):
         row[length - len(prompt) :] = prompt
     start = np.array([length - len(prompt) for prompt in prompts], np.int32)
-    return jnp.asarray(tokens), jnp.asarray(start)
+    return tokens, start
 
 
 def _until_end(config: DecoderConfig, ended: list[bool], new: np.ndarray) -> list[list[int]]:

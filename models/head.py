@@ -7,6 +7,8 @@ logit by a few percent of their spread, and 64 exact products cost less than fin
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
@@ -15,7 +17,7 @@ import jax.numpy as jnp
 CANDIDATES = 64
 
 
-def rescore(logits: jax.Array, x: jax.Array, table: jax.Array) -> jax.Array:
+def rescore(logits: jax.Array, x: jax.Array, take: Callable[[jax.Array], jax.Array]) -> jax.Array:
     """Puts the exact logits in the place of the largest approximate ones.
 
     The others keep their approximations, but never above the least exact one: so the candidates
@@ -30,7 +32,7 @@ def rescore(logits: jax.Array, x: jax.Array, table: jax.Array) -> jax.Array:
     Args:
         logits: float32[b, t, vocab], approximate.
         x: float[b, t, k], what enters the head.
-        table: float[vocab, k], the head.
+        take: from tokens int32[...] to their rows of the head, float[..., k].
 
     Returns:
         float32[b, t, vocab].
@@ -38,7 +40,7 @@ def rescore(logits: jax.Array, x: jax.Array, table: jax.Array) -> jax.Array:
     """
     count = min(CANDIDATES, logits.shape[-1])
     _, tokens = jax.lax.top_k(logits, count)
-    rows = jnp.take(table, tokens, axis=0, mode="clip")
+    rows = take(tokens)
     # x[b, t, k] times rows[b, t, count, k]
     batch = ((2,), (3,)), ((0, 1), (0, 1))
     exact = jax.lax.dot_general(x, rows, batch, preferred_element_type=jnp.float32)

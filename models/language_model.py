@@ -20,6 +20,7 @@ from jaxint8.models import saving
 from jaxint8.models.config import DecoderConfig, QuantizationConfig
 from jaxint8.models.decoder import Params, forward
 from jaxint8.models.generate import check_tokens, generate_tokens, stream_tokens
+from jaxint8.models.placement import Placement
 from jaxint8.models.sampling import Sampling
 from jaxint8.models.tokenizer import Tokenizer
 
@@ -32,6 +33,7 @@ class LanguageModel:
         params: the tree of parameters (see ``decoder.py``).
         quantization: how int8 weights are carried out; None when all are float.
         tokenizer: between text and token ids; None when the checkpoint had none.
+        placement: where the parameters lie on a mesh; None on one device.
 
     """
 
@@ -42,12 +44,14 @@ class LanguageModel:
         *,
         tokenizer: Tokenizer | None = None,
         quantization: QuantizationConfig | None = None,
+        placement: Placement | None = None,
     ) -> None:
         """Takes the parts as they are; nothing is copied or moved."""
         self.config = config
         self.params = params
         self.quantization = quantization
         self.tokenizer = tokenizer
+        self.placement = placement
 
     def __repr__(self) -> str:
         """Returns family, size and method."""
@@ -79,12 +83,25 @@ class LanguageModel:
                 f"tokens: {array.shape[1]} per row exceed the model's {self.config.max_positions} "
                 "positions"
             )
-        return _logits(
+        count = len(array)
+        if self.placement is not None and count:
+            array = self.placement.fill_rows(array)
+        logits = _logits(
             self.params,
-            jnp.asarray(array, jnp.int32),
+            array.astype(np.int32),
             config=self.config,
             quantization=self.quantization,
+            placement=self.placement,
         )
+        return logits if len(array) == count else logits[:count]
+
+    def temporary_bytes(self, b: int, t: int) -> int:
+        """Returns the bytes that one device needs beside parameters and logits, to compute `logits` of [b, t]."""
+        how = {"config": self.config, "quantization": self.quantization}
+        tokens = np.zeros((b, t), np.int32)
+        lowered = _logits.lower(self.params, tokens, **how, placement=self.placement)
+        analysis = lowered.compile().memory_analysis()
+        return analysis.temp_size_in_bytes if analysis is not None else 0
 
     def generate(
         self,
@@ -124,6 +141,7 @@ class LanguageModel:
             [tokenizer.encode(prompt) for prompt in prompts],
             max_new_tokens,
             quantization=self.quantization,
+            placement=self.placement,
             sampling=Sampling(temperature, top_k, top_p),
             seed=seed,
         )
@@ -148,6 +166,7 @@ class LanguageModel:
             [tokenizer.encode(prompt)],
             max_new_tokens,
             quantization=self.quantization,
+            placement=self.placement,
             sampling=sampling,
             **options,
         )
@@ -157,10 +176,22 @@ class LanguageModel:
         """Writes the model as a Hugging Face directory; see ``saving.py``.
 
         `load` gives the same parameters back, and so can read what was int8 without its float
-        weights.
+        weights. From a mesh, all parameters come to the host on the way.
+
+        Raises:
+            ValueError: the architecture has no form as a config.json, or parameters are with other
+                processes.
 
         """
-        saving.save(self, directory)
+        model = self
+        if self.placement is not None:
+            model = LanguageModel(
+                self.config,
+                self.placement.on_host(self.params),
+                tokenizer=self.tokenizer,
+                quantization=self.quantization,
+            )
+        saving.save(model, directory)
 
     def _tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
@@ -168,12 +199,15 @@ class LanguageModel:
         return self.tokenizer
 
 
-@functools.partial(jax.jit, static_argnames=("config", "quantization"))
+@functools.partial(jax.jit, static_argnames=("config", "quantization", "placement"))
 def _logits(
     params: Params,
-    tokens: jax.Array,
+    tokens: ArrayLike,
     *,
     config: DecoderConfig,
     quantization: QuantizationConfig | None,
+    placement: Placement | None,
 ) -> jax.Array:
-    return forward(config, params, tokens, quantization=quantization)[0]
+    tokens = jnp.asarray(tokens)
+    logits, _ = forward(config, params, tokens, quantization=quantization, placement=placement)
+    return logits if placement is None else placement.whole_logits(logits)

@@ -9,6 +9,7 @@ without a prefix, with its tied head once or twice, with buffers that nobody rea
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import os
 import re
@@ -21,13 +22,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from jaxint8 import download
+from jaxint8 import QuantizedMatrix, download
 from jaxint8.checkpoint import CheckpointError, TensorReader, bitsandbytes, open_checkpoint
 from jaxint8.models import families, reading
 from jaxint8.models.config import DecoderConfig, QuantizationConfig, as_quantization
 from jaxint8.models.families import Family, Part, Source, WeightMap
 from jaxint8.models.families.base import end_tokens
 from jaxint8.models.language_model import LanguageModel
+from jaxint8.models.placement import Placement
 from jaxint8.models.tokenizer import TOKENIZER_FILES, Tokenizer, read_json
 
 # Methods of the evaluation that leave the weights float, in that precision.
@@ -60,28 +62,35 @@ def load(
         dtype: of the float weights and of activations: float32 or bfloat16. None is bfloat16 on
             accelerators and float32 on a CPU, where bfloat16 is slower. Norms and biases are always
             float32.
-        mesh: must be None; see Raises.
+        mesh: the devices to put it on, with axes "data" and "model" (or one of them); None is the
+            default device. Sequences are split over "data", weights over "model"; each process reads
+            and converts what its own devices hold, tensor by tensor (of layers split along their
+            inputs it reads whole rows, whose scales it needs).
 
     Raises:
         CheckpointError: the files are missing, broken or do not fit together; a weight is not
             finite; the tokenizer is of an unknown kind. One line that names the file.
         ValueError, TypeError: an argument cannot be, or the architecture is not known.
         DownloadError: the demo model is not cached and cannot be fetched.
-        NotImplementedError: a mesh was given.
 
     """
-    if mesh is not None:
-        raise NotImplementedError("mesh: loading onto several devices is not implemented yet")
     if isinstance(quantization, str) and quantization in FLOAT_METHODS:
         quantization, dtype = None, dtype or quantization
     method = as_quantization(quantization)
     chosen = _dtype(dtype)
     checkpoint = describe(source)
+    placement = None if mesh is None else Placement(checkpoint.config, mesh)
+    if placement is not None and method is not None and not method.native:
+        raise ValueError("quantization: this scheme runs on one device only, without a mesh")
     check(checkpoint)
-    params = _read(checkpoint, method, chosen)
+    params = _read(checkpoint, method, chosen, placement)
     checkpoint.reader.close()
     return LanguageModel(
-        checkpoint.config, params, tokenizer=checkpoint.tokenizer, quantization=method
+        checkpoint.config,
+        params,
+        tokenizer=checkpoint.tokenizer,
+        quantization=method,
+        placement=placement,
     )
 
 
@@ -277,7 +286,10 @@ def _some(names: list[str]) -> str:
 
 
 def _read(
-    checkpoint: Checkpoint, method: QuantizationConfig | None, dtype: np.dtype[Any]
+    checkpoint: Checkpoint,
+    method: QuantizationConfig | None,
+    dtype: np.dtype[Any],
+    placement: Placement | None,
 ) -> dict[str, Any]:
     """Returns the tree of parameters."""
     sources = checkpoint.sources
@@ -286,17 +298,46 @@ def _read(
     params: dict[str, Any] = {"layers": [{} for _ in range(checkpoint.config.layers)]}
     with reading.Pool(sum(math.prod(source.shape) for source in sources.values())) as pool:
         for path, source in sources.items():
+            targets = _targets(path, source, placement)
+            held, pick = list(targets.values()), functools.partial(zip, targets, strict=True)
             if method is not None and source.kind == "linear":
-                value = reading.linear_matrix(checkpoint.reader, source, pool, method)
+                if (method.numbers, method.outlier_weights) == ("absmax", "int8"):
+                    per_tensor = method.weights == "tensor"
+                    made = reading.int8_matrices(checkpoint.reader, source, held, pool, per_tensor)
+                    matrices, scales = zip(*made, strict=True)
+                    value: Any = QuantizedMatrix(
+                        _put((*path, "codes"), dict(pick(matrices)), placement),
+                        _put((*path, "scale"), dict(pick(scales)), placement),
+                    )
+                else:
+                    value = reading.scheme_matrix(checkpoint.reader, source, pool, method)
             else:
                 kept = np.dtype(np.float32) if source.kind == "vector" else dtype
-                value = reading.float_array(checkpoint.reader, source, pool, kept)
+                arrays = reading.float_arrays(checkpoint.reader, source, held, pool, kept)
+                value = _put(path, dict(pick(arrays)), placement)
             node: Any = params
             for key in path[:-1]:
                 node = node[key] if isinstance(key, int) else node.setdefault(key, {})
             # Waiting keeps at most one host copy alive beside what a device has.
-            node[path[-1]] = jax.block_until_ready(jax.device_put(value))
+            node[path[-1]] = jax.block_until_ready(value)
     return params
+
+
+def _targets(
+    path: families.Path, source: Source, placement: Placement | None
+) -> dict[int, reading.Target]:
+    """What is to be made of a parameter, by place along "model"; one target if all hold the same."""
+    axis = None if placement is None else placement.axis(path)
+    if placement is None or axis is None:
+        return {0: reading.whole(source)}
+    shape = placement.size(path, source.shape)
+    return {at: reading.Target(shape, placement.pieces(path, at), axis) for at in placement.held}
+
+
+def _put(
+    path: families.Path, shards: dict[int, np.ndarray], placement: Placement | None
+) -> jax.Array:
+    return jax.device_put(shards[0]) if placement is None else placement.put(path, shards)
 
 
 def _with_int8_head(sources: WeightMap, config: DecoderConfig) -> WeightMap:

@@ -10,9 +10,11 @@ from __future__ import annotations
 import functools
 
 import jax
+import numpy as np
 
 from jaxint8.models.config import DecoderConfig, QuantizationConfig
 from jaxint8.models.decoder import Params, forward
+from jaxint8.models.placement import Placement
 
 
 def linear_inputs(
@@ -21,6 +23,7 @@ def linear_inputs(
     tokens: jax.Array,
     *,
     quantization: QuantizationConfig | None = None,
+    placement: Placement | None = None,
 ) -> dict[str, jax.Array]:
     """Returns what enters each linear layer, x.dtype[b, t, k] by the layer's place in the tree.
 
@@ -32,8 +35,13 @@ def linear_inputs(
         params: its parameters, float or int8.
         tokens: int32[b, t], whole rows from position 0.
         quantization: how int8 weights are carried out.
+        placement: where the parameters lie on a mesh; None on one device. Then the whole pass is one
+            compiled call.
 
     """
+    if placement is not None:
+        filled = placement.fill_rows(np.asarray(tokens))
+        return _on_mesh(params, filled, len(tokens), config, quantization, placement)
     found: dict[str, jax.Array] = {}
     bridges = {
         name: {**params[name], "tap": functools.partial(found.__setitem__, name)}
@@ -45,3 +53,21 @@ def linear_inputs(
     for index, inputs in enumerate(seen):
         found.update({f"layers.{index}.{name}": x for name, x in inputs.items()})
     return found
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3, 4, 5))
+def _on_mesh(
+    params: Params,
+    tokens: jax.Array,
+    count: int,
+    config: DecoderConfig,
+    quantization: QuantizationConfig | None,
+    placement: Placement,
+) -> dict[str, jax.Array]:
+    seen: list[dict[str, jax.Array]] = []
+    forward(config, params, tokens, quantization=quantization, placement=placement, seen=seen)
+    return {
+        f"layers.{index}.{name}": placement.without_padding(name, x)[:count]
+        for index, inputs in enumerate(seen)
+        for name, x in inputs.items()
+    }

@@ -9,11 +9,13 @@ memory that is aligned to 64 bytes, without a copy.
 from __future__ import annotations
 
 import concurrent.futures
+import dataclasses
+import itertools
 import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -23,9 +25,9 @@ import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 
-from jaxint8 import QuantizedMatrix
 from jaxint8.checkpoint import TensorReader, bitsandbytes, codes
 from jaxint8.models.families import Part, Source
+from jaxint8.models.placement import Piece
 from jaxint8.scheme_linear import Matrix, quantize_kernel
 from jaxint8.schemes import Scheme
 
@@ -98,8 +100,10 @@ def aligned_empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     return buffer[start : start + size].view(dtype).reshape(shape)
 
 
-def linear_matrix(reader: TensorReader, source: Source, pool: Pool, scheme: Scheme) -> Matrix:
-    """Returns the weights of a linear layer as a scheme wants them; on the host but for rare schemes.
+def scheme_matrix(reader: TensorReader, source: Source, pool: Pool, scheme: Scheme) -> Matrix:
+    """Returns the weights of a linear layer as a rare scheme wants them, on the device.
+
+    For comparisons only, so one float matrix at a time may exist.
 
     Args:
         reader: the checkpoint.
@@ -112,24 +116,54 @@ def linear_matrix(reader: TensorReader, source: Source, pool: Pool, scheme: Sche
         ValueError: the layer is too wide for the scheme.
 
     """
-    if scheme.numbers == "absmax" and scheme.outlier_weights == "int8":
-        return int8_matrix(reader, source, pool, per_tensor=scheme.weights == "tensor")
-    # For comparisons only, so one float matrix at a time may exist.
-    kernel = float_array(reader, source, pool, np.dtype(np.float32))
-    parts = [quantize_kernel(kernel[rows].T, scheme) for _, rows in _parts(source)]
+    target = whole(source)
+    (kernel,) = float_arrays(reader, source, [target], pool, np.dtype(np.float32))
+    parts = [quantize_kernel(kernel[_held(piece)].T, scheme) for piece in target.pieces]
     return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
 
 
-def int8_matrix(
-    reader: TensorReader, source: Source, pool: Pool, per_tensor: bool = False
-) -> QuantizedMatrix:
-    """Returns a parameter as codes int8[n, k] and scales float32[n], both on the host.
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """A part of a parameter that one device holds, on the host while it is filled.
 
-    Parts that are int8 already (bitsandbytes) keep their codes.
+    Attributes:
+        shape: of the part.
+        pieces: what of the source's parts it holds along ``axis``; what no piece covers is padding.
+        axis: 0 for rows (output channels), 1 for columns (inputs).
+
+    """
+
+    shape: tuple[int, ...]
+    pieces: list[Piece]
+    axis: int = 0
+
+
+def whole(source: Source) -> Target:
+    """Returns all of a parameter as one target."""
+    starts = itertools.accumulate((part.shape[0] for part in source.parts), initial=0)
+    pieces = [
+        Piece(index, 0, part.shape[0], start)
+        for index, (part, start) in enumerate(zip(source.parts, starts, strict=False))
+    ]
+    return Target(source.shape, pieces)
+
+
+def int8_matrices(
+    reader: TensorReader,
+    source: Source,
+    targets: Sequence[Target],
+    pool: Pool,
+    per_tensor: bool = False,
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Returns codes int8[n, k] and scales float32[n] of each target, on the host.
+
+    Scales are those of whole rows, also where a target holds some columns only. Parts that are int8
+    already (bitsandbytes) keep their codes.
 
     Args:
         reader: the checkpoint.
         source: the parameter's parts, matrices [n, k] one below the other.
+        targets: what to make of it.
         pool: who does it.
         per_tensor: whether all rows of a part share one scale (the paper's plain absmax).
 
@@ -137,60 +171,54 @@ def int8_matrix(
         CheckpointError: a weight is not finite.
 
     """
-    matrix, scales = aligned_empty(source.shape, np.int8), aligned_empty(source.shape[:1], "f4")
-    for part, rows in _parts(source):
+    absmax = {}  # by part
+    scales = {}
+    for part in source.parts:
         if bitsandbytes.is_int8(reader, part.name):
-            _copy_codes(reader, part, pool, matrix[rows], scales[rows])
+            scales[part.name] = bitsandbytes.read_scale(reader, part.name)
+        elif per_tensor:
+            absmax[part.name] = _absmax(reader, part)
+
+    def convert(name: str, rows: slice, matrix: np.ndarray, scale: np.ndarray) -> None:
+        if name in scales:
+            matrix[...] = reader.read(name, rows)
+            scale[...] = scales[name][rows]
         else:
-            _make_codes(reader, part, pool, matrix[rows], scales[rows], per_tensor)
-        if part.interleaved_heads:
-            matrix[rows] = part.arrange(matrix[rows])
-            scales[rows] = part.arrange(scales[rows])
-    return QuantizedMatrix(matrix, scales)  # pyright: ignore[reportArgumentType] (not yet JAX's)
+            codes.quantize_rows(reader, name, rows, matrix, scale, absmax.get(name))
+
+    made = []
+    for target in targets:
+        matrix = aligned_empty(target.shape, np.int8)
+        scale = aligned_empty(target.shape[:1], np.float32)
+        if _is_padded(target):
+            matrix[...], scale[...] = 0, 1
+        made.append((matrix, scale))
+    _fill(source, targets, made, pool, convert)
+    return made
 
 
-def _make_codes(
+def _absmax(reader: TensorReader, part: Part) -> np.ndarray:
+    absmax = np.zeros(1, np.float32)
+    for rows in codes.row_blocks(part.stored_shape):
+        largest = codes.absmax_of_rows(reader, part.name, rows).max(initial=0)
+        np.maximum(absmax, largest, out=absmax)
+    return absmax
+
+
+def float_arrays(
     reader: TensorReader,
-    part: Part,
+    source: Source,
+    targets: Sequence[Target],
     pool: Pool,
-    matrix: np.ndarray,
-    scales: np.ndarray,
-    per_tensor: bool,
-) -> None:
-    absmax = np.zeros(1, np.float32) if per_tensor else None
-    if absmax is not None:
-        for rows in codes.row_blocks(part.stored_shape):
-            largest = codes.absmax_of_rows(reader, part.name, rows).max(initial=0)
-            np.maximum(absmax, largest, out=absmax)
-
-    def fill(rows: slice) -> None:
-        for run, own in part.runs(rows):
-            codes.quantize_rows(reader, part.name, run, matrix[own], scales[own], absmax)
-
-    pool.run(part.shape, fill)
-
-
-def _copy_codes(
-    reader: TensorReader, part: Part, pool: Pool, matrix: np.ndarray, scales: np.ndarray
-) -> None:
-    scales[...] = part.take(bitsandbytes.read_scale(reader, part.name))
-
-    def fill(rows: slice) -> None:
-        for run, own in part.runs(rows):
-            matrix[own] = reader.read(part.name, run)
-
-    pool.run(matrix.shape, fill)
-
-
-def float_array(
-    reader: TensorReader, source: Source, pool: Pool, dtype: np.dtype[Any]
-) -> np.ndarray:
-    """Returns a parameter as ``dtype``, on the host.
+    dtype: np.dtype[Any],
+) -> list[np.ndarray]:
+    """Returns each target as ``dtype``, on the host.
 
     Args:
         reader: the checkpoint.
         source: the parameter's parts, one below the other; int8 ones (bitsandbytes) are
             dequantised.
+        targets: what to make of it.
         pool: who does it.
         dtype: float32 or bfloat16.
 
@@ -198,31 +226,87 @@ def float_array(
         CheckpointError: a value is not finite, or not in ``dtype``.
 
     """
-    array = aligned_empty(source.shape, dtype)
-    for part, where in _parts(source):
-        _fill_floats(reader, part, pool, array[where])
-        if part.interleaved_heads:
-            array[where] = part.arrange(array[where])
-    return array
+    scales = {
+        part.name: bitsandbytes.read_scale(reader, part.name)
+        for part in source.parts
+        if bitsandbytes.is_int8(reader, part.name)
+    }
+
+    def convert(name: str, rows: slice, array: np.ndarray) -> None:
+        if name in scales:
+            array[...] = reader.read(name, rows).astype(np.float32) * scales[name][rows, None]
+        else:
+            array[...] = codes.read_floats(reader, name, rows, dtype)
+
+    made = []
+    for target in targets:
+        array = aligned_empty(target.shape, dtype)
+        if _is_padded(target):
+            array[...] = 0
+        made.append((array,))
+    _fill(source, targets, made, pool, convert)
+    return [array for (array,) in made]
 
 
-def _fill_floats(reader: TensorReader, part: Part, pool: Pool, array: np.ndarray) -> None:
-    name = part.name
-    scales = bitsandbytes.read_scale(reader, name) if bitsandbytes.is_int8(reader, name) else None
+def _fill(
+    source: Source,
+    targets: Sequence[Target],
+    made: Sequence[tuple[np.ndarray, ...]],
+    pool: Pool,
+    convert: Callable[..., None],
+) -> None:
+    """Fills the arrays of each target; ``convert(name, rows, *arrays)`` makes rows of a tensor."""
+    for target, arrays in zip(targets, made, strict=True):
+        for piece in target.pieces if target.axis == 0 else ():
+            part, held = source.parts[piece.part], _held(piece)
+            into = [array[held] for array in arrays]
 
-    def fill(rows: slice) -> None:
-        for run, own in part.runs(rows):
-            if scales is None:
-                array[own] = codes.read_floats(reader, name, run, array.dtype)
-            else:
-                array[own] = reader.read(name, run).astype(np.float32) * scales[run, None]
+            def fill(rows: slice, part=part, into=into, first=piece.start) -> None:
+                wanted = slice(first + rows.start, first + rows.stop)
+                for run, own in part.runs(wanted):
+                    held = slice(own.start - first, own.stop - first)
+                    convert(part.name, run, *(array[held] for array in into))
 
-    pool.run(array.shape, fill)
+            pool.run((_size(piece), *part.shape[1:]), fill)
+            for array in arrays:
+                array[held] = _arrange(part, piece, array[held])
+    by_columns = [pair for pair in zip(targets, made, strict=True) if pair[0].axis == 1]
+    if not by_columns:
+        return
+    part = source.parts[0]
+
+    def scatter(rows: slice) -> None:
+        """Converts whole rows, and hands each target its columns of them."""
+        shape = (rows.stop - rows.start, part.shape[1])
+        blocks = [np.empty(shape[: array.ndim], array.dtype) for array in by_columns[0][1]]
+        convert(part.name, rows, *blocks)
+        for target, arrays in by_columns:
+            for array, block in zip(arrays, blocks, strict=True):
+                if array.ndim == 1:
+                    array[rows] = block
+                    continue
+                for piece in target.pieces:
+                    array[rows, _held(piece)] = block[:, piece.start : piece.stop]
+
+    pool.run(part.shape, scatter)
 
 
-def _parts(source: Source) -> Iterator[tuple[Part, slice]]:
-    """Yields each part with the rows of the parameter that are its."""
-    start = 0
-    for part in source.parts:
-        yield part, slice(start, start + part.shape[0])
-        start += part.shape[0]
+def _arrange(part: Part, piece: Piece, rows: np.ndarray) -> np.ndarray:
+    """Puts the rows of a piece, which holds whole heads, in the decoder's order."""
+    if not part.interleaved_heads:
+        return rows
+    heads = part.interleaved_heads * _size(piece) // part.shape[0]
+    return dataclasses.replace(part, interleaved_heads=heads).arrange(rows)
+
+
+def _held(piece: Piece) -> slice:
+    """Where a piece stands on the device."""
+    return slice(piece.at, piece.at + _size(piece))
+
+
+def _size(piece: Piece) -> int:
+    return piece.stop - piece.start
+
+
+def _is_padded(target: Target) -> bool:
+    return sum(map(_size, target.pieces)) < target.shape[target.axis]

@@ -98,7 +98,9 @@ def test_alibi_slopes_are_those_of_the_paper() -> None:
 def test_alibi_falls_with_distance() -> None:
     t = SMALLEST_BLOCK + 9
     query, key, value = inputs(t, t, 6, 2)
-    bias = alibi_bias(6, jnp.arange(t, dtype=jnp.int32)[None].repeat(2, 0))
+    bias = alibi_bias(
+        jnp.asarray(alibi_slopes(6)), jnp.arange(t, dtype=jnp.int32)[None].repeat(2, 0)
+    )
     mask = np.tril(np.ones((t, t), bool))[None, None]
     expected = plain(query, key, value, mask, alibi_slopes(6))
     # The bias reaches 70, whose float32 neighbours are 8e-6 apart.

@@ -399,9 +399,6 @@ def test_arguments_are_checked() -> None:
         load(directory, dtype="nonsense")
     with pytest.raises(ValueError, match="quantization: 'int3' is not one of"):
         load(directory, quantization="int3")
-    mesh = jax.make_mesh((8,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
-    with pytest.raises(NotImplementedError, match="mesh: "):
-        load(directory, mesh=mesh)
 
 
 @pytest.mark.parametrize("terminal", [False, True])

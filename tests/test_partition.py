@@ -7,18 +7,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.nnx import Rngs
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from test_linear import bits
 
 from battery import KINDS, make
 from jaxint8 import (
+    Dense8bit,
     Partition,
     QuantizedMatrix,
     RelativeThreshold,
     Threshold,
     TopK,
     int8_linear,
+    nnx,
     quantize,
     reference,
 )
@@ -215,6 +218,19 @@ def test_gradients_vmap_scan_and_remat(split):
     # Sums of 32 products in another order, through two layers whose gradients are of order 30.
     for y, wanted in zip(found[1:], expected[1:], strict=True):
         np.testing.assert_allclose(y, wanted, rtol=2e-5, atol=2e-4)
+
+
+def test_flax_layers_take_a_partition():
+    one, x = case()
+    partition = Partition(mesh_of((2, 2)), rows="data", k="model")
+    x, codes, scale, bias = place(partition, x, one.codes, one.scale, one.bias)
+    variables = {"params": {"bias": bias}, "quant": {"codes": codes, "scale": scale}}
+    layer = Dense8bit(N, partition=partition)
+    expected = reference.int8_linear(*map(np.asarray, (x, codes, scale, bias)), Threshold(6.0))
+    np.testing.assert_array_equal(bits(jax.jit(layer.apply)(variables, x)), bits(expected))
+    other = nnx.Dense8bit(K, N, partition=partition, rngs=Rngs(0))
+    other.codes[...], other.scale[...], other.bias[...] = codes, scale, bias
+    np.testing.assert_array_equal(bits(other(x)), bits(expected))
 
 
 def test_bad_partitions_are_refused_in_one_line():

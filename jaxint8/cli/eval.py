@@ -14,8 +14,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Self
 
+import jax
 import numpy as np
 from absl import flags
+from jax.sharding import Mesh
 from rich import box
 from rich.console import Console
 from rich.progress import (
@@ -28,7 +30,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from jaxint8.cli import app, measure, methods, resume, zeroshot
+from jaxint8.cli import app, devices, measure, methods, resume, zeroshot
 from jaxint8.cli.measure import Measured
 from jaxint8.evaluation import datasets, report
 from jaxint8.evaluation import zeroshot as evaluation
@@ -82,10 +84,16 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string(
         "output", None, "Folder for report.json, report.md and plots.", flag_values=values
     )
+    devices.define_flags(values)
 
 
 def run(options: app.Options) -> None:
     """Evaluates as the flags say, prints the table, writes the report."""
+    with devices.session(options) as mesh:
+        _evaluate(options, mesh)
+
+
+def _evaluate(options: app.Options, mesh: Mesh | None) -> None:
     with app.input_errors():
         names = methods.parse_methods(options["methods"])
         documents = zeroshot.load(options["tasks"], options["limit"])
@@ -94,9 +102,13 @@ def run(options: app.Options) -> None:
         output = options["output"]
         if output is not None:  # now, rather than after minutes of work
             Path(output).mkdir(parents=True, exist_ok=True)
+    if (
+        jax.process_count() > 1
+    ):  # nothing is taken up again: all processes would have to see the same
+        options = {**options, "output": None}
     # Work of others slows ours: a reader of the report should know how much there was.
     load = round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None
-    measured, tasks, answers = _measure(options, names, text and text.text, documents)
+    measured, tasks, answers = _measure(options, names, text and text.text, documents, mesh)
     score = next(iter(measured.values())).score if measured else None
     result = report.Report(
         model=options["model"],
@@ -108,6 +120,7 @@ def run(options: app.Options) -> None:
             command=options["command"],
             window=options["window"],
             batch_size=options["batch_size"],
+            mesh=options["mesh"],
             scored_tokens=score.scored if score else 0,
             load_average_before=load,
         ),
@@ -119,7 +132,7 @@ def run(options: app.Options) -> None:
             Console(highlight=False).print(table)
     if report.BASELINE not in names:
         SCREEN.print(f"no changes without {report.BASELINE} among --methods")
-    if output is not None:
+    if output is not None and devices.is_first():
         written = report.write(result, output)
         SCREEN.print("wrote " + ", ".join(map(str, written)), soft_wrap=True)
 
@@ -129,6 +142,7 @@ def _measure(
     names: list[str],
     text: str | None,
     documents: list[tuple[str, list[Document]]],
+    mesh: Mesh | None,
 ) -> tuple[
     dict[str, Measured], list[zeroshot.Loaded], dict[str, dict[str, list[evaluation.Answer]]]
 ]:
@@ -140,7 +154,7 @@ def _measure(
         for group in methods.by_weights(names):
             bar.hide()  # loading has a bar of its own
             with app.input_errors():
-                model = measure.load_group(options["model"], group)
+                model = measure.load_group(options["model"], group, mesh)
                 if tasks is None:
                     tasks = zeroshot.encode(model, documents)
                     tokens = None if text is None else _tokens(model, text, options)
@@ -164,7 +178,7 @@ def _text(
     options: app.Options, name: str, method: LanguageModel, tokens: np.ndarray, bar: "_Bar"
 ) -> Measured:
     """Measures one method on the text, unless the output folder has it already."""
-    cut = options["window"], options["batch_size"], options["decode"]
+    cut = options["window"], options["batch_size"], options["decode"], options["mesh"]
     key = resume.identity(options["model"], methods.method(name), *cut, tokens.tobytes())
     path = resume.file_of(options["output"], "text", name, ".npz")
     with app.input_errors():

@@ -13,8 +13,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from absl import flags
+from jax.sharding import Mesh
 
-from jaxint8.cli import app, methods
+from jaxint8.cli import app, devices, methods
 from jaxint8.evaluation import datasets
 from jaxint8.models import LanguageModel, load
 from jaxint8.models.generate import stream_tokens
@@ -62,10 +63,16 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_bool(
         "stream", False, "Show one prompt's text while it is made.", flag_values=values
     )
+    devices.define_flags(values)
 
 
 def run(options: app.Options) -> None:
     """Generates as the flags say."""
+    with devices.session(options) as mesh:
+        _generate(options, mesh)
+
+
+def _generate(options: app.Options, mesh: Mesh | None) -> None:
     with app.input_errors():
         method = options["method"]
         try:
@@ -79,7 +86,7 @@ def run(options: app.Options) -> None:
         draw = {name: options[name] for name in ("temperature", "top_k", "top_p")}
         sampling = Sampling(**draw)
     with app.input_errors():
-        model = _load(options["model"], how, options["lm_head"])
+        model = _load(options["model"], how, options["lm_head"], mesh)
         if model.tokenizer is None:
             raise ValueError(f"model: {options['model']} comes without a tokenizer")
     encoded = [model.tokenizer.encode(prompt) for prompt in prompts]
@@ -90,6 +97,7 @@ def run(options: app.Options) -> None:
         encoded,
         options["max_new_tokens"],
         quantization=model.quantization,
+        placement=model.placement,
         sampling=sampling,
         seed=options["seed"],
         chunk=STEPS,
@@ -109,13 +117,13 @@ def run(options: app.Options) -> None:
     print(clock.summary(), file=sys.stderr)
 
 
-def _load(source: str, method: methods.Method, lm_head: str) -> LanguageModel:
+def _load(source: str, method: methods.Method, lm_head: str, mesh: Mesh | None) -> LanguageModel:
     quantization = method.quantization
     if lm_head == "int8":
         if quantization is None:
             raise ValueError("lm_head: int8 goes with the int8 methods only")
         quantization = dataclasses.replace(quantization, lm_head="int8")
-    return load(source, quantization=quantization, dtype=method.dtype)
+    return load(source, quantization=quantization, dtype=method.dtype, mesh=mesh)
 
 
 def _prompts(given: Sequence[str], file: str | None) -> list[str]:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 
 import numpy as np
+from jax.sharding import Mesh
 
 from jaxint8.cli import methods
 from jaxint8.evaluation import perplexity
@@ -42,17 +43,25 @@ class Measured:
     outlier_fraction: float
 
 
-def load_group(source: str, names: Sequence[str]) -> LanguageModel:
+def load_group(source: str, names: Sequence[str], mesh: Mesh | None = None) -> LanguageModel:
     """Loads the parameters that the methods `names` (a group of `methods.by_weights`) share."""
-    method = methods.method(names[0])
-    return load(source, quantization=method.quantization, dtype=method.dtype)
+    found = [methods.method(name) for name in names]
+    if mesh is not None:
+        for name, method in zip(names, found, strict=True):
+            if method.quantization is not None and not method.quantization.native:
+                raise ValueError(f"methods: {name} runs on one device only, without a mesh")
+    return load(source, quantization=found[0].quantization, dtype=found[0].dtype, mesh=mesh)
 
 
 def as_method(model: LanguageModel, name: str) -> LanguageModel:
     """The same parameters under another method of their group; nothing is copied."""
     quantization = methods.method(name).quantization
     return LanguageModel(
-        model.config, model.params, tokenizer=model.tokenizer, quantization=quantization
+        model.config,
+        model.params,
+        tokenizer=model.tokenizer,
+        quantization=quantization,
+        placement=model.placement,
     )
 
 
@@ -97,7 +106,11 @@ def measure(
         show("counting outliers", score.tokens)
         calls = perplexity.cut(tokens, window, batch_size)[:OUTLIER_CALLS]
         inputs = functools.partial(
-            linear_inputs, model.config, model.params, quantization=model.quantization
+            linear_inputs,
+            model.config,
+            model.params,
+            quantization=model.quantization,
+            placement=model.placement,
         )
         share = outlier_fractions(inputs, calls, model.quantization.outliers)[""]
     return Measured(score, model.nbytes, speed, share)
@@ -127,6 +140,7 @@ def decode_speed(model: LanguageModel, tokens: Sequence[int] | np.ndarray) -> fl
         [prompt],
         new,
         quantization=model.quantization,
+        placement=model.placement,
         chunk=DECODE_STEPS,
     ):
         now = time.perf_counter()

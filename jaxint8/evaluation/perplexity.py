@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxint8.partition import to_host
+
 Logits = Callable[[np.ndarray], jax.Array]
 """tokens int32[b, t] -> float[b, t, vocab]; place t holds the logits of token t + 1."""
 
@@ -135,7 +137,7 @@ def _timed_logprobs(logits: Logits, call: np.ndarray, highest: int) -> tuple[np.
     start = time.perf_counter()
     all_logits = logits(call)
     _check_vocabulary(all_logits, call, highest)
-    found = np.asarray(_token_logprobs(all_logits, call)).ravel()
+    found = to_host(_token_logprobs(all_logits, call)).ravel()
     return found, time.perf_counter() - start
 
 

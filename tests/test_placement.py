@@ -1,0 +1,138 @@
+"""Models on meshes: each device holds its part, text and logits are those of one device."""
+
+import re
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+from test_loading import assert_same
+
+from jaxint8.models import generate, loading
+from jaxint8.models.config import QUANTIZATIONS, QuantizationConfig
+from jaxint8.models.generate import generate_tokens
+from jaxint8.models.loading import load
+from jaxint8.models.placement import Placement
+
+GOLDENS = Path(__file__).parent / "goldens"
+# Heads, key-value heads, the MLP or the vocabulary are not multiples of some of these.
+MESHES = [(1, 2), (1, 5), (2, 3), (1, 8), (8, 1)]
+
+
+def mesh_of(shape, kind=AxisType.Auto):
+    devices = jax.devices()[: shape[0] * shape[1]]
+    return jax.make_mesh(shape, ("data", "model"), axis_types=(kind, kind), devices=devices)
+
+
+@pytest.mark.parametrize("case", ["llama_gqa_tied", "bloom", "opt_post_norm", "bitsandbytes"])
+def test_what_the_devices_hold_is_the_model(case, tmp_path):
+    one = load(GOLDENS / case, quantization="relative")
+    for shape in MESHES:
+        model = load(GOLDENS / case, quantization="relative", mesh=mesh_of(shape))
+        assert model.placement is not None
+        assert_same(one.params, model.placement.on_host(model.params))
+        for weight in jax.tree.leaves(model.params["layers"]):
+            if weight.ndim == 2 and shape[1] > 1:  # no device holds a whole one
+                assert weight.addressable_shards[0].data.nbytes * shape[1] == weight.nbytes
+    model.save(tmp_path)
+    assert_same(one.params, load(tmp_path, quantization="relative").params)
+
+
+@pytest.mark.parametrize(
+    ("case", "method", "shape"),
+    [
+        ("llama_gqa_tied", "topk", (2, 2)),
+        ("bloom", "relative", (1, 5)),
+        ("llama_biases", "llm_int8", (2, 4)),
+        ("opt_post_norm", "vectorwise", (2, 3)),
+    ],
+)
+def test_logits_and_text_are_those_of_one_device(case, method, shape):
+    one = load(GOLDENS / case, quantization=method)
+    model = load(GOLDENS / case, quantization=method, mesh=mesh_of(shape, AxisType.Explicit))
+    tokens = np.random.default_rng(1).integers(0, one.config.vocab_size, (3, 11))
+    # Float sums of other shapes: a few units in the last place of logits of order 1.
+    np.testing.assert_allclose(model.logits(tokens), one.logits(tokens), rtol=2e-5, atol=2e-5)
+    prompts = [[int(t) for t in row[:n]] for row, n in zip(tokens, (3, 7, 11), strict=True)]
+
+    def text(model, placement):
+        return generate_tokens(
+            model.config,
+            model.params,
+            prompts,
+            5,
+            quantization=model.quantization,
+            placement=placement,
+        )
+
+    assert text(model, model.placement) == text(one, None)
+
+
+def test_int8_head_and_sampling_are_those_of_one_device():
+    method = QuantizationConfig(outliers=6.0, lm_head="int8")
+    prompts = [[5, 6, 7], [9], [1, 2]]
+    rows = []
+    for mesh in (None, mesh_of((2, 3))):
+        model = load(GOLDENS / "llama_mha", quantization=method, mesh=mesh)
+        rows.append(
+            generate_tokens(
+                model.config,
+                model.params,
+                prompts,
+                6,
+                quantization=method,
+                placement=model.placement,
+                sampling=generate.Sampling(temperature=1.0, top_p=0.9),
+                seed=3,
+            )
+        )
+    assert rows[0] == rows[1]
+
+
+def test_a_step_moves_activations_only():
+    """Per layer: statistics and sums of two layers; for the token: embedding and logits."""
+    model = load(GOLDENS / "llama_gqa_tied", quantization="relative", mesh=mesh_of((2, 2)))
+    placement, config = model.placement, model.config
+    assert placement is not None
+    draw = generate.Draw.of(generate.Sampling())
+    how = {"config": config, "quantization": model.quantization, "placement": placement}
+    keys = np.zeros((2, 2), np.uint32)
+    args = model.params, np.ones((2, 32), np.int32), np.zeros(2, np.int32), draw, keys
+    state = generate._prefill(*args, capacity=128, **how)
+    assert state.cache.keys[0].addressable_shards[0].data.shape[:2] == (1, config.kv_heads // 2)
+    text = generate._decode.lower(model.params, state, 4, draw, **how).compile().as_text()
+    gathered = re.findall(r"= (\w+)\[([\d,]*)\]\S* all-gather\(", text)
+    # One row's logits over "model", the chosen tokens over "data".
+    assert sorted(gathered) == [("f32", f"1,1,{config.vocab_size}"), ("s32", "2")]
+    assert not re.search(r"(all-to-all|collective-permute)\(", text)
+
+
+def test_a_process_reads_what_its_devices_hold(monkeypatch):
+    """Of rows split over four processes, each reads a quarter."""
+    checkpoint = loading.describe(GOLDENS / "llama_mha")
+    read: dict[str, int] = {}
+    original = type(checkpoint.reader).read
+
+    def counting(self, name, rows=None):
+        values = original(self, name, rows)
+        read[name] = read.get(name, 0) + len(values)
+        return values
+
+    monkeypatch.setattr(type(checkpoint.reader), "read", counting)
+    monkeypatch.setattr(Placement, "held", [2])
+    monkeypatch.setattr(Placement, "put", lambda self, path, shards: shards[min(shards)])
+    placement = Placement(checkpoint.config, mesh_of((1, 4)))
+    loading._read(checkpoint, QUANTIZATIONS["relative"], np.dtype(np.float32), placement)
+    rows = {name: checkpoint.reader.shape(name)[0] for name in read}
+    for name, count in read.items():
+        whole = name.endswith(("norm.weight", "o_proj.weight", "down_proj.weight"))
+        assert count == rows[name] // (1 if whole else 4), name
+
+
+def test_other_axes_are_refused():
+    mesh = jax.make_mesh((2,), ("tensor",), axis_types=(AxisType.Auto,))
+    with pytest.raises(ValueError, match=r"mesh: expected axes \('data', 'model'\), got"):
+        load(GOLDENS / "llama_mha", mesh=mesh)
+    with pytest.raises(ValueError, match="quantization: this scheme runs on one device only"):
+        load(GOLDENS / "llama_mha", quantization="absmax", mesh=mesh_of((1, 2)))
