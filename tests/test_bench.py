@@ -9,11 +9,12 @@ import os
 import pathlib
 import shutil
 
+import numpy as np
 import pytest
 
 from jaxint8 import download
 from jaxint8.cli import bench
-from jaxint8.cli.benchmarks import engines, generation, growth, load, suites
+from jaxint8.cli.benchmarks import engines, generation, growth, load, scale, suites
 from jaxint8.cli.benchmarks import peers as model_peers
 from jaxint8.evaluation.benchmark import growth as layer_growth
 from jaxint8.evaluation.benchmark import layers, machine, plots, report, results, tables
@@ -158,6 +159,17 @@ def test_loading_is_measured_in_a_process_of_its_own(checkpoint):
     assert largest == model.params["embedding"].nbytes
     assert int8.extra["allowed_bytes"] == model.nbytes + largest + load.ALLOWANCE
     assert group.times("llm_int8", load.READING) == ratios(reading.samples, int8.samples)
+
+
+def test_random_checkpoints_have_the_size_asked_for(tmp_path):
+    assert abs(2 * scale._parameters(scale.config_for(3e9)) - 3e9) < 0.05 * 3e9
+    config = scale.config_of(1, hidden=256)
+    scale.write_random(config, tmp_path)
+    model = load_model(tmp_path, quantization="llm_int8")
+    assert (tmp_path / "model.safetensors").stat().st_size > 2 * scale._parameters(config)
+    assert dataclasses.replace(model.config, start_token=None) == config
+    codes = model.params["layers"][0]["up"]["weight"].codes
+    assert len({row.tobytes() for row in np.asarray(codes)}) > 0.9 * len(codes)
 
 
 def test_the_peak_counts_what_was_used_and_given_back():

@@ -8,13 +8,16 @@ pages of the mapped checkpoint too, as long as they are mapped.
 import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import math
 import multiprocessing
 import resource
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
+from jax.sharding import AxisType
 
 from jaxint8.cli.methods import METHODS
 from jaxint8.evaluation.benchmark import machine, results
@@ -24,7 +27,7 @@ from jaxint8.models import load
 from jaxint8.models.loading import describe
 
 READING = "reading the file"
-LOADED = ("float32", "llm_int8")
+LOADED = (("float32", 1), ("llm_int8", 1))
 CHUNK_BYTES = 1 << 24
 # The most that loading may use beside the model and its largest float tensor.
 ALLOWANCE = 300_000_000
@@ -39,8 +42,13 @@ class Loaded:
     model_bytes: int
 
 
-def load_group(source: str, rounds: int) -> Group:
+def load_group(source: str, rounds: int, loaded: Sequence[tuple[str, int]] = LOADED) -> Group:
     """Measures how long a model takes to load, and how much memory.
+
+    Args:
+      source: the model.
+      rounds: samples of everything.
+      loaded: methods, each with the number of devices that its weights are split over.
 
     Raises:
       ValueError, OSError: the model cannot be loaded.
@@ -50,7 +58,10 @@ def load_group(source: str, rounds: int) -> Group:
     largest = max(4 * math.prod(part.shape) for part in checkpoint.sources.values())
     checkpoint.reader.close()
     samples = {READING: lambda: read_files(files)}
-    samples |= {name: lambda name=name: load_in_process(source, name) for name in LOADED}
+    ways = {_name(method, devices): (method, devices) for method, devices in loaded}
+    samples |= {
+        name: functools.partial(load_in_process, source, *way) for name, way in ways.items()
+    }
     others = machine.Others()
     taken = interleave(samples, rounds)
     size = sum(file.stat().st_size for file in files)
@@ -60,9 +71,13 @@ def load_group(source: str, rounds: int) -> Group:
         suite="load",
         what={"file_bytes": size, "largest_float_tensor_bytes": largest},
         lines=lines,
-        pairs=results.pairs(seconds, [(name, READING) for name in LOADED]),
+        pairs=results.pairs(seconds, [(name, READING) for name in ways]),
         others=others.cores(),
     )
+
+
+def _name(method: str, devices: int) -> str:
+    return method if devices == 1 else f"{method}, {devices} devices"
 
 
 def _line(name: str, sampled: list[Loaded], size: int, largest: int) -> Line:
@@ -96,19 +111,25 @@ def read_files(files: list[Path]) -> Loaded:
     return Loaded(time.perf_counter() - start, 0, 0)
 
 
-def load_in_process(source: str, method: str) -> Loaded:
+def load_in_process(source: str, method: str, devices: int = 1) -> Loaded:
     """Loads a model in a new process and lets it go."""
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
-        return pool.submit(measure_load, source, method).result()
+        return pool.submit(measure_load, source, method, devices).result()
 
 
-def measure_load(source: str, method: str) -> Loaded:
+def measure_load(source: str, method: str, devices: int = 1) -> Loaded:
     """Loads a model in this process; the first of a process says most."""
+    mesh = None
+    if devices > 1:
+        jax.config.update("jax_num_cpu_devices", devices)
+        kinds = (AxisType.Auto, AxisType.Auto)
+        mesh = jax.make_mesh((1, devices), ("data", "model"), kinds)
     jax.devices()  # starting JAX is not loading
     before = _reset_peak()
     start = time.perf_counter()
-    model = load(source, quantization=METHODS[method].quantization, dtype=METHODS[method].dtype)
+    chosen = METHODS[method]
+    model = load(source, quantization=chosen.quantization, dtype=chosen.dtype, mesh=mesh)
     jax.block_until_ready(model.params)
     seconds = time.perf_counter() - start
     return Loaded(seconds, max(0, _peak() - before), model.nbytes)

@@ -13,13 +13,14 @@ from jaxint8.cli.benchmarks.engines import OURS, Engine, Ours, load_ours
 from jaxint8.cli.benchmarks.generation import generation_groups
 from jaxint8.cli.benchmarks.load import load_group
 from jaxint8.cli.benchmarks.peers import peer_engines
+from jaxint8.cli.benchmarks.scale import scale_groups
 from jaxint8.evaluation.benchmark import machine
 from jaxint8.evaluation.benchmark.growth import rows_axis, rows_group
 from jaxint8.evaluation.benchmark.layers import Effort, Shape, layer_groups
 from jaxint8.evaluation.benchmark.results import Group
 from jaxint8.models.loading import describe
 
-SUITES = ("layer", "decode", "prefill", "load", "growth")
+SUITES = ("layer", "decode", "prefill", "load", "growth", "scale")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +38,8 @@ class Plan:
       new: tokens made after it.
       contexts: of the growth of decoding.
       batches: of the growth of decoding.
+      checkpoint_bytes: of the random checkpoint that is loaded.
+      layers: of the growth of compiling.
       peers: whether to measure other engines.
     """
 
@@ -50,6 +53,8 @@ class Plan:
     new: int = 129
     contexts: Sequence[int] = (16, 64, 128, 256, 512, 1024, 2048)
     batches: Sequence[int] = (1, 2, 4, 8, 16, 32)
+    checkpoint_bytes: float = 3e9
+    layers: Sequence[int] = (2, 4, 8, 16, 32)
     peers: bool = True
 
 
@@ -64,6 +69,8 @@ QUICK = Plan(
     new=33,
     contexts=(16, 64, 256),
     batches=(1, 4),
+    checkpoint_bytes=3e8,
+    layers=(2, 4, 8),
 )
 
 
@@ -100,6 +107,8 @@ def run(suites: Sequence[str], source: str, plan: Plan) -> Iterator[Group]:
                 yield from generation_groups(generation, both, rounds=plan.rounds, **lengths)
             elif suite == "load":
                 yield load_group(source, plan.rounds)
+            elif suite == "scale":
+                yield from scale_groups(plan.checkpoint_bytes, plan.layers, min(plan.rounds, 3))
             else:
                 yield from _growth(source, engines, plan)
 
