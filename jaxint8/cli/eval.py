@@ -129,7 +129,10 @@ def _evaluate(options: app.Options, mesh: Mesh | None) -> None:
     for columns, rows, names_first in tables:
         if rows:
             table = _table(report.heading(result), columns, rows, names_first)
-            Console(highlight=False).print(table)
+            screen = Console(highlight=False)
+            # A pipe or a log has no width; there nothing needs to be cut.
+            wide = screen.is_terminal or screen.measure(table).maximum <= screen.width
+            (screen if wide else Console(highlight=False, width=200)).print(table)
     if report.BASELINE not in names:
         SCREEN.print(f"no changes without {report.BASELINE} among --methods")
     if output is not None and devices.is_first():
@@ -157,7 +160,7 @@ def _measure(
                 model = measure.load_group(options["model"], group, mesh)
                 if tasks is None:
                     tasks = zeroshot.encode(model, documents)
-                    tokens = None if text is None else _tokens(model, text, options)
+                    tokens = None if text is None else measure.text_tokens(model, text, options)
             method = model
             for name in group:
                 method = measure.as_method(model, name)
@@ -273,16 +276,3 @@ def _table(
     for row in rows:
         table.add_row(*(show(row) for _, show in columns))
     return table
-
-
-def _tokens(model: LanguageModel, text: str, options: app.Options) -> np.ndarray:
-    """The text as the model's tokens, int32[n], without special ones."""
-    if model.tokenizer is None:
-        raise ValueError(f"model: {options['model']} comes without a tokenizer")
-    window, positions = options["window"], model.config.max_positions
-    if window > positions:
-        raise ValueError(f"window: {window} exceeds the model's {positions} positions")
-    ids = model.tokenizer.encode(text, add_special_tokens=False)[: options["max_tokens"]]
-    if len(ids) < 2:
-        raise ValueError(f"text: expected at least 2 tokens to have one to score, got {len(ids)}")
-    return np.asarray(ids, np.int32)

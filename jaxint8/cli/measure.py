@@ -14,6 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxint8.cli import methods
+from jaxint8.cli.app import Options
 from jaxint8.evaluation import perplexity
 from jaxint8.evaluation.outliers import outlier_fractions
 from jaxint8.evaluation.report import BASELINE, Row
@@ -41,6 +42,23 @@ class Measured:
     model_bytes: int
     decode_tokens_per_s: float | None
     outlier_fraction: float
+
+
+def text_tokens(model: LanguageModel, text: str, options: Options) -> np.ndarray:
+    """The text as the model's tokens, int32[n], without special ones; the flags max_tokens and window bound it.
+
+    Raises:
+      ValueError: the model has no tokenizer or too few positions, or the text is too short.
+    """
+    if model.tokenizer is None:
+        raise ValueError(f"model: {options['model']} comes without a tokenizer")
+    window, positions = options["window"], model.config.max_positions
+    if window > positions:
+        raise ValueError(f"window: {window} exceeds the model's {positions} positions")
+    ids = model.tokenizer.encode(text, add_special_tokens=False)[: options["max_tokens"]]
+    if len(ids) < 2:
+        raise ValueError(f"text: expected at least 2 tokens to have one to score, got {len(ids)}")
+    return np.asarray(ids, np.int32)
 
 
 def load_group(source: str, names: Sequence[str], mesh: Mesh | None = None) -> LanguageModel:

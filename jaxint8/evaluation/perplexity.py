@@ -132,6 +132,11 @@ def cut(ids: np.ndarray, window: int, batch_size: int) -> list[np.ndarray]:
     return [*calls, rest[None, :]] if rest.size >= 2 else calls
 
 
+def logprobs(logits: Logits, call: np.ndarray) -> np.ndarray:
+    """The log-probabilities of the scored tokens of one call int[b, t], float32[b * (t - 1)]."""
+    return _timed_logprobs(logits, call, int(call.max()))[0]
+
+
 def _timed_logprobs(logits: Logits, call: np.ndarray, highest: int) -> tuple[np.ndarray, float]:
     """The log-probabilities float32[b * (t - 1)] of one call, and the seconds that it took."""
     start = time.perf_counter()

@@ -73,7 +73,9 @@ def speed(rows: Sequence[Row], baseline: Row, title: str) -> Figure:
         if all(getattr(row, attribute) is not None for row in everyone)
     }
     changes = [row.mean_abs_logprob_change or 0.0 for row in rows]
-    figure = Figure(figsize=(1.6 + 4.6 * len(shown), 4.4), dpi=120, layout="constrained")
+    # The legend has a line a method, and long names want their width.
+    size = (1.6 + 4.6 * len(shown), max(4.4, 1.0 + 0.26 * len(everyone)))
+    figure = Figure(figsize=size, dpi=120, layout="constrained")
     all_axes = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]
     for axes, (name, attribute) in zip(all_axes, shown.items(), strict=True):
         for i, row in enumerate(rows):
