@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxint8.models.attention import alibi_bias, rope_tables, rotate
+from jaxint8.models.attention import alibi_bias, alibi_slopes, rope_tables, rotate
 from jaxint8.models.config import DecoderConfig
 from jaxint8.models.decoder import Params
 
@@ -135,7 +135,7 @@ def _largest(
 
     bias = jnp.zeros((1, config.heads, 1, t), jnp.float32)
     if config.positions == "alibi":
-        bias = alibi_bias(config.heads, jnp.arange(t, dtype=jnp.int32)[None])
+        bias = alibi_bias(alibi_slopes(config.heads), jnp.arange(t, dtype=jnp.int32)[None])
     bias = jnp.moveaxis(bias.reshape(1, config.kv_heads, group, 1, t), 1, 0)
 
     def of_head(parts: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
