@@ -20,7 +20,7 @@ import numpy as np
 from jaxint8.models.cache import KVCache, capacity_for, grow_cache, init_cache
 from jaxint8.models.config import DecoderConfig, QuantizationConfig
 from jaxint8.models.decoder import Params, forward
-from jaxint8.models.placement import Placement
+from jaxint8.models.placement import Placement, check
 from jaxint8.models.sampling import Draw, Sampling, next_tokens
 
 # Steps that one call of the jitted loop makes at most: enough that calling it costs nothing beside
@@ -198,6 +198,7 @@ def stream_tokens(
     """
     prompts = [list(prompt) for prompt in prompts]
     _check(config, prompts, max_new_tokens, chunk)
+    check(params, placement)
     if not prompts or max_new_tokens == 0:
         return
     tokens, start = _left_pad(prompts)

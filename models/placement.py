@@ -313,6 +313,13 @@ class Placement:
         )
 
 
+def check(params: Any, placement: Placement | None) -> None:
+    """Raises ValueError where parameters are split over devices and nothing says how."""
+    sharding = getattr(params["embedding"], "sharding", None)
+    if placement is None and MODEL in tuple(getattr(sharding, "spec", ())):
+        raise ValueError("placement: expected that of the model, whose parameters are on a mesh")
+
+
 def _keys(path: tuple[Any, ...]) -> Path:
     """The path of a leaf of a tree, as the weight maps have it."""
     return tuple(getattr(k, "key", getattr(k, "idx", getattr(k, "name", ""))) for k in path)

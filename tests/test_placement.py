@@ -9,10 +9,12 @@ import pytest
 from jax.sharding import AxisType
 from test_loading import assert_same
 
+from jaxint8.cli.zeroshot import padded_logits
 from jaxint8.models import generate, loading
 from jaxint8.models.config import QUANTIZATIONS, QuantizationConfig
 from jaxint8.models.generate import generate_tokens
 from jaxint8.models.loading import load
+from jaxint8.models.observe import linear_inputs
 from jaxint8.models.placement import Placement
 
 GOLDENS = Path(__file__).parent / "goldens"
@@ -90,6 +92,25 @@ def test_int8_head_and_sampling_are_those_of_one_device():
     assert rows[0] == rows[1]
 
 
+def test_what_evaluation_looks_at_is_that_of_one_device():
+    """Inputs of the layers without their padding, and logits of left-padded rows."""
+    tokens = np.random.default_rng(2).integers(0, 96, (3, 9)).astype(np.int32)
+    starts = np.array([0, 4, 8], np.int32)
+    seen, logits = [], []
+    for mesh in (None, mesh_of((2, 3))):
+        model = load(GOLDENS / "llama_gqa_tied", quantization="relative", mesh=mesh)
+        how = {"quantization": model.quantization, "placement": model.placement}
+        seen.append(linear_inputs(model.config, model.params, tokens, **how))
+        logits.append(np.asarray(padded_logits(model, tokens, starts)))
+    assert seen[0].keys() == seen[1].keys()
+    for name, x in seen[0].items():
+        np.testing.assert_allclose(seen[1][name], x, rtol=2e-5, atol=2e-5, err_msg=name)
+    for row, start in enumerate(starts):
+        np.testing.assert_allclose(
+            logits[1][row, start:], logits[0][row, start:], rtol=2e-5, atol=2e-5
+        )
+
+
 def test_a_step_moves_activations_only():
     """Per layer: statistics and sums of two layers; for the token: embedding and logits."""
     model = load(GOLDENS / "llama_gqa_tied", quantization="relative", mesh=mesh_of((2, 2)))
@@ -136,3 +157,6 @@ def test_other_axes_are_refused():
         load(GOLDENS / "llama_mha", mesh=mesh)
     with pytest.raises(ValueError, match="quantization: this scheme runs on one device only"):
         load(GOLDENS / "llama_mha", quantization="absmax", mesh=mesh_of((1, 2)))
+    model = load(GOLDENS / "llama_mha", mesh=mesh_of((1, 2)))
+    with pytest.raises(ValueError, match="placement: expected that of the model"):
+        generate_tokens(model.config, model.params, [[1]], 1)

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxint8.evaluation import tasks, zeroshot
@@ -18,6 +17,7 @@ from jaxint8.evaluation.report import BASELINE, TaskRow
 from jaxint8.models import DecoderConfig, LanguageModel, QuantizationConfig
 from jaxint8.models.cache import init_cache
 from jaxint8.models.decoder import Params, forward
+from jaxint8.models.placement import Placement
 
 
 @dataclass(frozen=True)
@@ -92,26 +92,31 @@ def answer(
 
 def padded_logits(model: LanguageModel, tokens: np.ndarray, starts: np.ndarray) -> jax.Array:
     """The logits float32[b, t, vocab] of left-padded rows int32[b, t] that begin at starts int32[b]."""
-    return _padded_logits(
-        model.params,
-        jnp.asarray(tokens),
-        jnp.asarray(starts),
-        config=model.config,
-        quantization=model.quantization,
-    )
+    placement = model.placement
+    filled = (tokens, starts) if placement is None else map(placement.fill_rows, (tokens, starts))
+    how = {"config": model.config, "quantization": model.quantization, "placement": placement}
+    return _padded_logits(model.params, *filled, len(tokens), **how)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "quantization"))
+@functools.partial(
+    jax.jit, static_argnums=3, static_argnames=("config", "quantization", "placement")
+)
 def _padded_logits(
     params: Params,
     tokens: jax.Array,
     starts: jax.Array,
+    count: int,
     *,
     config: DecoderConfig,
     quantization: QuantizationConfig | None,
+    placement: Placement | None,
 ) -> jax.Array:
-    cache = init_cache(config, tokens.shape[1], starts, params["embedding"].dtype)
-    return forward(config, params, tokens, cache, quantization=quantization)[0]
+    held = config if placement is None else placement.cache_config
+    cache = init_cache(held, tokens.shape[1], starts, params["embedding"].dtype)
+    logits, _ = forward(
+        config, params, tokens, cache, quantization=quantization, placement=placement
+    )
+    return logits if placement is None else placement.whole_logits(logits)[:count]
 
 
 def rows(

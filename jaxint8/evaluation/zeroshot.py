@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxint8.evaluation.tasks import Document
+from jaxint8.partition import to_host
 
 Encode = Callable[[str], list[int]]
 """Text -> token ids, without special tokens."""
@@ -197,7 +198,7 @@ def _answers(
         tokens[row, starts[row] :] = inputs
         targets[row, length - len(request.continuation) :] = request.continuation
     logprobs, best = _score_targets(logits(tokens, starts), targets)
-    logprobs, best = np.asarray(logprobs, np.float64), np.asarray(best)
+    logprobs, best = to_host(logprobs).astype(np.float64), to_host(best)
     for row, request in enumerate(requests):
         scored = slice(length - len(request.continuation), length)
         yield Answer(float(logprobs[row, scored].sum()), bool(best[row, scored].all()))

@@ -34,14 +34,15 @@ _ROWS = 256
 
 def config_of(layers: int, hidden: int = 2048) -> DecoderConfig:
     """A LLaMA of so many layers, with the proportions of one of a billion parameters."""
+    width = 128 if hidden >= 1024 else 32
     return DecoderConfig(
         family="llama",
         vocab_size=32000 if hidden >= 1024 else 1000,
         hidden_size=hidden,
         layers=layers,
-        heads=hidden // 128,
-        kv_heads=max(1, hidden // 256),
-        head_dim=128,
+        heads=hidden // width,
+        kv_heads=hidden // width // 2,
+        head_dim=width,
         mlp_size=hidden * 11 // 4,
         max_positions=2048,
         embedding_size=hidden,
