@@ -58,7 +58,7 @@ def _prefill(
     *,
     config: DecoderConfig,
     quantization: QuantizationConfig | None,
-    placement: Placement | None,
+    placement: Placement | None = None,
     capacity: int,
 ) -> _State:
     """Runs left-padded prompts int32[b, t] and draws the first token of each row.
@@ -94,7 +94,7 @@ def _decode(
     *,
     config: DecoderConfig,
     quantization: QuantizationConfig | None,
-    placement: Placement | None,
+    placement: Placement | None = None,
 ) -> tuple[_State, jax.Array]:
     """Makes up to ``steps`` (at most CHUNK) tokens more; stops early once every row has ended.
 
