@@ -24,7 +24,6 @@ from jaxint8.checkpoint.bitsandbytes import Keep
 from jaxint8.checkpoint.writer import SHARD_BYTES, Put
 from jaxint8.models import loading, saving
 from jaxint8.models.families import Part
-from jaxint8.models.families.base import deinterleave_rows
 from jaxint8.models.reading import Pool
 from jaxint8.models.tokenizer import read_json
 
@@ -152,7 +151,7 @@ def _int8(reader: TensorReader, part: Part, name: str, pool: Pool) -> Piece:
                 shape = (rows.stop - rows.start, *part.shape[1:])
                 matrix, scale = np.empty(shape, np.int8), np.empty(shape[:1], np.float32)
                 codes.quantize_rows(reader, part.name, rows, matrix, scale)
-            keep(rows.start, _arranged(part, matrix), _arranged(part, scale))
+            keep(rows.start, part.arrange(matrix), part.arrange(scale))
 
         pool.run(part.stored_shape, block, part.unit)
 
@@ -166,16 +165,11 @@ def _floats(reader: TensorReader, part: Part, name: str, pool: Pool, dtype: str 
     def fill(put: Put) -> None:
         def block(rows: slice) -> None:
             values = codes.read_floats(reader, part.name, rows, kind)
-            put(name, rows.start, _arranged(part, values))
+            put(name, rows.start, part.arrange(values))
 
         pool.run(part.stored_shape, block, part.unit)
 
     return Piece({name: (part.stored_shape, kind)}, fill)
-
-
-def _arranged(part: Part, rows: np.ndarray) -> np.ndarray:
-    """Puts rows of whole heads in the decoder's order."""
-    return deinterleave_rows(rows, len(rows) // part.unit) if part.interleaved_heads else rows
 
 
 def _config(checkpoint: loading.Checkpoint, dtype: str | None) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxint8.models.cache import KVCache
@@ -56,15 +56,16 @@ class Placement:
     """
 
     config: DecoderConfig
-    mesh: Mesh
+    mesh: Mesh | AbstractMesh
 
     def __post_init__(self) -> None:
         """Checks the axes."""
         names = tuple(self.mesh.axis_names)
         if not names or not {DATA, MODEL}.issuperset(names):
             raise ValueError(f"mesh: expected axes ('data', 'model'), got {names}")
-        automatic = Mesh(self.mesh.devices, names, axis_types=(AxisType.Auto,) * len(names))
-        object.__setattr__(self, "mesh", automatic)
+        if isinstance(self.mesh, Mesh):  # else there are no devices yet: it is only a plan
+            automatic = Mesh(self.mesh.devices, names, axis_types=(AxisType.Auto,) * len(names))
+            object.__setattr__(self, "mesh", automatic)
 
     @property
     def data(self) -> int:
@@ -219,6 +220,28 @@ class Placement:
             return found
 
         return jax.tree_util.tree_map_with_path(whole, params)
+
+    def spread(self, params: Any) -> Any:
+        """Puts a tree of parameters, as one device would hold them, onto the mesh; the inverse of `on_host`."""
+
+        def place(path: tuple[Any, ...], array: Any) -> jax.Array:
+            where = _keys(path)
+            axis, found = self.axis(where), np.asarray(array)
+            if axis is None:
+                return self.put(where, {0: found})
+            starts = [0, *itertools.accumulate(_part_sizes(self.config, where))]
+            lead, shards = (slice(None),) * axis, {}
+            for device in self.held:
+                # Padding: rows of zeros, whose scale is 1.
+                shard = np.full(self.size(where, found.shape), where[-1] == "scale", found.dtype)
+                for piece in self.pieces(where, device):
+                    first, count = starts[piece.part] + piece.start, piece.stop - piece.start
+                    held = (*lead, slice(piece.at, piece.at + count))
+                    shard[held] = found[(*lead, slice(first, first + count))]
+                shards[device] = shard
+            return self.put(where, shards)
+
+        return jax.tree_util.tree_map_with_path(place, params)
 
     @functools.cached_property
     def of_model(self) -> dict[Any, int]:

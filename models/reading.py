@@ -269,7 +269,7 @@ def _fill(
 
             pool.run((_size(piece), *part.shape[1:]), fill)
             for array in arrays:
-                array[held] = _arrange(part, piece, array[held])
+                array[held] = part.arrange(array[held])
     by_columns = [pair for pair in zip(targets, made, strict=True) if pair[0].axis == 1]
     if not by_columns:
         return
@@ -289,14 +289,6 @@ def _fill(
                     array[rows, _held(piece)] = block[:, piece.start : piece.stop]
 
     pool.run(part.shape, scatter)
-
-
-def _arrange(part: Part, piece: Piece, rows: np.ndarray) -> np.ndarray:
-    """Puts the rows of a piece, which holds whole heads, in the decoder's order."""
-    if not part.interleaved_heads:
-        return rows
-    heads = part.interleaved_heads * _size(piece) // part.shape[0]
-    return dataclasses.replace(part, interleaved_heads=heads).arrange(rows)
 
 
 def _held(piece: Piece) -> slice:

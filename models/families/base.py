@@ -107,14 +107,14 @@ class Part:
         return fuse_rows(rows, self.fused.heads, self.fused.count) if self.fused else rows
 
     def arrange(self, stored: np.ndarray) -> np.ndarray:
-        """Returns the rows in the decoder's order; ``stored`` has the part's leading axis."""
-        return (
-            deinterleave_rows(stored, self.interleaved_heads) if self.interleaved_heads else stored
-        )
+        """Returns the rows in the decoder's order; ``stored`` holds whole heads, perhaps not all."""
+        if not self.interleaved_heads:
+            return stored
+        return deinterleave_rows(stored, stored.shape[0] // self.unit)
 
     @property
     def unit(self) -> int:
-        """Rows whose order can be put right together: those of a head where they are interleaved."""
+        """Rows that `arrange` needs together: those of a head where they are interleaved."""
         return self.shape[0] // self.interleaved_heads if self.interleaved_heads else 1
 
 
