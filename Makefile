@@ -33,7 +33,7 @@ $(VENV)/.installed: $(VENV)/.dependencies $(FFI)
 demo: setup
 	$(BIN)/jaxint8-eval --model=demo --text=demo --output=build/demo \
 		--methods=float32,bfloat16,absmax,vectorwise,llm_int8,relative,topk
-	$(BIN)/jaxint8-generate --model=demo --method=relative --max_new_tokens=48 \
+	$(BIN)/jaxint8-generate --model=demo --method=topk --max_new_tokens=48 \
 		--prompt="The best thing about a small language model is"
 
 test: setup

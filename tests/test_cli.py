@@ -211,7 +211,7 @@ def test_decode_speed_needs_positions(checkpoint):
 
 
 def test_generate_prints_what_the_model_makes(checkpoint, capsys):
-    model = load(checkpoint, quantization="relative")
+    model = load(checkpoint, quantization="topk")
     prompts = ["the quick", "brown fox jumps"]
     expected = model.generate(prompts, max_new_tokens=20)
     arguments = [f"--model={checkpoint}", "--max_new_tokens=20"]
