@@ -59,7 +59,8 @@ def xla_linear(
     if rule is not None and arithmetic == "float":
         outliers = jnp.where(outlier_mask(x, rule, shards), x.astype(jnp.float32), 0.0)
         y = shards.in_turn(lambda y: _add_outlier_columns(y, outliers, codes, scale), y)
-    return finish(y, bias, x.dtype)
+    # Else a caller's sum with another float32 array would become an FMA with the last product here.
+    return jax.lax.optimization_barrier(finish(y, bias, x.dtype))
 
 
 def finish(y: jax.Array, bias: jax.Array | None, dtype: jnp.dtype) -> jax.Array:

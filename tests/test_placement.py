@@ -54,8 +54,8 @@ def test_logits_and_text_are_those_of_one_device(case, method, shape):
     one = load(GOLDENS / case, quantization=method)
     model = load(GOLDENS / case, quantization=method, mesh=mesh_of(shape, AxisType.Explicit))
     tokens = np.random.default_rng(1).integers(0, one.config.vocab_size, (3, 11))
-    # Float sums of other shapes: a few units in the last place of logits of order 1.
-    np.testing.assert_allclose(model.logits(tokens), one.logits(tokens), rtol=2e-5, atol=2e-5)
+    # What enters the head is the same to the bit; its float product is one of another shape.
+    np.testing.assert_allclose(model.logits(tokens), one.logits(tokens), rtol=2e-6, atol=2e-6)
     prompts = [[int(t) for t in row[:n]] for row, n in zip(tokens, (3, 7, 11), strict=True)]
 
     def text(model, placement):
@@ -104,7 +104,7 @@ def test_what_evaluation_looks_at_is_that_of_one_device():
         logits.append(np.asarray(padded_logits(model, tokens, starts)))
     assert seen[0].keys() == seen[1].keys()
     for name, x in seen[0].items():
-        np.testing.assert_allclose(seen[1][name], x, rtol=2e-5, atol=2e-5, err_msg=name)
+        np.testing.assert_array_equal(seen[1][name], x, err_msg=name)
     for row, start in enumerate(starts):
         np.testing.assert_allclose(
             logits[1][row, start:], logits[0][row, start:], rtol=2e-5, atol=2e-5
