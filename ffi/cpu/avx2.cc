@@ -2,7 +2,9 @@
 //
 // AVX2 has a product of bytes, vpmaddubsw, but it adds two products in 16 bits and saturates: 255 * 127 * 2 does not
 // fit. So weights and codes are widened to 16 bits and multiplied by vpmaddwd, which is exact for any two bytes. Both
-// ways come to 16 products per multiplication, and packed panels are widened once for all rows.
+// ways come to 16 products per multiplication, and packed panels are widened once for all rows. Only where weights are
+// used as they lie would widening be a cost: there vpmaddubsw takes |w| and the code with the sign of w, whose products
+// fit if no code is -128, as the quantiser guarantees.
 #include <immintrin.h>
 
 #include "avx256.h"
@@ -18,24 +20,26 @@ struct Avx2 : Avx256 {
   using Weights = __m256i;
   using Codes = __m256i;
   static constexpr bool kOffset = false, kArranged = true;
-  static constexpr int kDot = 16, kWord = 2, kDotsMost = 4, kDenseN = 4;
+  static constexpr int kDot = 16, kWord = 2, kDotsMost = kSmallM, kDenseN = 4;
   static constexpr int kDotsN[kDotsM] = {8, 4, 2, 2};
   static constexpr int64_t kPanelK = 512;
 
   static __m256i Widen(const int8_t* p) {
     return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   }
-  static __m256i MulAdd(Sums sum, __m256i w, __m256i x) { return Add(sum, _mm256_madd_epi16(w, x)); }
+  // One sum after the other: the compiler would rather finish all products first, and keep most sums in memory.
+  ALWAYS_INLINE static Sums MulAdd(Sums sum, __m256i w, __m256i x) {
+    sum = Add(sum, _mm256_madd_epi16(w, x));
+    asm volatile("" : "+x"(sum));
+    return sum;
+  }
   static __m256i LoadWeights(const int8_t* w) { return Widen(w); }
   static __m256i LoadCodes(const int8_t* x) { return Widen(x); }
   static __m256i LoadRow(const int8_t* w) { return Widen(w); }
 
-  // One sum after the other: the compiler would rather finish all products first, and keep most sums in memory.
   template <int>
   ALWAYS_INLINE static Sums MulAddTile(Sums sum, Packed w, __m256i two) {
-    sum = MulAdd(sum, w, two);
-    asm volatile("" : "+x"(sum));
-    return sum;
+    return MulAdd(sum, w, two);
   }
 
   static void Arrange(const int8_t* x, int64_t stride, int64_t rows, int64_t columns, uint8_t* out,
@@ -45,13 +49,15 @@ struct Avx2 : Avx256 {
     }
   }
 
-  // Here the codes are high parts, never -128, so with |w| <= 128 two products reach 2 * 128 * 127 < 2^15: vpmaddubsw
-  // is exact.
-  static Sums MulAddWords(Sums sum, const uint8_t* words, uint32_t four) {
-    const __m256i w = Load(words);
-    const __m256i codes = _mm256_sign_epi8(_mm256_set1_epi32(static_cast<int32_t>(four)), w);
-    const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), codes);
+  // For codes from -127 to 127: two products reach 2 * 128 * 127 < 2^15.
+  ALWAYS_INLINE static Sums MulAddBytes(Sums sum, __m256i magnitude, __m256i w, __m256i x) {
+    const __m256i pairs = _mm256_maddubs_epi16(magnitude, _mm256_sign_epi8(x, w));
     return MulAdd(sum, pairs, _mm256_set1_epi16(1));
+  }
+
+  static Sums MulAddWords(Sums sum, const uint8_t* words, uint32_t four) {  // high parts are never -128
+    const __m256i w = Load(words);
+    return MulAddBytes(sum, _mm256_abs_epi8(w), w, _mm256_set1_epi32(static_cast<int32_t>(four)));
   }
 
   static void MulAddHi(Sums (&sum)[kHiRegisters], const uint8_t* panel, int64_t group, uint32_t four) {
@@ -65,10 +71,29 @@ struct Avx2 : Avx256 {
   }
 };
 
+// Dot products with codes of the quantiser.
+struct Avx2Bytes : Avx2 {
+  struct Weights {
+    __m256i w, magnitude;
+  };
+  static constexpr int kDot = 32;
+
+  static Weights LoadWeights(const int8_t* w) { return {Load(w), _mm256_abs_epi8(Load(w))}; }
+  static __m256i LoadCodes(const int8_t* x) { return Load(x); }
+  ALWAYS_INLINE static Sums MulAdd(Sums sum, const Weights& w, __m256i x) {
+    return MulAddBytes(sum, w.magnitude, w.w, x);
+  }
+};
+
+void MultiplyAvx2(const Block& b) {
+  if (b.epilogue) return Multiply<Avx2, Avx2Bytes>(b);
+  Multiply<Avx2, Avx2>(b);  // the codes of a bare product are any bytes
+}
+
 }  // namespace
 
 extern const Rung kAvx2;
 const Rung kAvx2 = {
-    "avx2", HasAvx2, MarkRow, QuantizeRow, Multiply<Avx2>, /*chunk_m=*/kChunkM, sizeof(TileScratch<Avx2>)};
+    "avx2", HasAvx2, MarkRow, QuantizeRow, MultiplyAvx2, /*chunk_m=*/kChunkM, sizeof(TileScratch<Avx2>)};
 
 }  // namespace jaxint8::cpu

@@ -16,17 +16,20 @@ struct AvxVnni : Avx256 {
   using Weights = __m256i;
   using Codes = __m256i;
   static constexpr bool kOffset = true, kArranged = false;
-  static constexpr int kDot = 32, kWord = 4, kDotsMost = 4, kDenseN = 4;
+  static constexpr int kDot = 32, kWord = 4, kDotsMost = kSmallM, kDenseN = 4;
   static constexpr int kDotsN[kDotsM] = {8, 4, 2, 2};
   static constexpr int64_t kPanelK = 1024;
 
   static __m256i Flip(__m256i w) { return _mm256_xor_si256(w, _mm256_set1_epi8(static_cast<char>(0x80))); }
-  static Sums MulAdd(Sums sum, __m256i w, __m256i x) {
+  // One sum after the other: the compiler would rather load all codes of a tile first, and has no registers for them.
+  ALWAYS_INLINE static Sums MulAdd(Sums sum, __m256i w, __m256i x) {
 #if defined(JAXINT8_EVEX)  // the same instruction as AVX-512 encodes it: test only, for machines that have no other
-    return _mm256_dpbusd_epi32(sum, w, x);
+    sum = _mm256_dpbusd_epi32(sum, w, x);
 #else
-    return _mm256_dpbusd_avx_epi32(sum, w, x);
+    sum = _mm256_dpbusd_avx_epi32(sum, w, x);
 #endif
+    asm volatile("" : "+x"(sum));
+    return sum;
   }
   static __m256i LoadWeights(const int8_t* w) { return Flip(Load(w)); }
   static __m256i LoadCodes(const int8_t* x) { return Load(x); }

@@ -11,6 +11,7 @@ namespace {
 
 struct NeonI8mm : Neon {
   static constexpr bool kArranged = true;
+  static constexpr int kDotsMost = 8;  // dot products are half as fast
   static constexpr int kLanes = 2, kWord = 8, kRows = 2, kWords = 1;
   static constexpr int kTileM = 5, kTileZ = 4;  // 20 sums, 4 weights, 5 pairs of rows: 29 of 32 registers
   static constexpr int kHiRegisters = kTileZ;

@@ -53,39 +53,47 @@ struct alignas(64) TileScratch {
 };
 
 // The columns of the packed panel, [begin, end) of k, and what a sub-panel occupies.
-struct Columns64 {
+struct PanelColumns {
   int64_t begin, end, sub_bytes;
 };
 
-// Packs n rows of weights; outputs up to a multiple of kTileN and columns up to one of 64 become zero weights.
+// Packs kLanes rows of weights, of which n exist, kLanes words of columns from t on; zeros where the matrix ends.
 template <class V>
-void Pack(const int8_t* w, int64_t stride, int64_t n, const Columns64& columns, uint8_t* panel) {
+ALWAYS_INLINE inline void PackSquare(const int8_t* w, int64_t stride, int64_t n, int64_t columns, uint8_t* out) {
   constexpr int L = V::kLanes;
-  constexpr int64_t kSquare = L * V::kWord, kStride = V::kTileZ * V::kBytes;
+  constexpr int64_t kSquare = L * V::kWord;
+  typename V::Packed r[L];
+  if (n >= L && columns >= kSquare) {
+    Unroll<L>([&](auto i) ALWAYS_INLINE { r[i] = V::LoadRow(w + i * stride); });
+  } else {
+    int8_t padded[L][kSquare] = {};
+    for (int i = 0; i < L && i < n && columns > 0; ++i) {
+      std::memcpy(padded[i], w + i * stride, static_cast<size_t>(columns < kSquare ? columns : kSquare));
+    }
+    Unroll<L>([&](auto i) ALWAYS_INLINE { r[i] = V::LoadRow(padded[i]); });
+  }
+  V::Transpose(r);
+  Unroll<L>([&](auto i) ALWAYS_INLINE { V::StorePacked(out + i * V::kTileZ * V::kBytes, r[i]); });
+}
+
+// Packs n rows of weights; outputs up to a multiple of kTileN and columns up to one of 64 become zero weights. A line
+// of weights at a time: rows at a stride of 4096 fall into the same few lines of the L1 cache and would not stay there.
+template <class V>
+void Pack(const int8_t* w, int64_t stride, int64_t n, const PanelColumns& columns, uint8_t* panel) {
+  constexpr int64_t kSquare = V::kLanes * V::kWord, kTileN = TileScratch<V>::kTileN;
+  constexpr int64_t kWordBytes = V::kTileZ * V::kBytes;  // of kWord columns of a sub-panel
   const int64_t width = columns.end - columns.begin;
-  const int64_t outputs = (n + TileScratch<V>::kTileN - 1) / TileScratch<V>::kTileN * TileScratch<V>::kTileN;
-  int8_t padded[L][kSquare];
-  for (int64_t j = 0; j < outputs; j += L) {
-    uint8_t* out = panel + j / L / V::kTileZ * columns.sub_bytes + j / L % V::kTileZ * V::kBytes;
+  for (int64_t j = 0; j < n; j += kTileN, panel += columns.sub_bytes) {
     const int8_t* in = w + j * stride + columns.begin;
-    for (int64_t t = 0; t < (width + 63) / 64 * 64; t += kSquare) {
-      typename V::Packed r[L];
-      if (j + L <= n && t + kSquare <= width) {
-        Unroll<L>([&](auto i) ALWAYS_INLINE {
-          r[i] = V::LoadRow(in + i * stride + t);
-          if (t % 64 == 0) __builtin_prefetch(in + (L + i) * stride + t, 0, 2);
-        });
-      } else {
-        const int64_t bytes = width - t < kSquare ? width - t : kSquare;
-        for (int i = 0; i < L; ++i) {
-          std::memset(padded[i], 0, sizeof padded[i]);
-          if (j + i < n && bytes > 0) std::memcpy(padded[i], in + i * stride + t, static_cast<size_t>(bytes));
+    for (int64_t t = 0; t < width; t += 64) {
+      for (int64_t i = kTileN; i < 2 * kTileN; ++i) __builtin_prefetch(in + i * stride + t, 0, 2);
+      for (int64_t z = 0; z < V::kTileZ; ++z) {
+        const int64_t first = z * V::kLanes;
+        for (int64_t s = t; s < t + 64; s += kSquare) {
+          uint8_t* out = panel + s / V::kWord * kWordBytes + z * V::kBytes;
+          PackSquare<V>(in + first * stride + s, stride, n - j - first, width - s, out);
         }
-        Unroll<L>([&](auto i) ALWAYS_INLINE { r[i] = V::LoadRow(padded[i]); });
       }
-      V::Transpose(r);
-      Unroll<L>([&](auto i) ALWAYS_INLINE { V::StorePacked(out + i * kStride, r[i]); });
-      out += L * kStride;
     }
   }
 }
@@ -123,7 +131,8 @@ ALWAYS_INLINE inline void TileOf(int64_t registers, const uint8_t* codes, int64_
 
 // c += (hi . W) << 7 for the high parts of one row that lie in the panel. `next` is the first word not yet added.
 template <class V>
-void AddHiWords(const Row& row, const Columns64& columns, int64_t n, const uint8_t* panel, int32_t* next, int32_t* c) {
+void AddHiWords(const Row& row, const PanelColumns& columns, int64_t n, const uint8_t* panel, int32_t* next,
+                int32_t* c) {
   const int32_t begin = *next;
   int32_t stop = begin;
   while (stop < row.words && row.hi[stop].group * 4 < columns.end) ++stop;
@@ -149,7 +158,7 @@ void MultiplyTiled(const Block& b) {
   if (b.with_hi) std::memset(scratch->next_hi, 0, static_cast<size_t>(b.m) * sizeof *scratch->next_hi);
   for (int64_t t = 0; t < b.k; t += width) {
     const int64_t end = t + width < b.k ? t + width : b.k, padded = (end - t + 63) / 64 * 64;
-    const Columns64 columns{t, end, padded * S::kTileN * S::kWeightBytes};
+    const PanelColumns columns{t, end, padded * S::kTileN * S::kWeightBytes};
     Pack<V>(b.w, b.k, b.n, columns, scratch->panel);
     int64_t first = 0;
     for (int64_t tile = 0; tile < tiles; ++tile) {  // heights differ by one at most, so that no tile is thin
@@ -183,12 +192,12 @@ void MultiplyTiled(const Block& b) {
   }
 }
 
-// Dot products where the weights are read more slowly than multiplied.
-template <class V>
+// Dot products, by the traits D, where the weights are read more slowly than multiplied.
+template <class V, class D = V>
 void Multiply(const Block& b) {
   const bool planned = b.plan || !b.with_hi;
-  if (b.k == 0 || (b.m <= V::kDotsMost && planned)) {
-    return MultiplyDots<V>(b, reinterpret_cast<TileScratch<V>*>(b.scratch)->panel);
+  if (b.k == 0 || (b.m <= D::kDotsMost && planned)) {
+    return MultiplyDots<D>(b, reinterpret_cast<TileScratch<V>*>(b.scratch)->panel);
   }
   MultiplyTiled<V>(b);
 }
