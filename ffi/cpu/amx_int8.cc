@@ -5,8 +5,8 @@
 // the same panels, and the same correction applies. Products of few rows are those of the AVX512-VNNI rung.
 #include <immintrin.h>
 
-#include "features.h"
 #include "int8.h"
+#include "processor.h"
 #include "rows_avx512.h"
 #include "tiles_avx512.h"
 #if defined(JAXINT8_EMULATED_TILES)

@@ -8,8 +8,8 @@
 #include <immintrin.h>
 
 #include "avx256.h"
-#include "features.h"
 #include "int8.h"
+#include "processor.h"
 #include "rows.h"
 #include "tiles.h"
 

@@ -7,7 +7,7 @@
 #include <thread>
 #include <vector>
 
-#include "features.h"
+#include "processor.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>

@@ -1,7 +1,7 @@
 // The NEON rung with dot products (sdot: Cortex-A76, Neoverse N1, Apple M1 and later).
-#include "features.h"
 #include "int8.h"
 #include "neon.h"
+#include "processor.h"
 #include "rows.h"
 #include "tiles.h"
 

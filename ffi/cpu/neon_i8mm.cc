@@ -1,8 +1,8 @@
 // The NEON rung with matrix products of bytes (smmla: Neoverse V1 and N2, Apple M2 and later): two rows by two outputs,
 // eight columns, in one instruction.
-#include "features.h"
 #include "int8.h"
 #include "neon.h"
+#include "processor.h"
 #include "rows.h"
 #include "tiles.h"
 

@@ -13,6 +13,8 @@
 
 #if defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 namespace jaxint8::cpu {
@@ -56,6 +58,16 @@ inline uint32_t AtLeast16(const float* x, uint32_t threshold) {
   const __m256i b = _mm256_cmpgt_epi32(_mm256_and_si256(_mm256_loadu_si256(v + 1), bits), below);
   return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_castsi256_ps(a))) |
          static_cast<uint32_t>(_mm256_movemask_ps(_mm256_castsi256_ps(b))) << 8;
+#elif defined(__aarch64__)
+  const auto narrow = [&](int64_t j) {  // of eight values: all ones where it holds
+    const uint32x4_t bits = vdupq_n_u32(kMagnitude), limit = vdupq_n_u32(threshold);
+    const uint32x4_t low = vcgeq_u32(vandq_u32(vreinterpretq_u32_f32(vld1q_f32(x + j)), bits), limit);
+    const uint32x4_t high = vcgeq_u32(vandq_u32(vreinterpretq_u32_f32(vld1q_f32(x + j + 4)), bits), limit);
+    return vmovn_u16(vcombine_u16(vmovn_u32(low), vmovn_u32(high)));
+  };
+  const uint8x8_t place = vcreate_u8(0x8040201008040201);
+  return static_cast<uint32_t>(vaddv_u8(vand_u8(narrow(0), place))) |
+         static_cast<uint32_t>(vaddv_u8(vand_u8(narrow(8), place))) << 8;
 #else
   uint32_t mask = 0;
   for (int j = 0; j < 16; ++j) mask |= static_cast<uint32_t>(Magnitude(x[j]) >= threshold) << j;

@@ -1,6 +1,6 @@
 // What the processor can do and the operating system allows, for the choice of a rung and of a ceiling.
-#ifndef JAXINT8_FFI_CPU_FEATURES_H_
-#define JAXINT8_FFI_CPU_FEATURES_H_
+#ifndef JAXINT8_FFI_CPU_PROCESSOR_H_
+#define JAXINT8_FFI_CPU_PROCESSOR_H_
 
 namespace jaxint8::cpu {
 
@@ -16,4 +16,4 @@ bool HasI8mm();  // and dot products
 
 }  // namespace jaxint8::cpu
 
-#endif  // JAXINT8_FFI_CPU_FEATURES_H_
+#endif  // JAXINT8_FFI_CPU_PROCESSOR_H_

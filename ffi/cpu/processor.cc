@@ -1,5 +1,5 @@
-// See features.h. The compiler's own tests look at cpuid and, through xgetbv, at what the operating system saves.
-#include "features.h"
+// See processor.h. The compiler's own tests look at cpuid and, through xgetbv, at what the operating system saves.
+#include "processor.h"
 
 #if defined(__linux__)
 #if defined(__x86_64__)
