@@ -47,7 +47,6 @@ def test_what_the_devices_hold_is_the_model(case, tmp_path):
         ("llama_gqa_tied", "topk", (2, 2)),
         ("bloom", "relative", (1, 5)),
         ("llama_biases", "llm_int8", (2, 4)),
-        ("opt_post_norm", "vectorwise", (2, 3)),
     ],
 )
 def test_logits_and_text_are_those_of_one_device(case, method, shape):
