@@ -11,7 +11,7 @@ import tokenizers
 
 from jaxint8.cli import eval as eval_cli
 from jaxint8.cli import generate as generate_cli
-from jaxint8.cli import measure, methods
+from jaxint8.cli import measure, methods, zeroshot
 from jaxint8.evaluation import datasets, perplexity
 from jaxint8.models import load
 from jaxint8.models.observe import linear_inputs
@@ -274,3 +274,42 @@ def test_the_demo_text_under_the_protocol():
     score = perplexity.score(model.logits, ids)
     assert (score.tokens, score.scored) == (8192, 8176)
     assert score.perplexity == pytest.approx(37.4648, rel=1e-3)
+
+
+def test_eval_of_tasks_is_reported_and_taken_up_again(checkpoint, tmp_path, capsys, monkeypatch):
+    path = tmp_path / "piqa.jsonl"
+    docs = [
+        {"goal": "the dog", "sol1": "jumps", "sol2": "fox over", "label": i % 2} for i in (0, 1)
+    ]
+    path.write_text("\n".join(map(json.dumps, docs)))
+    arguments = [f"--model={checkpoint}", "--text=", f"--tasks=piqa={path}", "--window=64"]
+    arguments += ["--methods=float32,llm_int8", f"--output={tmp_path / 'out'}"]
+    status, out, err = outcome(eval_cli, capsys, *arguments)
+    assert status == 0 and "zero-shot piqa" in out and "50.00 ± 50.00" in out
+    found = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert found["rows"] == [] and [row["method"] for row in found["tasks"]] == [
+        "float32",
+        "llm_int8",
+    ]
+    # The same question with either answer right: one of two, whatever the model says.
+    assert all(row["acc"] == row["acc_norm"] == 0.5 for row in found["tasks"])
+    assert found["tasks"][0]["change"] == 0.0 and found["tasks"][0]["perplexity"] is None
+
+    def again(*arguments):
+        raise AssertionError("asked again")
+
+    monkeypatch.setattr(zeroshot, "padded_logits", again)
+    assert outcome(eval_cli, capsys, *arguments)[1] == out
+    status, _, err = outcome(eval_cli, capsys, *arguments, f"--tasks=piqa,piqa={path}")
+    assert status == 2 and err.count("\n") == 1
+
+
+def test_eval_takes_up_a_text_again(checkpoint, text, tmp_path, capsys, monkeypatch):
+    arguments = [f"--model={checkpoint}", f"--text={text}", "--window=32", "--methods=float32"]
+    arguments += ["--nodecode", f"--output={tmp_path / 'out'}"]
+    status, out, _ = outcome(eval_cli, capsys, *arguments)
+    assert status == 0
+    monkeypatch.setattr(measure, "measure", None)
+    assert outcome(eval_cli, capsys, *arguments)[:2] == (0, out)
+    status, _, err = outcome(eval_cli, capsys, *arguments, "--window=48")
+    assert status == 2 and "is of another model, method or text" in err

@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from jaxint8.evaluation import report
+from jaxint8.evaluation import report, sweep
 
 ROW = report.Row(
     method="llm_int8",
@@ -147,3 +147,21 @@ def test_environment_names_the_versions():
     assert environment["window"] == 512
     assert environment["device"].startswith("cpu")
     json.dumps(environment)
+
+
+def test_a_sweep_is_drawn_and_tasks_are_tabled(tmp_path):
+    pytest.importorskip("matplotlib")
+    swept = [
+        dataclasses.replace(ROW, method=f"{rule}:{n}{more}", mean_abs_logprob_change=0.1 + n / 100)
+        for rule, more in (("llm_int8", ""), ("relative", ":column"))
+        for n in (8, 2, 4)
+    ]
+    task = report.TaskRow("piqa", "topk", 200, 0.61, 0.03, 0.6, 0.03, -0.005, 0.007, None)
+    both = dataclasses.replace(REPORT, rows=[FLOAT, *swept, ROW], tasks=[task])
+    assert {path.name for path in report.write(both, tmp_path)} >= {"sweep.png"}
+    found = {curve.name: list(curve.numbers) for curve in sweep.curves(both.rows)}
+    assert found == {"llm_int8": [2, 4, 8], "relative:column": [2, 4, 8]}
+    line = next(x for x in (tmp_path / "report.md").read_text().splitlines() if x[:6] == "| piqa")
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    assert cells == ["piqa", "topk", "200", "61.00 ± 3.00", "60.00 ± 3.00", "-0.50 ± 0.70", "-"]
+    assert json.loads((tmp_path / "report.json").read_text())["tasks"][0]["acc"] == 0.61

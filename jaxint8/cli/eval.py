@@ -130,9 +130,10 @@ def _evaluate(options: app.Options, mesh: Mesh | None) -> None:
         if rows:
             table = _table(report.heading(result), columns, rows, names_first)
             screen = Console(highlight=False)
-            # A pipe or a log has no width; there nothing needs to be cut.
-            wide = screen.is_terminal or screen.measure(table).maximum <= screen.width
-            (screen if wide else Console(highlight=False, width=200)).print(table)
+            if not screen.is_terminal:  # a pipe or a log has no width: nothing needs to be cut
+                needed = Console(width=1000).measure(table).maximum
+                screen = Console(highlight=False, width=max(screen.width, needed))
+            screen.print(table)
     if report.BASELINE not in names:
         SCREEN.print(f"no changes without {report.BASELINE} among --methods")
     if output is not None and devices.is_first():

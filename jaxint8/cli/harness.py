@@ -108,7 +108,8 @@ class JaxInt8LM(TemplateLM):
         del disable_tqdm
         sums = []
         for request in requests:
-            (text,) = request.args
+            texts: Any = request.args
+            (text,) = texts
             windows = get_rolling_token_windows(
                 self.tok_encode(text), self.prefix_token_id, self._model.config.max_positions, 1
             )
@@ -121,7 +122,8 @@ class JaxInt8LM(TemplateLM):
         del disable_tqdm
         texts = []
         for request in requests:
-            context, options = request.args
+            arguments: Any = request.args  # (context, options)
+            context, options = arguments
             new = int(options.get("max_gen_toks", 256))
             stops = options.get("until") or []
             stops = [stops] if isinstance(stops, str) else list(stops)

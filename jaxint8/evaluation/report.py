@@ -211,7 +211,8 @@ def markdown_table[R](
 def heading(report: Report) -> str:
     """One line that says what the figures are of."""
     if not report.rows:
-        return f"model {report.model}, {len({row.task for row in report.tasks})} zero-shot tasks"
+        tasks = ", ".join(dict.fromkeys(row.task for row in report.tasks))
+        return f"model {report.model}, zero-shot {tasks}"
     return f"model {report.model}, text {report.text}, {report.tokens:,} tokens"
 
 
