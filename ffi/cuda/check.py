@@ -21,6 +21,7 @@ REQUIRED = {
     "StreamKernel": r"IMMA\.16832\.S8\.S8",
     "TiledKernel": r"IMMA\.16832\.S8\.S8",
     "WgmmaKernel": r"IGMMA",
+    "SwappedKernel": r"IGMMA",
 }
 FORBIDDEN = {"": r"\b(LDL|STL)\b"}  # local memory: registers that did not fit
 TYPES = {"0": "f32", "1": "bf16", "2": "f16"}
@@ -135,7 +136,7 @@ def main() -> int:
                 for k, p in REQUIRED.items()
                 if name.startswith(k)
                 and not re.search(p, text)
-                and not (k == "WgmmaKernel" and architecture != "sm_90a")
+                and not (p == "IGMMA" and architecture != "sm_90a")
             ]
             faults += [
                 f"{where}: has {p}"

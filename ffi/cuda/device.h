@@ -147,15 +147,15 @@ JAXINT8_DEVICE float Divide(float x, float y) { return __fdiv_rn(x, y); }
 JAXINT8_DEVICE float SquareRoot(float x) { return __fsqrt_rn(x); }
 JAXINT8_DEVICE float Multiply(float x, float y) { return __fmul_rn(x, y); }
 JAXINT8_DEVICE float Add(float x, float y) { return __fadd_rn(x, y); }
-JAXINT8_DEVICE float Absolute(float x) { return fabsf(x); }
-JAXINT8_DEVICE float Larger(float x, float y) { return fmaxf(x, y); }  // of numbers
+JAXINT8_DEVICE float MultiplyAdd(float x, float y, float z) { return __fmaf_rn(x, y, z); }  // rounded once
+// The larger of each half of two words, as unsigned integers.
+JAXINT8_DEVICE uint32_t LargerHalves(uint32_t a, uint32_t b) { return __vmaxu2(a, b); }
 JAXINT8_DEVICE float IntToFloat(int32_t v) { return __int2float_rn(v); }
 JAXINT8_DEVICE float WideToFloat(int64_t v) { return __ll2float_rn(v); }
 JAXINT8_DEVICE int32_t RoundToInt(float x) { return __float2int_rn(x); }  // half to even
 // The low bytes of four integers, the first lowest.
-JAXINT8_DEVICE uint32_t PackBytes(int32_t a, int32_t b, int32_t c, int32_t d) {
-  const auto low = __byte_perm(static_cast<uint32_t>(a), static_cast<uint32_t>(b), 0x0040);
-  return __byte_perm(low, __byte_perm(static_cast<uint32_t>(c), static_cast<uint32_t>(d), 0x0040), 0x5410);
+JAXINT8_DEVICE uint32_t PackBytes(uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+  return __byte_perm(__byte_perm(a, b, 0x0040), __byte_perm(c, d, 0x0040), 0x5410);
 }
 JAXINT8_DEVICE int PopulationCount(uint32_t v) { return __popc(v); }
 JAXINT8_DEVICE int LowestBit(uint32_t v) { return __ffs(static_cast<int>(v)) - 1; }

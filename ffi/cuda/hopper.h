@@ -3,18 +3,25 @@
 #ifndef JAXINT8_FFI_CUDA_HOPPER_H_
 #define JAXINT8_FFI_CUDA_HOPPER_H_
 
-#include <cuda.h>
-
 #include <cstdint>
 
 #include "device.h"
 
+#ifndef __CUDACC__
+#include "executor/hopper.h"
+#else
+
+#include <cuda.h>
+
 namespace jaxint8::cuda {
+
+using TileMap = CUtensorMap;
 
 // An address in shared memory, of this block and, with the same value, of its own place in the cluster's window.
 JAXINT8_DEVICE uint32_t SharedAddress(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define JAXINT8_HOPPER
 
 // --- Barriers. A phase ends when `count` arrivals have come and every expected byte has arrived.
 
@@ -24,6 +31,9 @@ JAXINT8_DEVICE void InitBarrier(uint32_t barrier, uint32_t count) {
 JAXINT8_DEVICE void FenceBarrierInit() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 JAXINT8_DEVICE void ArriveExpecting(uint32_t barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+JAXINT8_DEVICE void Arrive(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 // Arrives at the barrier in the same place of another block of the cluster (or of this one). Orders nothing beyond the
 // block, which would take a fence of the whole device: what it announces are finished reads of wgmma.
@@ -56,10 +66,24 @@ JAXINT8_DEVICE void ClusterBarrier() {
   asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
 }
 
+// 16 bytes in the same place of another block of the cluster.
+JAXINT8_DEVICE Word4 LoadRemote(uint32_t address, int block) {
+  Word4 v;
+  asm volatile(
+      "{\n.reg .b32 remote;\nmapa.shared::cluster.u32 remote, %4, %5;\n"
+      "ld.shared::cluster.v4.u32 {%0, %1, %2, %3}, [remote];\n}"
+      : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+      : "r"(address), "r"(block)
+      : "memory");
+  return v;
+}
+
 // --- Copies of tiles.
 
 // What kernels before this one stored is to be read by the accelerator.
 JAXINT8_DEVICE void FenceAccelerator() { asm volatile("fence.proxy.async;" ::: "memory"); }
+// What this thread stored in shared memory is to be read by products.
+JAXINT8_DEVICE void FenceShared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // Copies the map's box at (k, row) to shared memory; its bytes arrive at the barrier. Beyond the matrix it is zeros.
 JAXINT8_DEVICE void CopyTile(const CUtensorMap* map, uint32_t to, uint32_t barrier, int32_t k, int32_t row) {
@@ -81,13 +105,15 @@ JAXINT8_DEVICE void CopyTileToAll(const CUtensorMap* map, uint32_t to, uint32_t 
 
 // --- Products of a warpgroup.
 
-// Describes a tile of rows of 128 bytes, K-major, swizzled by 128 bytes: eight rows are 1024 bytes. The address is a
-// multiple of 1024, or within the first row of such a group by a multiple of 32.
+// Describes a tile of rows of 128 or 64 bytes, K-major and swizzled by as many bytes. The address is a multiple of
+// eight rows, or within the first row of such a group by a multiple of 32.
+template <int kRowBytes>
 JAXINT8_DEVICE uint64_t TileDescriptor(uint32_t address) {
-  constexpr uint64_t kSwizzle128 = uint64_t{1} << 62;
-  constexpr uint64_t kStride = uint64_t{1024 >> 4} << 32;
+  static_assert(kRowBytes == 128 || kRowBytes == 64);
+  constexpr uint64_t kSwizzle = uint64_t{kRowBytes == 128 ? 1 : 2} << 62;
+  constexpr uint64_t kStride = uint64_t{8 * kRowBytes >> 4} << 32;
   constexpr uint64_t kLeading = uint64_t{1} << 16;  // not used with a swizzle
-  return kSwizzle128 | kStride | kLeading | ((address & 0x3ffff) >> 4);
+  return kSwizzle | kStride | kLeading | ((address & 0x3ffff) >> 4);
 }
 
 JAXINT8_DEVICE void ProductFence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
@@ -109,6 +135,16 @@ JAXINT8_DEVICE void Pin(int32_t (&c)[kSize]) {
   "+r"(c[i]), "+r"(c[i + 1]), "+r"(c[i + 2]), "+r"(c[i + 3]), "+r"(c[i + 4]), "+r"(c[i + 5]), "+r"(c[i + 6]), \
       "+r"(c[i + 7])
 #define JAXINT8_R32(i) JAXINT8_R8(i), JAXINT8_R8(i + 8), JAXINT8_R8(i + 16), JAXINT8_R8(i + 24)
+
+JAXINT8_DEVICE void Product(int32_t (&c)[16], uint64_t a, uint64_t b, uint32_t add) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %18, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n32k32.s32.s8.s8 {"
+      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
+      "}, %16, %17, p;\n}"
+      : JAXINT8_R8(0), JAXINT8_R8(8)
+      : "l"(a), "l"(b), "r"(add));
+}
 
 JAXINT8_DEVICE void Product(int32_t (&c)[32], uint64_t a, uint64_t b, uint32_t add) {
   asm volatile(
@@ -166,4 +202,5 @@ JAXINT8_DEVICE void TakeRegisters() {
 
 }  // namespace jaxint8::cuda
 
+#endif  // __CUDACC__
 #endif  // JAXINT8_FFI_CUDA_HOPPER_H_

@@ -11,6 +11,7 @@
 #include <cstdio>
 
 #include "device.h"
+#include "hopper.h"
 
 namespace jaxint8::cuda {
 
@@ -111,7 +112,7 @@ inline const char* HasWgmma(bool* has) {
 
 // Describes int8 [rows][k], rows `stride` bytes apart, to the tensor memory accelerator: boxes of [box_rows][128],
 // swizzled, zeros beyond the matrix. The pointer and the stride are multiples of 16.
-inline const char* MakeTileMap(CUtensorMap* map, const int8_t* data, int64_t rows, int64_t k, int64_t stride,
+inline const char* MakeTileMap(TileMap* map, const int8_t* data, int64_t rows, int64_t k, int64_t stride,
                                int box_rows) {
   using Encode = decltype(&cuTensorMapEncodeTiled);
   static std::atomic<Encode> known;  // from the driver, so that it need not be linked

@@ -7,8 +7,10 @@
 #include "quantize.h"
 #include "stream.h"
 #include "tiled.h"
-#ifdef JAXINT8_WGMMA
+#if !defined(__CUDACC__) || defined(JAXINT8_WGMMA)
+#include "swapped.h"
 #include "wgmma.h"
+#define JAXINT8_HAS_WGMMA
 #endif
 
 namespace jaxint8::cuda {
@@ -27,7 +29,12 @@ class Call {
 
   const char* Run() {
     JAXINT8_TRY(Multiprocessors(&multiprocessors_));
-    if (plan_.bits_bytes > 0) JAXINT8_TRY(Clear(stream_, p_.workspace + plan_.bits, plan_.bits_bytes));
+    JAXINT8_TRY(HasWgmma(&wgmma_));
+    if (p_.path == Path::kWgmma && !wgmma_) return "the wgmma kernels need compute capability 9.0";
+    wgmma_ = wgmma_ && p_.path != Path::kTiled && p_.k > 0;
+    swapped_ = wgmma_ && !plan_.stream && p_.m <= kSwappedM;
+    const bool bits = plan_.by_column || !swapped_;  // marked columns, or those to gather
+    if (plan_.bits_bytes > 0 && bits) JAXINT8_TRY(Clear(stream_, p_.workspace + plan_.bits, plan_.bits_bytes));
     switch (p_.kind) {
       case Problem::Kind::kQuantize:
         return Quantize();
@@ -99,15 +106,30 @@ class Call {
 
   template <Type kType, bool kVector>
   const char* QuantizeWith(const QuantizeParams& q) {
-    using Kernel = QuantizeKernel<kType, kVector, 0>;
+    using Kernel = QuantizeKernel<kType, kVector, 0, -1>;
     int threads = 64;
     while (threads < Kernel::kMaxThreads && threads * 8 * kHeldGroups < q.stride) threads *= 2;
-    if constexpr (kVector) {
-      if (threads * 8 * kHeldGroups >= q.stride) {
-        using Held = QuantizeKernel<kType, true, kHeldGroups>;
-        return Launch<Held>(q.m, threads, Held::kShared, q);
+    if constexpr (kVector && kType != Type::kF32) {
+      if (threads * 8 * kHeldGroups >= q.stride &&
+          threads <= QuantizeKernel<kType, true, kHeldGroups, 0>::kMaxThreads) {
+        switch (q.options.rule) {
+          case Rule::kNone:
+            return QuantizeHeld<kType, Rule::kNone>(q, threads);
+          case Rule::kThreshold:
+            return QuantizeHeld<kType, Rule::kThreshold>(q, threads);
+          case Rule::kRelative:
+            return QuantizeHeld<kType, Rule::kRelative>(q, threads);
+          case Rule::kTopK:
+            return QuantizeHeld<kType, Rule::kTopK>(q, threads);
+        }
       }
     }
+    return Launch<Kernel>(q.m, threads, Kernel::kShared, q);
+  }
+
+  template <Type kType, Rule kRule>
+  const char* QuantizeHeld(const QuantizeParams& q, int threads) {
+    using Kernel = QuantizeKernel<kType, true, kHeldGroups, static_cast<int>(kRule)>;
     return Launch<Kernel>(q.m, threads, Kernel::kShared, q);
   }
 
@@ -161,7 +183,7 @@ class Call {
       if (plan_.stream) {
         q.pieces = Scratch<uint8_t>(plan_.pieces, p_.m * plan_.piece_stride);
         q.piece_stride = plan_.piece_stride;
-      } else if (!plan_.by_column) {
+      } else if (!plan_.by_column && !swapped_) {
         q.used = Scratch<uint32_t>(plan_.bits, plan_.bits_bytes);
       }
     }
@@ -224,6 +246,9 @@ class Call {
       w = Scratch<const int8_t>(plan_.aligned_w, p_.n * plan_.stride);
       w_stride = plan_.stride;
     }
+#ifdef JAXINT8_HAS_WGMMA
+    if (swapped_) return Swapped(lo, stride, hi, w, w_stride);
+#endif
     // Columns beyond k are zeros in padded codes and aligned copies, and are not read elsewhere.
     const int64_t k = RoundUp(p_.k, 16);
     t.lo = {lo, w, stride, w_stride, k};
@@ -231,11 +256,8 @@ class Call {
       JAXINT8_TRY(GatherOutliers(hi, w, w_stride, &t));
       t.all = {hi, w, stride, w_stride, k};
     }
-    bool has_wgmma = false;
-    JAXINT8_TRY(HasWgmma(&has_wgmma));
-    if (p_.path == Path::kWgmma && !has_wgmma) return "the wgmma kernels need compute capability 9.0";
-#ifdef JAXINT8_WGMMA
-    if (has_wgmma && p_.path != Path::kTiled && p_.k > 0) return Wgmma(t);
+#ifdef JAXINT8_HAS_WGMMA
+    if (wgmma_) return Wgmma(t);
 #endif
     switch (ChooseTile(p_.m, p_.n, multiprocessors_)) {
       case 0:
@@ -277,7 +299,33 @@ class Call {
     return Launch<Kernel>(blocks, Kernel::kMaxThreads, Kernel::kShared, t);
   }
 
-#ifdef JAXINT8_WGMMA
+#ifdef JAXINT8_HAS_WGMMA
+  const char* Swapped(Ptr<const int8_t> lo, int64_t stride, Ptr<const int8_t> hi, Ptr<const int8_t> w,
+                      int64_t w_stride) {
+    SwappedParams s{};
+    s.m = p_.m;
+    s.n = p_.n;
+    s.k = p_.k;
+    s.cluster = ChooseCluster(p_.n, p_.k, multiprocessors_);
+    s.weights_first = follows_ && !plan_.align_w;
+    s.epilogue = MakeEpilogue();
+    const int rows = p_.m <= 32 ? 32 : p_.m <= 64 ? 64 : 128;
+    JAXINT8_TRY(MakeTileMap(&s.w, w, p_.n, p_.k, w_stride, 128));
+    JAXINT8_TRY(MakeTileMap(&s.lo, lo, p_.m, p_.k, stride, rows));
+    if (hi) JAXINT8_TRY(MakeTileMap(&s.hi, hi, p_.m, p_.k, stride, rows));
+    if (rows == 32) return hi ? SwappedWith<SwappedKernel<32, true>>(s) : SwappedWith<SwappedKernel<32, false>>(s);
+    if (rows == 64) return hi ? SwappedWith<SwappedKernel<64, true>>(s) : SwappedWith<SwappedKernel<64, false>>(s);
+    return hi ? SwappedWith<SwappedKernel<128, true>>(s) : SwappedWith<SwappedKernel<128, false>>(s);
+  }
+
+  template <typename Kernel>
+  const char* SwappedWith(const SwappedParams& s) {
+    const bool overlapped = follows_;
+    follows_ = true;
+    return cuda::Launch<Kernel>(stream_, (p_.n + 127) / 128 * s.cluster, Kernel::kMaxThreads, Kernel::kShared, s,
+                                overlapped, s.cluster);
+  }
+
   const char* Wgmma(const TiledParams& t) {
     switch (ChooseWgmma(p_.m, p_.n, multiprocessors_)) {
       case 0:
@@ -324,6 +372,7 @@ class Call {
   const Plan& plan_;
   CUstream_st* const stream_;
   int64_t multiprocessors_ = 1;
+  bool wgmma_ = false, swapped_ = false;
   bool follows_ = false;
 };
 
@@ -331,10 +380,15 @@ bool Aligned(const void* p, uintptr_t to) { return reinterpret_cast<uintptr_t>(p
 
 }  // namespace
 
-int64_t WorkspaceBytes(const Problem& problem) { return MakePlan(problem).bytes; }
+int64_t WorkspaceBytes(const Problem& problem) {
+  const int64_t bytes = MakePlan(problem, false).bytes, hopper = MakePlan(problem, true).bytes;
+  return bytes > hopper ? bytes : hopper;
+}
 
 const char* Run(const Problem& p, CUstream_st* stream) {
-  const Plan plan = MakePlan(p);
+  bool hopper = false;
+  if (const char* error = HasWgmma(&hopper)) return error;
+  const Plan plan = MakePlan(p, hopper);
   if (plan.error != nullptr) return plan.error;
   if (p.m == 0 || (p.n == 0 && p.kind != Problem::Kind::kQuantize)) return nullptr;
   if (!Aligned(p.x, 16) || !Aligned(p.w, 16) || !Aligned(p.y, 16) || !Aligned(p.lo, 16) || !Aligned(p.hi, 16)) {

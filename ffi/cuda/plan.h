@@ -71,6 +71,23 @@ inline int ChooseWgmma(int64_t m, int64_t n, int64_t multiprocessors) {
   return best;
 }
 
+// Up to this many rows Hopper's product has the weights in the place of the rows (swapped.h).
+inline constexpr int64_t kSwappedM = 128;
+// From this many weights on, with outliers and without, it also takes the place of the streaming kernel where that does
+// not quantise by itself: measured on an H200.
+inline constexpr int64_t kSwappedWeights = 16 << 20, kSwappedWeightsPlain = 24 << 20;
+
+// Blocks that share the k of 128 outputs there: enough for all multiprocessors, with two steps of k for each. Larger
+// clusters than pairs do not fill the chip, whose multiprocessors come in groups that are no multiple of four.
+inline int ChooseCluster(int64_t n, int64_t k, int64_t multiprocessors) {
+  const int64_t tiles = (n + 127) / 128, steps = (k + 127) / 128;
+  int cluster = 1;
+  while (cluster < 8 && 2 * cluster * tiles * (cluster > 1 ? 3 : 2) <= 2 * multiprocessors && 4 * cluster <= steps) {
+    cluster *= 2;
+  }
+  return cluster;
+}
+
 // How many warps share the k of 16 outputs in the streaming kernel.
 inline int ChooseSplit(int64_t k) {
   int split = 1;
@@ -93,7 +110,7 @@ struct Plan {
   int64_t bytes = 0;
 };
 
-inline Plan MakePlan(const Problem& p) {
+inline Plan MakePlan(const Problem& p, bool hopper) {
   Plan plan;
   const bool linear = p.kind == Problem::Kind::kLinear, quantize = p.kind == Problem::Kind::kQuantize;
   if (p.k > kMaxK) {
@@ -107,7 +124,10 @@ inline Plan MakePlan(const Problem& p) {
   plan.has_rule = !(p.kind == Problem::Kind::kProduct) && p.options.rule != Rule::kNone;
   const bool scoped = p.options.rule == Rule::kThreshold || p.options.rule == Rule::kRelative;
   plan.by_column = plan.has_rule && scoped && p.options.column_scope && p.m > 1;
-  plan.stream = !quantize && p.m <= kStreamM && p.path != Path::kTiled && p.path != Path::kWgmma;
+  const int64_t most = plan.has_rule ? kSwappedWeights : kSwappedWeightsPlain;
+  const bool swapped = hopper && p.path == Path::kAuto && p.n * p.k >= most && p.k % 16 == 0;
+  const bool few = p.m <= (swapped ? kFusedM : kStreamM);
+  plan.stream = !quantize && few && p.path != Path::kTiled && p.path != Path::kWgmma;
   plan.stride = quantize ? p.k : RoundUp(p.k, kCodeAlign);
   plan.fused = plan.stream && linear && p.k % 16 == 0 && p.m <= kFusedM && p.m * p.k <= kFusedActivations;
   plan.align_w = !quantize && !plan.stream && p.k % 16 != 0;

@@ -22,15 +22,16 @@ struct QuantizeParams {
   int64_t piece_stride;
 };
 
-// Rows are held in registers if this many times eight elements per thread suffice; more would not fit beside the rest.
+// Rows of 16-bit elements are held in registers if this many times eight per thread suffice; more would not fit beside
+// the rest.
 inline constexpr int kHeldGroups = 2;
 
 // One block per row.
-template <Type kType, bool kVector, int kHeld>
+template <Type kType, bool kVector, int kHeld, int kRule>
 struct QuantizeKernel {
   using Params = QuantizeParams;
-  static constexpr int kMaxThreads = 512;
-  static constexpr int kMinBlocks = 2;
+  static constexpr int kMaxThreads = kHeld > 0 ? 256 : 512;
+  static constexpr int kMinBlocks = kHeld > 0 ? 3 : 2;
   static constexpr int64_t kShared = 4 * kScratchWords;
 
   static JAXINT8_DEVICE void Run(const Params& p) {
@@ -39,8 +40,8 @@ struct QuantizeKernel {
     const int64_t i = BlockIndex();
     const Ptr<uint32_t> scratch = Cast<uint32_t>(SharedMemory());
     int turn = 0;
-    RowBlock<kType, kVector, kHeld> row(p.x + i * p.k * RowReader<kType, kVector>::kBytes, p.k, p.options, scratch,
-                                        &turn);
+    RowBlock<kType, kVector, kHeld, kRule> row(p.x + i * p.k * RowReader<kType, kVector>::kBytes, p.k, p.options,
+                                               scratch, &turn);
     if (p.marking) {
       row.Mark(p.marks);
       return;

@@ -12,7 +12,7 @@ template <Type kType, bool kVector>
 struct RowReader {
   static constexpr int kBytes = kType == Type::kF32 ? 4 : 2;
   Ptr<const uint8_t> data;
-  int64_t k;
+  int k;
 
   static JAXINT8_DEVICE float Widen(uint32_t half) {
     return kType == Type::kBF16 ? FloatFromBits(half << 16) : HalfToFloat(static_cast<uint16_t>(half));
@@ -23,7 +23,7 @@ struct RowReader {
   struct Raw {
     Word4 words[kWords];
   };
-  JAXINT8_DEVICE Raw ReadRaw(int64_t i) const {
+  JAXINT8_DEVICE Raw ReadRaw(int i) const {
     Raw raw;
 #pragma unroll
     for (int j = 0; j < kWords; ++j) raw.words[j] = LoadAs<Word4>(data + kBytes * i + 16 * j);
@@ -45,8 +45,28 @@ struct RowReader {
     }
   }
 
+  // The largest magnitude of eight elements, as the bits of a float; at least kInfinity if one is not finite.
+  static JAXINT8_DEVICE uint32_t LargestOf(const Raw& raw) {
+    uint32_t a = 0;
+#pragma unroll
+    for (int j = 0; j < kWords; ++j) {
+      const uint32_t words[4] = {raw.words[j].x, raw.words[j].y, raw.words[j].z, raw.words[j].w};
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        if constexpr (kType == Type::kF32) {
+          a = (words[e] & 0x7fffffff) > a ? words[e] & 0x7fffffff : a;
+        } else {
+          a = LargerHalves(a, words[e] & 0x7fff7fff);
+        }
+      }
+    }
+    if constexpr (kType == Type::kF32) return a;
+    a = (a & 0xffff) > a >> 16 ? a & 0xffff : a >> 16;
+    return Bits(Widen(a));  // Widen keeps the order of magnitudes, also of NaN
+  }
+
   // v[j] = row[i + j], 0 beyond the end.
-  JAXINT8_DEVICE void Read(int64_t i, float (&v)[8]) const {
+  JAXINT8_DEVICE void Read(int i, float (&v)[8]) const {
     if constexpr (kVector) {
       Widen(ReadRaw(i), v);
     } else {
@@ -65,30 +85,30 @@ struct RowReader {
   }
 
   // Bit j is set where i + j is an element.
-  JAXINT8_DEVICE uint32_t Valid(int64_t i) const { return kVector || i + 8 <= k ? 0xff : (1u << (k - i)) - 1; }
+  JAXINT8_DEVICE uint32_t Valid(int i) const { return kVector || i + 8 <= k ? 0xff : (1u << (k - i)) - 1; }
 };
 
 JAXINT8_DEVICE uint32_t Magnitude(float x) { return Bits(x) & 0x7fffffff; }
 
-// codes[j] = round_half_even(v[j] / divisor), for quotients of at most 16384 and a divisor of at least 2^-125.
+// Added to a float below 2^22 in magnitude, this leaves the nearest integer (ties to even) in the low bits.
+inline constexpr float kMagic = 0x1.8p23f;
+inline constexpr uint32_t kMagicBits = 0x4b400000;
+
+// shifted[j] = kMagicBits + round_half_even(v[j] / divisor), for quotients below 2^21 and a divisor of at least 2^-125.
 //
-// q = v * fl(1 / divisor) is within 3.01 * 2^-24 * |q| of the rounded quotient, so both round to the same integer
-// unless q is that close to a half; then the division is done. Adding 1.5 * 2^23 leaves the nearest integer in the low
-// bits.
-JAXINT8_DEVICE void RoundedQuotients(const float (&v)[8], float divisor, float reciprocal, int32_t (&codes)[8]) {
-  constexpr float kMagic = 0x1.8p23f;
-  float farthest = 0, largest = 0;
+// The rounded quotient lies between v * lower and v * upper, as both quotient and reciprocal err by at most 2^-24 of
+// themselves. If these round to one integer, so does the quotient; else the division is done.
+JAXINT8_DEVICE void RoundedQuotients(const float (&v)[8], float divisor, float reciprocal, uint32_t (&shifted)[8]) {
+  const float upper = Multiply(reciprocal, 1 + 0x1p-22f), lower = Multiply(reciprocal, 1 - 0x1p-22f);
+  uint32_t differ = 0;
 #pragma unroll
   for (int j = 0; j < 8; ++j) {
-    const float q = Multiply(v[j], reciprocal), shifted = Add(q, kMagic);
-    const float rest = Absolute(Add(q, -Add(shifted, -kMagic)));
-    farthest = Larger(farthest, rest);
-    largest = Larger(largest, Absolute(q));
-    codes[j] = static_cast<int32_t>(Bits(shifted) - Bits(kMagic));
+    shifted[j] = Bits(MultiplyAdd(v[j], upper, kMagic));
+    differ |= shifted[j] ^ Bits(MultiplyAdd(v[j], lower, kMagic));
   }
-  if (Add(farthest, Multiply(largest, 0x1p-22f)) < 0.5f - 0x1p-22f) return;
+  if (__builtin_expect(differ == 0, 1)) return;
 #pragma unroll
-  for (int j = 0; j < 8; ++j) codes[j] = RoundToInt(Divide(v[j], divisor));
+  for (int j = 0; j < 8; ++j) shifted[j] = kMagicBits + static_cast<uint32_t>(RoundToInt(Divide(v[j], divisor)));
 }
 
 }  // namespace jaxint8::cuda

@@ -29,7 +29,7 @@ inline constexpr int kGroups = 32;               // of threads, whose maxima bou
 inline constexpr int kCandidates = 256;
 inline constexpr int kBins = 128;
 inline constexpr int kGroupsAt = kReduceWords;
-inline constexpr int kResultAt = kGroupsAt + kGroups;  // number of candidates, magnitude, column
+inline constexpr int kResultAt = kGroupsAt + kGroups;  // number of candidates, their bound, magnitude, column
 inline constexpr int kBinsAt = kResultAt + 4;
 inline constexpr int kCandidatesAt = kBinsAt + kBins;
 inline constexpr int kPiecesAt = kCandidatesAt + 2 * kCandidates;
@@ -47,22 +47,26 @@ struct RowOutput {
   Ptr<uint32_t> used;         // bit per column, set where a high part is not 0; or null
 };
 
-// Which magnitudes of a row are outliers: those above the threshold, and those equal to it up to a column.
+// Which magnitudes of a row are outliers: those above the threshold, and those equal to it up to a column. Whether one
+// below `sure` is an outlier is not certain, and has to be decided by a better threshold.
 struct Selection {
   uint32_t threshold;
-  int64_t last;
-  JAXINT8_DEVICE bool Has(uint32_t magnitude, int64_t column) const {
+  int last;
+  uint32_t sure = 0;
+  JAXINT8_DEVICE bool Has(uint32_t magnitude, int column) const {
     return magnitude > threshold || (magnitude == threshold && column <= last);
   }
 };
 
 // All threads of the block call every function, with the same arguments. kHeld: how many times eight elements every
-// thread holds in registers, enough for the padded row; 0: none, the row is read again each time.
-template <Type kType, bool kVector, int kHeld = 0>
+// thread holds in registers, enough for the padded row; 0: none, the row is read again each time. kRule: the rule, -1
+// if it is not known to the compiler: a kernel of one rule is smaller, and short ones wait for their instructions.
+// kRule: the rule, if it is known; -1: any.
+template <Type kType, bool kVector, int kHeld = 0, int kRule = -1>
 class RowBlock {
  public:
   JAXINT8_DEVICE RowBlock(Ptr<const uint8_t> data, int64_t k, const Options& options, Ptr<uint32_t> scratch, int* turn)
-      : row_{data, k}, options_(options), scratch_(scratch), turn_(turn) {
+      : row_{data, static_cast<int>(k)}, options_(options), scratch_(scratch), turn_(turn) {
     static_assert(kVector || kHeld == 0);
 #pragma unroll
     for (int c = 0; c < kHeld; ++c) {
@@ -73,111 +77,105 @@ class RowBlock {
 
   // Sets the bits of this row's outliers in the marks; rows that are not finite have no say.
   JAXINT8_DEVICE void Mark(Ptr<uint32_t> marks) {
-    const uint32_t absmax = AbsMax();
+    const uint32_t absmax = Measure();
     if (absmax >= kInfinity) return;
-    const Selection selection = Select(absmax);
+    const Selection selection = Select(absmax, true);
     if (absmax < selection.threshold) return;
-    ForEach(row_.k, [&](int64_t i, const float (&v)[8]) { SetBits(marks, i, Outliers(selection, i, v)); });
+    ForEach(row_.k, [&](int i, uint32_t largest, auto values) {
+      if (largest >= selection.threshold) SetBits(marks, i, Outliers(selection, i, values()));
+    });
   }
 
   // Writes codes and returns the row scale, NaN if the row is not finite. Bits of `pieces` (in the scratch, zeroed by
   // the caller) are set where a piece of columns has high parts.
   JAXINT8_DEVICE float Quantize(const RowOutput& out) {
-    const uint32_t absmax = AbsMax();
+    const uint32_t absmax = Measure();
     const bool finite = absmax < kInfinity;
     Selection selection{kNothing, 0};
-    uint32_t count = 0, rest = finite ? absmax : 0, outlier = 0;
-    const bool by_column = options_.column_scope;
-    if (finite && options_.rule != Rule::kNone) {
-      if (!by_column) selection = Select(absmax);
+    Tally tally{0, finite ? absmax : 0, 0};
+    if (finite && rule() != Rule::kNone) {
+      const bool by_column = options_.column_scope;
+      if (!by_column) selection = Select(absmax, false);
       if (by_column || absmax >= selection.threshold) {
-        rest = 0;
-        ForEach(row_.k, [&](int64_t i, const float (&v)[8]) {
-          const uint32_t mask = by_column ? Marked(out.marks, i) : Outliers(selection, i, v);
-          if (mask == 0) {
-            const uint32_t a = LargestOf(v);
-            rest = a > rest ? a : rest;
-            return;
-          }
-          count += static_cast<uint32_t>(PopulationCount(mask));
-#pragma unroll
-          for (int j = 0; j < 8; ++j) {
-            const uint32_t a = Magnitude(v[j]);
-            if (mask >> j & 1) {
-              outlier = a > outlier ? a : outlier;
-            } else {
-              rest = a > rest ? a : rest;
-            }
-          }
-        });
-        ReduceCounts(count, rest, outlier);
+        tally = Count(selection, out.marks);
+        if (tally.count >= kUnsure) {
+          selection = Select(absmax, true);
+          tally = Count(selection, out.marks);
+        }
       }
     }
-    float scale = Divide(FloatFromBits(rest), kCodeMax);
+    float scale = Divide(FloatFromBits(tally.rest), kCodeMax);
     int32_t limit = kOutlierCodeMax;
-    if (count > 0) {
-      const int64_t room = (kSumOfCodesMax - 127 * (row_.k - count)) / count;
-      limit = room < limit ? static_cast<int32_t>(room) : limit;
-      const float least = Divide(FloatFromBits(outlier), IntToFloat(limit));
+    if (tally.count > 0) {
+      const auto count = static_cast<int32_t>(tally.count);  // below k, and 127 * kMaxK fits
+      const int32_t room = static_cast<int32_t>(kSumOfCodesMax) - 127 * (row_.k - count);
+      if (room < int64_t{limit} * count) limit = room / count;
+      const float least = Divide(FloatFromBits(tally.outlier), IntToFloat(limit));
       scale = least > scale ? least : scale;
     }
     const bool usable = finite && scale >= kSmallestScale;
     scale = usable ? scale : 1.0f;
-    WriteCodes(out, selection, usable && count > 0, usable, scale);
+    WriteCodes(out, selection, usable && tally.count > 0, usable, scale);
     return finite ? scale : FloatFromBits(0x7fc00000);
   }
 
   JAXINT8_DEVICE Ptr<uint32_t> pieces() const { return scratch_ + kPiecesAt; }
 
  private:
-  static JAXINT8_DEVICE int64_t At(int c) { return 8 * (ThreadIndex() + c * BlockThreads()); }
-
-  // Calls body(i, v) for this thread's groups of eight elements before `end`; v is 0 from k on. kAgain: reads them
-  // again, for rare work that is better small than fast.
-  template <bool kAgain = false, typename Body>
-  JAXINT8_DEVICE void ForEach(int64_t end, Body body) {
+  using Reader = RowReader<kType, kVector>;
+  JAXINT8_DEVICE Rule rule() const { return kRule < 0 ? options_.rule : static_cast<Rule>(kRule); }
+  struct Values {
     float v[8];
+  };
+  // Of a row: how many outliers, the largest magnitude of the rest and of the outliers.
+  struct Tally {
+    uint32_t count, rest, outlier;
+  };
+  static constexpr uint32_t kUnsure = 1 << 20;  // added to the count, which is smaller, where a value is not certain
+  static_assert(kMaxK < kUnsure);
+
+  static JAXINT8_DEVICE int At(int c) { return 8 * (ThreadIndex() + c * BlockThreads()); }
+
+  // Calls body(i, largest, values) for this thread's groups of eight elements before `end`: values() are the elements,
+  // 0 from k on, `largest` is their largest magnitude. kAgain: reads them again, for rare work that is better small
+  // than fast.
+  template <bool kAgain = false, typename Body>
+  JAXINT8_DEVICE void ForEach(int end, Body body) {
     if constexpr (kHeld > 0 && !kAgain) {
 #pragma unroll
       for (int c = 0; c < kHeld; ++c) {
         if (At(c) >= end) continue;
-        row_.Widen(held_[c], v);
-        body(At(c), v);
+        body(At(c), Reader::LargestOf(held_[c]), [&, c] {
+          Values values;
+          Reader::Widen(held_[c], values.v);
+          return values;
+        });
       }
     } else {
 #pragma unroll 1
-      for (int64_t i = 8 * ThreadIndex(); i < end; i += 8 * BlockThreads()) {
-        if (i < row_.k) {
-          row_.Read(i, v);
-        } else {
+      for (int i = 8 * ThreadIndex(); i < end; i += 8 * BlockThreads()) {
+        Values values{};
+        if (i < row_.k) row_.Read(i, values.v);
+        uint32_t largest = 0;
 #pragma unroll
-          for (int j = 0; j < 8; ++j) v[j] = 0;
-        }
-        body(i, v);
+        for (int j = 0; j < 8; ++j) largest = Magnitude(values.v[j]) > largest ? Magnitude(values.v[j]) : largest;
+        body(i, largest, [&] { return values; });
       }
     }
   }
 
-  static JAXINT8_DEVICE uint32_t LargestOf(const float (&v)[8]) {
-    uint32_t a = 0;
-#pragma unroll
-    for (int j = 0; j < 8; ++j) a = Magnitude(v[j]) > a ? Magnitude(v[j]) : a;
-    return a;
-  }
-
-  JAXINT8_DEVICE uint32_t Outliers(const Selection& selection, int64_t i, const float (&v)[8]) const {
-    if (LargestOf(v) < selection.threshold) return 0;  // nearly always
+  JAXINT8_DEVICE uint32_t Outliers(const Selection& selection, int i, const Values& values) const {
     uint32_t mask = 0;
 #pragma unroll
-    for (int j = 0; j < 8; ++j) mask |= static_cast<uint32_t>(selection.Has(Magnitude(v[j]), i + j)) << j;
+    for (int j = 0; j < 8; ++j) mask |= static_cast<uint32_t>(selection.Has(Magnitude(values.v[j]), i + j)) << j;
     return mask & row_.Valid(i);
   }
 
-  static JAXINT8_DEVICE uint32_t Marked(Ptr<const uint32_t> marks, int64_t i) {
+  static JAXINT8_DEVICE uint32_t Marked(Ptr<const uint32_t> marks, int i) {
     return Load(marks + (i >> 5)) >> (i & 31) & 0xff;  // i is a multiple of 8
   }
 
-  static JAXINT8_DEVICE void SetBits(Ptr<uint32_t> bits, int64_t i, uint32_t mask) {
+  static JAXINT8_DEVICE void SetBits(Ptr<uint32_t> bits, int i, uint32_t mask) {
     const uint32_t shifted = mask << (i & 31);
     // Most outliers stand in a few columns that others have marked before: look before taking the line.
     if (shifted & ~LoadRelaxed(bits + (i >> 5))) AtomicOr(bits + (i >> 5), shifted);
@@ -188,36 +186,76 @@ class RowBlock {
     return scratch_ + *turn_ * (kReduceWords / 2);
   }
 
-  // The largest magnitude of the row; own_ is that of this thread.
-  JAXINT8_DEVICE uint32_t AbsMax() {
+  // Returns the largest magnitude of the row. Leaves that of this thread in own_ and, for a relative rule, the sum of
+  // the row's squares in squares_.
+  JAXINT8_DEVICE uint32_t Measure() {
+    const bool relative = rule() == Rule::kRelative;
     own_ = 0;
-    ForEach(row_.k, [&](int64_t, const float (&v)[8]) {
-      const uint32_t largest = LargestOf(v);
+    float even = 0, odd = 0;
+    ForEach(row_.k, [&](int, uint32_t largest, auto values) {
       own_ = largest > own_ ? largest : own_;
+      if (!relative) return;
+      const Values e = values();
+#pragma unroll
+      for (int j = 0; j < 8; j += 2) {
+        even = MultiplyAdd(e.v[j], e.v[j], even);
+        odd = MultiplyAdd(e.v[j + 1], e.v[j + 1], odd);
+      }
     });
     const int lane = ThreadIndex() % 32, warp = ThreadIndex() / 32, warps = BlockThreads() / 32;
     const Ptr<uint32_t> buffer = NextBuffer();
-    const uint32_t mine = WarpMax(own_);
-    if (lane == 0) Store(buffer + warp, mine);
+    const uint32_t largest = WarpMax(own_);
+    if (relative) {
+      squares_ = WarpSumFloat(Add(even, odd));
+      if (lane == 0) Store(buffer + 32 + warp, Bits(squares_));
+    }
+    if (lane == 0) Store(buffer + warp, largest);
     Barrier();
+    if (relative) squares_ = WarpSumFloat(lane < warps ? FloatFromBits(Load(buffer + 32 + lane)) : 0);
     return WarpMax(lane < warps ? Load(buffer + lane) : 0);
   }
 
-  JAXINT8_DEVICE void ReduceCounts(uint32_t& count, uint32_t& rest, uint32_t& outlier) {
+  static JAXINT8_DEVICE float WarpSumFloat(float v) {
+#pragma unroll
+    for (int lanes = 16; lanes > 0; lanes /= 2) v = Add(v, FloatFromBits(ShuffleXor(Bits(v), lanes)));
+    return v;
+  }
+
+  JAXINT8_DEVICE Tally Count(const Selection& selection, Ptr<const uint32_t> marks) {
+    const bool by_column = options_.column_scope;
+    Tally t{0, 0, 0};
+    ForEach(row_.k, [&](int i, uint32_t largest, auto values) {
+      uint32_t mask = by_column ? Marked(marks, i) : 0;
+      if (by_column ? mask == 0 : largest < selection.threshold) {  // nearly always
+        t.rest = largest > t.rest ? largest : t.rest;
+        return;
+      }
+      const Values e = values();
+      if (!by_column) mask = Outliers(selection, i, e);
+      t.count += static_cast<uint32_t>(PopulationCount(mask));
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        const uint32_t a = Magnitude(e.v[j]);
+        if (mask >> j & 1) {
+          t.outlier = a > t.outlier ? a : t.outlier;
+          if (a < selection.sure) t.count |= kUnsure;
+        } else {
+          t.rest = a > t.rest ? a : t.rest;
+        }
+      }
+    });
     const int lane = ThreadIndex() % 32, warp = ThreadIndex() / 32, warps = BlockThreads() / 32;
     const Ptr<uint32_t> buffer = NextBuffer();
-    count = WarpSum(count);
-    rest = WarpMax(rest);
-    outlier = WarpMax(outlier);
+    t = {WarpSum(t.count), WarpMax(t.rest), WarpMax(t.outlier)};
     if (lane == 0) {
-      Store(buffer + warp, count);
-      Store(buffer + 32 + warp, rest);
-      Store(buffer + 64 + warp, outlier);
+      Store(buffer + warp, t.count);
+      Store(buffer + 32 + warp, t.rest);
+      Store(buffer + 64 + warp, t.outlier);
     }
     Barrier();
-    count = WarpSum(lane < warps ? Load(buffer + lane) : 0);
-    rest = WarpMax(lane < warps ? Load(buffer + 32 + lane) : 0);
-    outlier = WarpMax(lane < warps ? Load(buffer + 64 + lane) : 0);
+    const bool has = lane < warps;
+    return {WarpSum(has ? Load(buffer + lane) : 0), WarpMax(has ? Load(buffer + 32 + lane) : 0),
+            WarpMax(has ? Load(buffer + 64 + lane) : 0)};
   }
 
   // Sum over the block; each value must be below 2^51.
@@ -240,38 +278,51 @@ class RowBlock {
     return (static_cast<uint64_t>(WarpSum(static_cast<uint32_t>(v >> 24))) << 24) + low;
   }
 
-  JAXINT8_DEVICE Selection Select(uint32_t absmax) {
-    if (options_.rule == Rule::kTopK) return SelectTopK();
-    float threshold = options_.value;
-    if (options_.rule == Rule::kRelative) {
-      const float unit = Divide(FloatFromBits(absmax), kRmsLevels);
-      if (!(unit >= kSmallestScale)) return {kNothing, 0};
-      // In units of 4096 squares, and 64 = sqrt(4096).
-      const float mean = Divide(WideToFloat(static_cast<int64_t>(SumOfSquares(unit) >> 12)), WideToFloat(row_.k));
-      threshold = Multiply(threshold, Multiply(unit, Multiply(64.0f, SquareRoot(mean))));
+  // exact: with no magnitudes whose selection is not certain.
+  JAXINT8_DEVICE Selection Select(uint32_t absmax, bool exact) {
+    if (rule() == Rule::kTopK) return SelectTopK();
+    if (rule() == Rule::kRelative) return SelectRelative(absmax, exact);
+    return {options_.value > 0 ? Bits(options_.value) : 0, row_.k};
+  }
+
+  // The law computes the rms r of magnitudes rounded to units of absmax / 4095, less up to 4096 of the sum of squares.
+  // With R the rms in such units from a plain sum of squares, R - 1/2 <= sqrt(r^2 + 4096 / k) and r <= R + 1/2: bounds
+  // that decide for nearly all rows. All roundings together are far below the 2^-12 allowed for them here: those of
+  // the sum, of at most 300 operations in a row, are the largest.
+  JAXINT8_DEVICE Selection SelectRelative(uint32_t absmax, bool exact) {
+    const float unit = Divide(FloatFromBits(absmax), kRmsLevels), k = WideToFloat(row_.k);
+    if (!(unit >= kSmallestScale)) return {kNothing, 0};
+    if (!exact && squares_ > 0x1p-80f && squares_ < 0x1p120f) {
+      const float rms = Divide(SquareRoot(Divide(squares_, k)), unit);
+      const float low = Add(rms, -0.51f), square = Add(Multiply(low, low), -Divide(4096.0f, k));
+      const float scaled = Multiply(options_.value, unit);
+      const float lower = low > 0 && square > 0 ? Multiply(Multiply(scaled, 1 - 0x1p-12f), SquareRoot(square)) : 0;
+      const float upper = Multiply(Multiply(scaled, 1 + 0x1p-12f), Add(rms, 0.51f));
+      return {lower > 0 ? Bits(lower) : 0, row_.k, upper > 0 ? Bits(upper) : 0};
     }
+    // In units of 4096 squares, and 64 = sqrt(4096).
+    const float mean = Divide(WideToFloat(static_cast<int64_t>(SumOfSquares(unit) >> 12)), k);
+    const float threshold = Multiply(options_.value, Multiply(unit, Multiply(64.0f, SquareRoot(mean))));
     return {threshold > 0 ? Bits(threshold) : 0, row_.k};
   }
 
   JAXINT8_DEVICE uint64_t SumOfSquares(float unit) {
     uint64_t sum = 0;
     const float reciprocal = Divide(1.0f, unit);
-    ForEach(row_.k, [&](int64_t, const float (&v)[8]) {
-      int32_t codes[8];
-      RoundedQuotients(v, unit, reciprocal, codes);
-      uint32_t part = 0;  // eight squares of 24 bits
+    ForEach<true>(row_.k, [&](int, uint32_t, auto values) {
+      uint32_t shifted[8];
+      RoundedQuotients(values().v, unit, reciprocal, shifted);
+      uint32_t part = 0;  // eight squares of 24 bits: no quotient is above 4095, but for its rounding
 #pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        part += static_cast<uint32_t>(codes[j] * codes[j]);  // at most 4095: the quotient is, but for its rounding
-      }
+      for (int j = 0; j < 8; ++j) part += (shifted[j] - kMagicBits) * (shifted[j] - kMagicBits);
       sum += part;
     });
     return SumWide(sum);
   }
 
   JAXINT8_DEVICE Selection SelectTopK() {
-    const int64_t count = options_.topk;
-    if (count >= row_.k) return {0, row_.k};
+    if (options_.topk >= row_.k) return {0, row_.k};
+    const int count = static_cast<int>(options_.topk);
     if (count > kQuickTopK) return SelectByDigits(count);
     // The count-th largest of the maxima of 32 groups of threads bounds the count-th largest of the row from below.
     const int lane = ThreadIndex() % 32;
@@ -283,37 +334,44 @@ class RowBlock {
       largest = other > largest ? other : largest;
     }
     if (ThreadIndex() % width == 0) Store(scratch_ + kGroupsAt + ThreadIndex() / width, largest);
-    if (ThreadIndex() == 0) Store(result, 0u);
     Barrier();
-    const uint32_t bound = RankedLane(Load(scratch_ + kGroupsAt + lane), count - 1);
+    if (ThreadIndex() < 32) {
+      const uint32_t bound = RankedLane(Load(scratch_ + kGroupsAt + lane), count - 1);
+      if (lane == 0) {
+        Store(result, 0u);
+        Store(result + 1, bound);
+      }
+    }
+    Barrier();
+    const uint32_t bound = Load(result + 1);
     const Ptr<uint32_t> list = scratch_ + kCandidatesAt;
-    ForEach(row_.k, [&](int64_t i, const float (&v)[8]) {
-      for (uint32_t mask = Outliers({bound, row_.k}, i, v); mask; mask &= mask - 1) {
+    ForEach(row_.k, [&](int i, uint32_t largest_here, auto values) {
+      if (largest_here < bound) return;
+      const Values e = values();
+      for (uint32_t mask = Outliers({bound, row_.k}, i, e); mask; mask &= mask - 1) {
         const int j = LowestBit(mask);
         const uint32_t at = AtomicAdd(result, 1);
-        if (at < kCandidates) {
-          Store(list + 2 * at, Pick(v, j));
-          Store(list + 2 * at + 1, static_cast<uint32_t>(i + j));
-        }
+        if (at < kCandidates) StoreAs<Word2>(list + 2 * at, Word2{Pick(e.v, j), static_cast<uint32_t>(i + j)});
       }
     });
     Barrier();
     const uint32_t candidates = Load(result);
     if (candidates > kCandidates) return SelectByDigits(count);
     for (uint32_t e = static_cast<uint32_t>(ThreadIndex()); e < candidates; e += BlockThreads()) {
-      const uint32_t magnitude = Load(list + 2 * e), column = Load(list + 2 * e + 1);
+      const Word2 mine = LoadAs<Word2>(list + 2 * e);
       uint32_t rank = 0;
+#pragma unroll 4
       for (uint32_t other = 0; other < candidates; ++other) {
-        const uint32_t a = Load(list + 2 * other);
-        rank += a > magnitude || (a == magnitude && Load(list + 2 * other + 1) < column);
+        const Word2 a = LoadAs<Word2>(list + 2 * other);
+        rank += a.x > mine.x || (a.x == mine.x && a.y < mine.y);
       }
-      if (rank == count - 1) {
-        Store(result + 1, magnitude);
-        Store(result + 2, column);
+      if (rank == static_cast<uint32_t>(count - 1)) {
+        Store(result + 2, mine.x);
+        Store(result + 3, mine.y);
       }
     }
     Barrier();
-    return {Load(result + 1), static_cast<int64_t>(Load(result + 2))};
+    return {Load(result + 2), static_cast<int>(Load(result + 3))};
   }
 
   // v[j] without an indexed register array.
@@ -325,7 +383,7 @@ class RowBlock {
   }
 
   // The value whose rank among the 32 lanes, largest first, is the given one.
-  static JAXINT8_DEVICE uint32_t RankedLane(uint32_t v, int64_t rank) {
+  static JAXINT8_DEVICE uint32_t RankedLane(uint32_t v, int rank) {
     const int lane = ThreadIndex() % 32;
     int mine = 0;
     for (int j = 0; j < 32; ++j) {
@@ -336,7 +394,7 @@ class RowBlock {
   }
 
   // Finds the count-th largest of the keys (magnitude, lower column first), which are all different, 7 bits at a time.
-  JAXINT8_DEVICE Selection SelectByDigits(int64_t count) {
+  JAXINT8_DEVICE Selection SelectByDigits(int count) {
     constexpr int kColumnBits = 18;
     constexpr uint32_t kColumnMask = (1u << kColumnBits) - 1;
     const int lane = ThreadIndex() % 32;
@@ -346,11 +404,12 @@ class RowBlock {
     for (int shift = 42; shift >= 0; shift -= 7) {
       for (int b = ThreadIndex(); b < kBins; b += BlockThreads()) Store(bins + b, 0u);
       Barrier();
-      ForEach<true>(row_.k, [&](int64_t i, const float (&v)[8]) {
+      ForEach<true>(row_.k, [&](int i, uint32_t, auto values) {
+        const Values e = values();
         const uint32_t valid = row_.Valid(i);
 #pragma unroll
         for (int j = 0; j < 8; ++j) {
-          const uint64_t key = static_cast<uint64_t>(Magnitude(v[j])) << kColumnBits | (kColumnMask - (i + j));
+          const uint64_t key = static_cast<uint64_t>(Magnitude(e.v[j])) << kColumnBits | (kColumnMask - (i + j));
           if ((valid >> j & 1) && key >> (shift + 7) == prefix) AtomicAdd(bins + (key >> shift & (kBins - 1)), 1);
         }
       });
@@ -379,39 +438,48 @@ class RowBlock {
       prefix = prefix << 7 | WarpMax(digit);
       Barrier();
     }
-    return {static_cast<uint32_t>(prefix >> kColumnBits), static_cast<int64_t>(kColumnMask - (prefix & kColumnMask))};
+    return {static_cast<uint32_t>(prefix >> kColumnBits), static_cast<int>(kColumnMask - (prefix & kColumnMask))};
   }
 
   // No code needs clipping: the scale is at least absmax / limit rounded, so no rounded quotient passes limit + 1/2.
   JAXINT8_DEVICE void WriteCodes(const RowOutput& out, const Selection& selection, bool split, bool usable,
                                  float scale) {
     const float reciprocal = Divide(1.0f, scale);
-    ForEach(out.stride, [&](int64_t i, const float (&v)[8]) {
-      int32_t lo[8] = {}, hi[8] = {};
+    ForEach(static_cast<int>(out.stride), [&](int i, uint32_t largest, auto values) {
+      uint32_t lo[8] = {}, hi[8] = {};
       uint32_t high = 0;
       if (usable && i < row_.k) {
-        RoundedQuotients(v, scale, reciprocal, lo);
+        const Values e = values();
+        RoundedQuotients(e.v, scale, reciprocal, lo);
         uint32_t mask = 0;
-        if (split) mask = options_.column_scope ? Marked(out.marks, i) : Outliers(selection, i, v);
+        if (split) {
+          if (options_.column_scope) {
+            mask = Marked(out.marks, i);
+          } else if (largest >= selection.threshold) {
+            mask = Outliers(selection, i, e);
+          }
+        }
         if (mask) {
 #pragma unroll
           for (int j = 0; j < 8; ++j) {
-            hi[j] = mask >> j & 1 ? (lo[j] + 64) >> 7 : 0;
+            const auto code = static_cast<int32_t>(lo[j] - kMagicBits);
+            hi[j] = mask >> j & 1 ? static_cast<uint32_t>((code + 64) >> 7) : 0;
             high |= static_cast<uint32_t>(hi[j] != 0) << j;
-            lo[j] -= 128 * hi[j];
+            lo[j] -= hi[j] << 7;
           }
         }
       }
-      Write(out.lo, out.stride, i, lo);
-      if (out.hi) Write(out.hi, out.stride, i, hi);
+      Write(out.lo, static_cast<int>(out.stride), i, lo);
+      if (out.hi) Write(out.hi, static_cast<int>(out.stride), i, hi);
       if (high) {
         if (out.used) SetBits(out.used, i, high);
-        AtomicOr(pieces() + i / (32 * kPiece), 1u << (i / kPiece % 32));
+        AtomicOr(pieces() + i / (32 * static_cast<int>(kPiece)), 1u << (i / static_cast<int>(kPiece) % 32));
       }
     });
   }
 
-  static JAXINT8_DEVICE void Write(Ptr<int8_t> to, int64_t stride, int64_t i, const int32_t (&v)[8]) {
+  // Writes the low bytes.
+  static JAXINT8_DEVICE void Write(Ptr<int8_t> to, int stride, int i, const uint32_t (&v)[8]) {
     if constexpr (kVector) {  // stride is a multiple of 8 as well
       const Word2 w{PackBytes(v[0], v[1], v[2], v[3]), PackBytes(v[4], v[5], v[6], v[7])};
       StoreAs<Word2>(to + i, w);
@@ -423,13 +491,13 @@ class RowBlock {
     }
   }
 
-  using Reader = RowReader<kType, kVector>;
   const Reader row_;
   typename Reader::Raw held_[kHeld > 0 ? kHeld : 1];
   const Options& options_;
   const Ptr<uint32_t> scratch_;
   int* const turn_;
   uint32_t own_ = 0;
+  float squares_ = 0;
 };
 
 }  // namespace jaxint8::cuda

@@ -17,13 +17,13 @@ namespace jaxint8::cuda {
 
 // Two matrices as the accelerator sees them.
 struct OperandMaps {
-  CUtensorMap a, b;  // boxes: [128 rows][128], [columns / blocks of the cluster][128]
+  TileMap a, b;  // boxes: [128 rows][128], [columns / blocks of the cluster][128]
 };
 
 struct WgmmaParams {
   OperandMaps lo, gathered, all;
   int64_t m, n, k;
-  const uint32_t* count;  // as in TiledParams
+  Ptr<const uint32_t> count;  // as in TiledParams
   int64_t capacity;
   Epilogue epilogue;
 };
@@ -42,13 +42,13 @@ class WgmmaKernel {
   static constexpr int64_t kShared = 1024 + kStages * (kBytesA + kBytesB + 16);
 
   static JAXINT8_DEVICE void Run(const Params& p) {
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#ifdef JAXINT8_HOPPER
     WgmmaKernel kernel(p);
     kernel.Work();
 #endif
   }
 
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#ifdef JAXINT8_HOPPER
 
  private:
   static constexpr int kSums = kTileN / 2;  // of a thread: 64 x kTileN in 128 threads
@@ -172,7 +172,7 @@ class WgmmaKernel {
     for (int step = 0; step < steps; ++step) {
       WaitBarrier(full_ + 8 * stage, parity);
       const uint32_t at = stages_ + stage * (kBytesA + kBytesB);
-      const uint64_t a = TileDescriptor(at + rows), b = TileDescriptor(at + kBytesA);
+      const uint64_t a = TileDescriptor<128>(at + rows), b = TileDescriptor<128>(at + kBytesA);
       ProductFence();
 #pragma unroll
       for (int j = 0; j < kTileK / 32; ++j) {

@@ -12,12 +12,14 @@
 
 #include <cstdint>
 #include <cstring>
+#include <deque>
 #include <functional>
 #include <map>
 #include <memory>
 #include <set>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace jaxint8::cuda {
@@ -45,17 +47,19 @@ struct Failure : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-// Who touched a byte and when. Two touches are ordered if a barrier of the block, or one of their warp, lies between.
+// Who touched a byte and when. Two touches are ordered if a barrier of the block, or one of their warp, lies between,
+// or a phase of a barrier in memory (or a cluster's barrier) that ended after the one and was waited for by the other.
 struct Touch {
   int32_t thread = -1;   // -1: never
   bool several = false;  // other threads as well since the last barrier (reads)
   bool atomic = false;
-  uint32_t launch = 0, block = 0, block_epoch = 0, warp_epoch = 0;
+  uint32_t launch = 0, block = 0, block_epoch = 0, warp_epoch = 0, time = 0;
 };
 
 struct Shadow {
   Touch write, read;
   bool defined = false;
+  bool fenced = true;  // may be read by products of a warpgroup
 };
 
 // A range of memory that kernels may use.
@@ -71,7 +75,7 @@ Machine& TheMachine();
 
 class Machine {
  public:
-  static constexpr int64_t kStack = 256 * 1024;
+  static constexpr int64_t kStack = 128 * 1024;
 
   Plant plant;
   unsigned order = 0;  // the order in which threads run between barriers: forwards, backwards, mixed
@@ -112,29 +116,32 @@ class Machine {
     return nullptr;
   }
 
-  void Launch(int64_t blocks_count, int threads, int64_t shared_bytes, const std::function<void()>& body) {
+  // The blocks of a cluster run together, clusters one after the other.
+  void Launch(int64_t blocks_count, int threads, int64_t shared_bytes, int cluster, const std::function<void()>& body) {
     if (threads % 32 != 0 || threads < 32 || threads > 1024) throw Failure("launch: bad number of threads");
+    if (cluster < 1 || cluster > 8 || blocks_count % cluster != 0) throw Failure("launch: bad size of clusters");
+    if (shared_bytes > 227 * 1024) throw Failure("launch: more shared memory than a block may have");
     ++launches;
     ++launch_;
-    Prepare(threads);
+    Prepare(threads, cluster);
     body_ = &body;
-    for (int64_t b = 0; b < blocks_count; ++b) {
-      ++blocks;
-      block_ = b;
-      block_count_ = blocks_count;
-      shared_.assign(static_cast<size_t>(shared_bytes + 1024), 0xcd);
-      auto* base = reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(shared_.data()) + 1023) / 1024 * 1024);
-      shared_buffer_ = std::make_unique<Buffer>(
-          Buffer{base, shared_bytes, true, std::vector<Shadow>(static_cast<size_t>(shared_bytes))});
-      RunBlock();
+    block_count_ = blocks_count;
+    for (first_block_ = 0; first_block_ < blocks_count; first_block_ += cluster) {
+      blocks += cluster;
+      shared_.clear();
+      for (int rank = 0; rank < cluster; ++rank) shared_.push_back(std::make_unique<SharedBlock>(shared_bytes));
+      RunCluster();
     }
   }
 
-  int thread() const { return current_; }
-  int threads() const { return static_cast<int>(fibers_.size()); }
-  int64_t block() const { return block_; }
+  int thread() const { return current_ % threads_; }
+  int threads() const { return threads_; }
+  int rank() const { return current_ / threads_; }
+  int cluster() const { return static_cast<int>(shared_.size()); }
+  int64_t block() const { return first_block_ + rank(); }
   int64_t block_count() const { return block_count_; }
-  Buffer* shared_buffer() { return shared_buffer_.get(); }
+  Buffer* shared_buffer() { return shared_buffer(rank()); }
+  Buffer* shared_buffer(int rank) { return &shared_[static_cast<size_t>(rank)]->buffer; }
 
   void Note(const Site& site, Fault fault) { sites[site.Name() + " " + std::to_string(static_cast<int>(fault))]++; }
   bool Planted(const Site& site, Fault fault) {
@@ -154,7 +161,22 @@ class Machine {
     }
     if (reinterpret_cast<uintptr_t>(buffer->data + offset) % align != 0) Fail(site, "misaligned access");
     for (int64_t i = offset; i < offset + bytes; ++i) Touched(buffer->shadow[i], write, atomic, site);
+    if (write && buffer->shared) {
+      for (int64_t i = offset; i < offset + bytes; ++i) buffer->shadow[i].fenced = false;
+      fibers_[current_].unfenced.push_back({offset, bytes});
+    }
     return buffer->data + offset;
+  }
+
+  // From now on products may read what this thread stored in the shared memory of its block.
+  void FenceShared(const Site& site) {
+    auto& stored = fibers_[current_].unfenced;
+    if (!Planted(site, Fault::kSkipBarrier)) {
+      for (const auto& [offset, bytes] : stored) {
+        for (int64_t i = offset; i < offset + bytes; ++i) shared_buffer()->shadow[i].fenced = true;
+      }
+    }
+    stored.clear();
   }
 
   void Barrier(const Site& site) {
@@ -162,18 +184,59 @@ class Machine {
     Fiber& f = fibers_[current_];
     f.at = site;
     f.state = State::kBlock;
-    if (++waiting_block_ == threads()) {
-      for (Fiber& other : fibers_) {
+    const auto r = static_cast<size_t>(rank());
+    if (++waiting_block_[r] == threads()) {
+      for (int i = rank() * threads_; i < (rank() + 1) * threads_; ++i) {
+        Fiber& other = fibers_[i];
         if (other.state != State::kBlock || other.at.line != site.line)
           Fail(site, "barrier not reached by all threads");
         other.state = State::kReady;
       }
-      waiting_block_ = 0;
-      ++block_epoch_;
+      waiting_block_[r] = 0;
+      ++block_epoch_[r];
     } else {
       Yield();
     }
   }
+
+  // Of all threads of the cluster, wherever in the source they wait.
+  void ClusterBarrier(const Site& site) {
+    if (Planted(site, Fault::kSkipBarrier)) return;
+    Fiber& f = fibers_[current_];
+    f.at = site;
+    f.state = State::kCluster;
+    if (++waiting_cluster_ == static_cast<int>(fibers_.size())) {
+      ++time_;
+      for (Fiber& other : fibers_) {
+        other.state = State::kReady;
+        other.synced = time_;
+      }
+      waiting_cluster_ = 0;
+    } else {
+      Yield();
+    }
+  }
+
+  // Waits until `done` returns the time since when it holds; 0: not yet.
+  void WaitUntil(const Site& site, std::function<uint32_t()> done) {
+    Fiber& f = fibers_[current_];
+    f.at = site;
+    uint32_t since = done();
+    while (since == 0) {
+      f.state = State::kPoll;
+      f.done = &done;
+      Yield();
+      since = done();
+    }
+    if (since > f.synced) f.synced = since;
+  }
+  uint32_t Tick() { return ++time_; }
+  // What the copy engine does later: as late as possible, when no thread can go on.
+  void Postpone(std::function<void()> delivery) { deliveries_.push_back(std::move(delivery)); }
+  // What belongs to the cluster that runs.
+  std::map<std::pair<int, uint32_t>, std::shared_ptr<void>>& barriers() { return barriers_; }
+  std::map<int, std::shared_ptr<void>>& warp_state() { return warp_state_; }
+  int warp() const { return current_ / 32; }
 
   // Runs `operation` once all lanes of the warp have arrived with their `argument`; the operation sees all of them.
   void Collective(const Site& site, void* argument, const std::function<void(void* const*)>& operation) {
@@ -209,12 +272,12 @@ class Machine {
   std::vector<std::vector<Copy>>& groups() { return fibers_[current_].groups; }
 
   [[noreturn]] void Fail(const Site& site, const std::string& what) const {
-    throw Failure(site.Name() + ": " + what + " (block " + std::to_string(block_) + ", thread " +
-                  std::to_string(current_) + ")");
+    throw Failure(site.Name() + ": " + what + " (block " + std::to_string(block()) + ", thread " +
+                  std::to_string(thread()) + ")");
   }
 
  private:
-  enum class State { kReady, kBlock, kWarp, kDone };
+  enum class State { kReady, kBlock, kWarp, kCluster, kPoll, kDone };
   struct Fiber {
     State state = State::kReady;
     Site at{"", 0};
@@ -224,6 +287,18 @@ class Machine {
     std::unique_ptr<uint8_t[]> stack;
     std::vector<Copy> open;
     std::vector<std::vector<Copy>> groups;
+    std::vector<std::pair<int64_t, int64_t>> unfenced;  // stores to shared memory: offset, bytes
+    uint32_t synced = 0;                                // what happened before this time is known to this thread
+    std::function<uint32_t()>* done = nullptr;
+  };
+  // The shared memory of a block.
+  struct SharedBlock {
+    explicit SharedBlock(int64_t bytes) : memory(static_cast<size_t>(bytes + 1024), 0xcd) {
+      auto* base = reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(memory.data()) + 1023) / 1024 * 1024);
+      buffer = {base, bytes, true, std::vector<Shadow>(static_cast<size_t>(bytes))};
+    }
+    std::vector<uint8_t> memory;
+    Buffer buffer;
   };
   struct Warp {
     int waiting = 0;
@@ -231,7 +306,9 @@ class Machine {
     void* arguments[32] = {};
   };
 
-  void Prepare(int threads) {
+  void Prepare(int threads, int cluster) {
+    threads_ = threads;
+    threads *= cluster;
     if (static_cast<int>(fibers_.size()) != threads) fibers_ = std::vector<Fiber>(static_cast<size_t>(threads));
     for (Fiber& f : fibers_) {
       if (!f.stack) f.stack.reset(new uint8_t[kStack]);
@@ -250,23 +327,31 @@ class Machine {
     _longjmp(m.scheduler_, 1);
   }
 
-  void RunBlock() {
-    waiting_block_ = 0;
-    block_epoch_ = 0;
+  void RunCluster() {
+    waiting_block_.assign(shared_.size(), 0);
+    block_epoch_.assign(shared_.size(), 0);
+    waiting_cluster_ = 0;
+    time_ = 1;
+    barriers_.clear();
+    warp_state_.clear();
+    deliveries_.clear();
     for (Warp& w : warps_) w = Warp();
     for (Fiber& f : fibers_) {
       f.state = State::kReady;
       f.started = false;
       f.open.clear();
       f.groups.clear();
+      f.unfenced.clear();
+      f.synced = 0;
     }
     error_ = nullptr;
-    const int n = threads();
+    const int n = static_cast<int>(fibers_.size());
     bool progress = true;
     while (progress) {
       progress = false;
       for (int i = 0; i < n; ++i) {
         const int at = order == 0 ? i : order == 1 ? n - 1 - i : static_cast<int>((i * 37LL + 11) % n);
+        if (fibers_[at].state == State::kPoll && (*fibers_[at].done)() != 0) fibers_[at].state = State::kReady;
         if (fibers_[at].state != State::kReady) continue;
         progress = true;
         Resume(at);
@@ -274,6 +359,13 @@ class Machine {
           // The other fibers are abandoned where they stand; what they hold is trivially destructible.
           std::rethrow_exception(error_);
         }
+      }
+      if (!progress && !deliveries_.empty()) {
+        const auto at = deliveries_.begin() + (order == 1 ? static_cast<int64_t>(deliveries_.size()) - 1 : 0);
+        const std::function<void()> delivery = std::move(*at);
+        deliveries_.erase(at);
+        delivery();
+        progress = true;
       }
     }
     for (int i = 0; i < n; ++i) {
@@ -308,14 +400,23 @@ class Machine {
   }
 
   Touch Now(bool atomic) const {
-    return {current_, false, atomic, launch_, static_cast<uint32_t>(block_), block_epoch_, warps_[current_ / 32].epoch};
+    return {current_,
+            false,
+            atomic,
+            launch_,
+            static_cast<uint32_t>(block()),
+            block_epoch_[static_cast<size_t>(rank())],
+            warps_[current_ / 32].epoch,
+            time_};
   }
 
   // Whether touch a is certain to come before one that happens now.
   bool Before(const Touch& a, bool other_threads) const {
     if (a.thread < 0 || a.launch != launch_) return true;
-    if (a.block != static_cast<uint32_t>(block_)) return false;
-    if (a.block_epoch < block_epoch_) return true;
+    const bool same_cluster = a.block >= first_block_ && a.block < first_block_ + static_cast<int64_t>(shared_.size());
+    if (same_cluster && a.time < fibers_[current_].synced) return true;
+    if (a.block != static_cast<uint32_t>(block())) return false;
+    if (a.block_epoch < block_epoch_[static_cast<size_t>(rank())]) return true;
     if (!other_threads && a.thread == current_) return true;
     return a.thread / 32 == current_ / 32 && a.warp_epoch < warps_[current_ / 32].epoch;
   }
@@ -342,15 +443,19 @@ class Machine {
   std::vector<std::unique_ptr<Buffer>> buffers_;
   std::vector<Fiber> fibers_;
   std::vector<Warp> warps_;
-  std::vector<uint8_t> shared_;
-  std::unique_ptr<Buffer> shared_buffer_;
+  std::vector<std::unique_ptr<SharedBlock>> shared_;  // of the blocks of the cluster that runs
+  std::map<std::pair<int, uint32_t>, std::shared_ptr<void>> barriers_;
+  std::map<int, std::shared_ptr<void>> warp_state_;
+  std::deque<std::function<void()>> deliveries_;
   const std::function<void()>* body_ = nullptr;
   std::exception_ptr error_;
   jmp_buf scheduler_;
-  int current_ = 0;
-  int waiting_block_ = 0;
-  uint32_t block_epoch_ = 0, launch_ = 0;
-  int64_t block_ = 0, block_count_ = 0;
+  int current_ = 0, threads_ = 0;
+  std::vector<int> waiting_block_;     // by rank
+  std::vector<uint32_t> block_epoch_;  // by rank
+  int waiting_cluster_ = 0;
+  uint32_t launch_ = 0, time_ = 1;
+  int64_t first_block_ = 0, block_count_ = 0;
 };
 
 }  // namespace jaxint8::cuda

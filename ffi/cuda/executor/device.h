@@ -2,6 +2,7 @@
 #ifndef JAXINT8_FFI_CUDA_EXECUTOR_DEVICE_H_
 #define JAXINT8_FFI_CUDA_EXECUTOR_DEVICE_H_
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -280,13 +281,16 @@ inline float Divide(float x, float y) { return x / y; }
 inline float SquareRoot(float x) { return std::sqrt(x); }
 inline float Multiply(float x, float y) { return x * y; }
 inline float Add(float x, float y) { return x + y; }
+inline float MultiplyAdd(float x, float y, float z) { return std::fma(x, y, z); }
 inline float IntToFloat(int32_t v) { return static_cast<float>(v); }
 inline float WideToFloat(int64_t v) { return static_cast<float>(v); }
 inline int32_t RoundToInt(float x) { return static_cast<int32_t>(std::nearbyint(x)); }
-inline float Absolute(float x) { return std::fabs(x); }
-inline float Larger(float x, float y) { return x < y ? y : x; }
-inline uint32_t PackBytes(int32_t a, int32_t b, int32_t c, int32_t d) {
-  const auto byte = [](int32_t v) { return static_cast<uint32_t>(static_cast<uint8_t>(v)); };
+inline uint32_t LargerHalves(uint32_t a, uint32_t b) {
+  const uint32_t low = std::max(a & 0xffff, b & 0xffff), high = std::max(a >> 16, b >> 16);
+  return low | high << 16;
+}
+inline uint32_t PackBytes(uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+  const auto byte = [](uint32_t v) { return static_cast<uint32_t>(static_cast<uint8_t>(v)); };
   return byte(a) | byte(b) << 8 | byte(c) << 16 | byte(d) << 24;
 }
 inline int PopulationCount(uint32_t v) { return __builtin_popcount(v); }
@@ -295,9 +299,9 @@ inline int LowestBit(uint32_t v) { return __builtin_ctz(v); }
 // The host side.
 template <typename Kernel>
 const char* Launch(CUstream_st*, int64_t blocks, int threads, int64_t shared, const typename Kernel::Params& params,
-                   bool, int = 1) {
+                   bool, int cluster = 1) {
   if (threads > Kernel::kMaxThreads) throw Failure("launch: more threads than the kernel allows");
-  TheMachine().Launch(blocks, threads, shared, [&params] { Kernel::Run(params); });
+  TheMachine().Launch(blocks, threads, shared, cluster, [&params] { Kernel::Run(params); });
   return nullptr;
 }
 
@@ -320,7 +324,7 @@ inline const char* Clear(CUstream_st*, void* p, int64_t bytes) {
 }
 
 inline const char* HasWgmma(bool* has) {
-  *has = false;
+  *has = true;
   return nullptr;
 }
 

@@ -1,0 +1,272 @@
+// The product for some tens of rows on Hopper (sm_90a): as in wgmma.h, but with the weights in the place of the rows,
+// 128 of them to a block, and all activations in that of the columns, so that few rows cost few products.
+//
+// One thread of the first warpgroup keeps kStages stages of shared memory filled, beginning with the weights while the
+// activations are still being quantised; the other two multiply. The blocks of a cluster share the k of a tile, so that
+// also a narrow layer keeps all multiprocessors reading, and add their sums through each other's shared memory.
+//
+// High parts (kHigh) are multiplied in full, with sums of their own: reading the weights takes longer than both.
+#ifndef JAXINT8_FFI_CUDA_SWAPPED_H_
+#define JAXINT8_FFI_CUDA_SWAPPED_H_
+
+#include "epilogue.h"
+#include "hopper.h"
+
+namespace jaxint8::cuda {
+
+struct SwappedParams {
+  TileMap w, lo, hi;  // boxes of [128][128] and [kTileN][128]; hi only with high parts
+  int64_t m, n, k;
+  int cluster;         // blocks that share the k of a tile: 1, 2, 4 or 8; there are as many steps at least
+  bool weights_first;  // the kernel before this one does not write the weights
+  Epilogue epilogue;
+};
+
+template <int kTileN, bool kHigh>
+class SwappedKernel {
+ public:
+  using Params = SwappedParams;
+  static constexpr int kTileM = 128, kTileK = 128;
+  static constexpr int kMaxThreads = 3 * 128;
+  static constexpr int kMinBlocks = 1;
+  static constexpr int kBytesW = kTileM * kTileK, kBytesX = kTileN * kTileK;
+  static constexpr int kStageBytes = kBytesW + kBytesX * (kHigh ? 2 : 1);
+  static constexpr int kStages = 196608 / kStageBytes < 8 ? 196608 / kStageBytes : 8;
+  // Stages first, in 1024-byte units; then two barriers per stage.
+  static constexpr int64_t kShared = 1024 + kStages * (kStageBytes + 16);
+
+  static JAXINT8_DEVICE void Run(const Params& p) {
+#ifdef JAXINT8_HOPPER
+    SwappedKernel kernel(p);
+    kernel.Work();
+#endif
+  }
+
+#ifdef JAXINT8_HOPPER
+
+ private:
+  static constexpr int kSums = kTileN / 2;  // of a thread: 64 x kTileN in 128 threads
+  // The sums of a tile, where the stages were: [kTileN][kSumStride], without bank conflicts.
+  static constexpr int kSumStride = kTileM + 4;
+  static_assert(kTileN * kSumStride * 4 <= kStages * kStageBytes);
+
+  JAXINT8_DEVICE explicit SwappedKernel(const Params& p)
+      : p_(p),
+        rank_(ClusterRank()),
+        stages_((SharedAddress(SharedMemory()) + 1023) & ~1023u),
+        shared_(SharedMemory() + (stages_ - SharedAddress(SharedMemory()))),
+        full_(stages_ + kStages * kStageBytes),
+        empty_(full_ + 8 * kStages) {}
+
+  JAXINT8_DEVICE uint32_t Stage(int stage) const { return stages_ + static_cast<uint32_t>(stage) * kStageBytes; }
+
+  // The block's tile of the output, and its steps of kTileK columns of k.
+  struct Tile {
+    int32_t m, n;
+    int first, steps;
+  };
+  JAXINT8_DEVICE Tile MyTile() const {
+    const int64_t tile = BlockIndex() / p_.cluster, tiles_n = (p_.n + kTileM - 1) / kTileM;
+    const int all = static_cast<int>((p_.k + kTileK - 1) / kTileK), rank = static_cast<int>(rank_);
+    const int first = all * rank / p_.cluster;
+    return {static_cast<int32_t>(tile / tiles_n * kTileN), static_cast<int32_t>(tile % tiles_n * kTileM), first,
+            all * (rank + 1) / p_.cluster - first};
+  }
+
+  JAXINT8_DEVICE void Work() {
+    if (ThreadIndex() == 0) {
+      for (int s = 0; s < kStages; ++s) {
+        InitBarrier(full_ + 8 * s, 1);
+        InitBarrier(empty_ + 8 * s, 8);  // one arrival of each multiplying warp
+      }
+      FenceBarrierInit();
+    }
+    Barrier();
+    if (ThreadIndex() < 128) {
+      GiveRegisters<40>();
+      if (ThreadIndex() == 0) Produce();
+      WarpBarrier();                                 // all lanes together again
+      for (int i = 0; i < 3; ++i) ClusterBarrier();  // those of AddBlocks
+    } else {
+      TakeRegisters<232>();
+      WaitForPreviousKernel();
+      const Tile tile = MyTile();
+      int32_t c[kSums];
+      Multiply(c, tile.steps);
+      AddBlocks(c, tile);
+    }
+  }
+
+  JAXINT8_DEVICE void CopyWeights(const Tile& tile, int step, int stage) const {
+    ArriveExpecting(full_ + 8 * stage, kStageBytes);
+    CopyTile(&p_.w, Stage(stage), full_ + 8 * stage, (tile.first + step) * kTileK, tile.n);
+  }
+
+  JAXINT8_DEVICE void Produce() {
+    const Tile tile = MyTile();
+    int early = 0;  // steps whose weights are under way before the activations are there
+    if (p_.weights_first) {
+      for (; early < kStages && early < tile.steps; ++early) CopyWeights(tile, early, early);
+    }
+    WaitForPreviousKernel();
+    FenceAccelerator();
+    uint32_t parity = 1;  // the first round finds all stages empty
+    for (int step = 0, stage = 0; step < tile.steps; ++step) {
+      WaitBarrier(empty_ + 8 * stage, parity);
+      if (step >= early) CopyWeights(tile, step, stage);
+      const int32_t k = (tile.first + step) * kTileK;
+      CopyTile(&p_.lo, Stage(stage) + kBytesW, full_ + 8 * stage, k, tile.m);
+      if constexpr (kHigh) CopyTile(&p_.hi, Stage(stage) + kBytesW + kBytesX, full_ + 8 * stage, k, tile.m);
+      if (++stage == kStages) {
+        stage = 0;
+        parity ^= 1;
+      }
+    }
+  }
+
+  // c = the sums of this block's steps. One stage's products run while the next are issued.
+  JAXINT8_DEVICE void Multiply(int32_t (&c)[kSums], int steps) const {
+    const uint32_t rows = static_cast<uint32_t>(ThreadIndex() / 128 - 1) * 64 * kTileK;
+    int32_t high[kHigh ? kSums : 1];
+    int stage = 0, last = 0;
+    uint32_t parity = 0, add = 0;
+    Pin(c);
+    Pin(high);
+#pragma unroll 1
+    for (int step = 0; step < steps; ++step) {
+      WaitBarrier(full_ + 8 * stage, parity);
+      const uint64_t w = TileDescriptor<128>(Stage(stage) + rows);
+      const uint64_t lo = TileDescriptor<128>(Stage(stage) + kBytesW);
+      const uint64_t hi = TileDescriptor<128>(Stage(stage) + kBytesW + kBytesX);
+      ProductFence();
+#pragma unroll
+      for (int j = 0; j < kTileK / 32; ++j) {
+        Product(c, w + 2 * j, lo + 2 * j, add);  // 32 bytes further, in units of 16
+        if constexpr (kHigh) Product(high, w + 2 * j, hi + 2 * j, add);
+        add = 1;
+      }
+      ProductCommit();
+      if (step > 0) {
+        ProductWait<1>();
+        Release(last);
+      }
+      last = stage;
+      if (++stage == kStages) {
+        stage = 0;
+        parity ^= 1;
+      }
+    }
+    ProductWait<0>();
+    Pin(c);
+    Pin(high);
+    Release(last);
+    if constexpr (kHigh) {
+#pragma unroll
+      for (int i = 0; i < kSums; ++i) c[i] = Combine(c[i], high[i]);
+    }
+  }
+
+  // Tells the producer that this warp has read the stage.
+  JAXINT8_DEVICE void Release(int stage) const {
+    if (ThreadIndex() % 32 == 0) Arrive(empty_ + 8 * stage);
+  }
+
+  // Adds the sums of the blocks of the cluster, each its share of the rows of x, and stores the outputs.
+  JAXINT8_DEVICE void AddBlocks(const int32_t (&c)[kSums], const Tile& tile) const {
+    const int thread = ThreadIndex() - 128, lane = thread % 32, g = lane / 4, t = lane % 4;
+    const Epilogue& e = p_.epilogue;
+    Columns columns;
+    columns.first = 4 * lane;
+    columns.n = tile.n + columns.first;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      columns.w_scale[j] = columns.bias[j] = 0;
+      if (e.type == Type::kS32 || columns.n + j >= p_.n) continue;
+      columns.w_scale[j] = Load(e.w_scale + columns.n + j);
+      if (e.bias) columns.bias[j] = Load(e.bias + columns.n + j);
+    }
+    ClusterBarrier();  // nothing reads the stages any more
+    const Ptr<int32_t> sums = Cast<int32_t>(shared_);
+#pragma unroll
+    for (int i = 0; i < kSums; ++i) {
+      const int row = 8 * (i / 4) + 2 * t + i % 2, column = thread / 32 * 16 + g + 8 * (i / 2 % 2);
+      Store(sums + row * kSumStride + column, c[i]);
+    }
+    ClusterBarrier();
+    switch (p_.cluster) {
+      case 1:
+        AddRows<1>(tile, columns);
+        break;
+      case 2:
+        AddRows<2>(tile, columns);
+        break;
+      case 4:
+        AddRows<4>(tile, columns);
+        break;
+      default:
+        AddRows<8>(tile, columns);
+        break;
+    }
+    ClusterBarrier();  // no block may end while another can still read its memory
+  }
+
+  // Four neighbouring columns of the output and what they are scaled by.
+  struct Columns {
+    int first;  // within the tile
+    int64_t n;
+    float w_scale[4], bias[4];
+  };
+
+  // One warp a row.
+  template <int kBlocks>
+  JAXINT8_DEVICE void AddRows(const Tile& tile, const Columns& columns) const {
+    const Epilogue& e = p_.epilogue;
+    const int64_t left = p_.m - tile.m;
+    const int rows = left < kTileN ? static_cast<int>(left) : kTileN;
+#pragma unroll 1
+    for (int row = static_cast<int>(rank_) * 8 + ThreadIndex() / 32 - 4; row < rows; row += 8 * kBlocks) {
+      Word4 parts[kBlocks];
+#pragma unroll
+      for (int block = 0; block < kBlocks; ++block) {
+        parts[block] = LoadRemote(stages_ + 4 * static_cast<uint32_t>(row * kSumStride + columns.first), block);
+      }
+      const float row_scale = e.type == Type::kS32 ? 0 : Load(e.row_scale + tile.m + row);
+      uint32_t sum[4] = {0, 0, 0, 0};
+#pragma unroll
+      for (int block = 0; block < kBlocks; ++block) {
+        sum[0] += parts[block].x;
+        sum[1] += parts[block].y;
+        sum[2] += parts[block].z;
+        sum[3] += parts[block].w;
+      }
+      uint32_t y[4];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        y[j] = Output(e, static_cast<int32_t>(sum[j]), row_scale, columns.w_scale[j], columns.bias[j]);
+      }
+      const int64_t m = tile.m + row, n = columns.n;
+      if (p_.n % 4 != 0) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          if (n + j < p_.n) StoreOutput(e, m, n + j, y[j]);
+        }
+      } else if (n >= p_.n) {
+        continue;
+      } else if (IsWide(e)) {
+        StoreAs<Word4>(e.y + 4 * (m * p_.n + n), Word4{y[0], y[1], y[2], y[3]});
+      } else {
+        StoreAs<Word2>(e.y + 2 * (m * p_.n + n), Word2{y[0] | y[1] << 16, y[2] | y[3] << 16});
+      }
+    }
+  }
+
+  const Params& p_;
+  const uint32_t rank_, stages_;  // the address of the stages, a multiple of 1024
+  const Ptr<uint8_t> shared_;     // the same as a pointer
+  const uint32_t full_, empty_;
+#endif
+};
+
+}  // namespace jaxint8::cuda
+
+#endif  // JAXINT8_FFI_CUDA_SWAPPED_H_
