@@ -27,8 +27,10 @@ STAGES = {
     "native": 120,
     "probe": 60,
     "jax": 120,
+    "sizes": 90,
     "sweep": 90,
     "layers": 170,
+    "decode": 280,
     "memcheck": 100,
     "racecheck": 100,
 }
@@ -147,22 +149,25 @@ def summarise(report: dict[str, Any]) -> str:
             lines.append("    " + entry.get("output", "")[-1500:].replace("\n", "\n    "))
     sweep = report.get("sweep", {}).get("rows", [])
     if sweep:
-        lines.append("\nours alone: us (TOP/s, TB/s)")
+        lines.append(
+            "\nkernels in CUDA graphs: us (TOP/s, TB/s of weights), PyTorch in the same dtype / this"
+        )
         for row in sweep:
+            ratio = f" {row['bf16'] / row['us']:.2f}" if row["bf16"] else ""
             lines.append(
                 f"{row['k']:6d}->{row['n']:<6d} m={row['m']:<5d} {row['rule']:19s} {row['us']:8.1f} "
-                f"({row['tera_ops']:6.0f}, {row['tb_per_s']:5.2f})"
+                f"({row['tera_ops']:6.0f}, {row['tb_per_s']:5.2f}){ratio}"
             )
-    layers = report.get("layers", {}).get("rows", [])
-    if layers:
-        names = [name for name in layers[0] if name not in ("size", "m", "k", "n")]
-        names += [
-            name for row in layers for name in row if name.startswith("xla") and name not in names
-        ]
+    for row in report.get("decode", {}).get("rows", []):
+        lines.append("8B  " + ", ".join(f"{key}={_short(value)}" for key, value in row.items()))
+    titles = {"sizes": "kernels in CUDA graphs", "layers": "layer through JAX"}
+    for stage, title in titles.items():
+        rows = report.get(stage, {}).get("rows", [])
+        names = [name for row in rows for name in row if name not in ("size", "m", "k", "n")]
         names = list(dict.fromkeys(names))
-        lines.append("\nlayer through JAX, us; in brackets bf16 / this")
+        lines.append(f"\n{title}, us; in brackets bf16 / this")
         lines.append(f"{'size':8s}{'m':>6s}" + "".join(f"{name:>18s}" for name in names))
-        for row in layers:
+        for row in rows:
             cells = []
             for name in names:
                 value = row.get(name)
@@ -182,17 +187,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--output", default=str(BUILD / "report"))
     parser.add_argument("--seconds", type=float, default=540)
-    parser.add_argument("--stages", default=",".join(STAGES))
+    parser.add_argument("--stages", default=",".join(s for s in STAGES if s != "decode"))
     parser.add_argument("--stage", help=argparse.SUPPRESS)
     parser.add_argument("--limit", type=float, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.stage:
         # An editable install of the package would come before the one built here.
         sys.meta_path[:] = [f for f in sys.meta_path if "editable" not in type(f).__module__]
-        timing = arguments.stage in ("probe", "sweep", "layers")
-        name = (
-            "gpu_check" if arguments.stage == "build" else "gpu_timing" if timing else "gpu_stages"
-        )
+        timing = arguments.stage in ("probe", "sizes", "sweep", "layers")
+        modules = {"build": "gpu_check", "decode": "gpu_decode"}
+        name = modules.get(arguments.stage, "gpu_timing" if timing else "gpu_stages")
         if arguments.limit:
             importlib.import_module("gpu_check").STAGES[arguments.stage] = arguments.limit
         result = getattr(importlib.import_module(name), f"stage_{arguments.stage}")()

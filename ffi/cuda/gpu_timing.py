@@ -1,6 +1,8 @@
 """Timings on a GPU, for gpu_check.py: our kernels alone over m, and the paper's speed table through JAX beside XLA."""
 
 import ctypes
+import functools
+import itertools
 import os
 import pathlib
 import platform
@@ -33,6 +35,7 @@ WIDTHS = {
 }
 SWEEP_M = [1, 2, 4, 8, 16, 17, 32, 64, 128, 256, 512, 1024, 2048, 4096]
 SWEEP_SHAPES = [(4096, 4096), (4096, 14336)]  # k, n
+REPEATS = 9
 
 
 def stage_probe() -> dict[str, Any]:
@@ -69,7 +72,6 @@ def _activations(m: int, k: int, dtype: Any) -> Any:
 
 
 def _rules() -> dict[str, Any]:
-
     return {
         "none": None,
         "column 6": Threshold(6.0, "column"),
@@ -78,46 +80,121 @@ def _rules() -> dict[str, Any]:
     }
 
 
-def stage_sweep() -> dict[str, Any]:
-    """Our kernels alone, in a CUDA graph over many weights (so that they come from device memory): microseconds."""
-    executor = gpu_executor()
+def _bf16_peer() -> Callable[..., float | None]:
+    """Returns a function (m, k, n, dtype) -> microseconds of PyTorch's product, or None where it is missing."""
+    try:
+        import torch
+    except ImportError:
+        return lambda *_: None
+
+    def peer(m: int, k: int, n: int, dtype: Any = ml_dtypes.bfloat16) -> float:
+        kind = getattr(torch, np.dtype(dtype).name)
+        copies, calls = _copies(m, k, n, np.dtype(dtype).itemsize)
+        x = torch.randn(m, k, device="cuda", dtype=kind)
+        weights = [torch.randn(n, k, device="cuda", dtype=kind) for _ in range(copies)]
+        y = torch.empty(m, n, device="cuda", dtype=kind)
+        torch.mm(x, weights[0].t(), out=y)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for i in range(calls):
+                torch.mm(x, weights[i % copies].t(), out=y)
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(REPEATS + 1)]
+        graph.replay()
+        graph.replay()
+        events[0].record()
+        for event in events[1:]:
+            graph.replay()
+            event.record()
+        torch.cuda.synchronize()
+        times = [begin.elapsed_time(end) for begin, end in itertools.pairwise(events)]
+        return 1e3 * float(np.median(times)) / calls
+
+    return peer
+
+
+def _copies(m: int, k: int, n: int, item: int) -> tuple[int, int]:
+    """Returns how many sets of weights the caches cannot hold, and the calls of a graph worth timing."""
+    copies = max(1, min(48, -(-250_000_000 // max(1, n * k * item))))
+    least = max(3e-6, 2 * m * n * k / 1e15, n * k * item / 4e12)
+    return copies, max(4, copies, min(200, int(6e-4 / least)))
+
+
+def stage_sizes() -> dict[str, Any]:
+    """The paper's speed table in CUDA graphs: our kernels beside PyTorch's bf16 product, each with its own weights."""
+    executor, peer = gpu_executor(), _bf16_peer()
     rows = []
+    for m in (2048, 256, 64, 16, 1):
+        for name, d in WIDTHS.items():
+            row: dict[str, Any] = {
+                "size": name,
+                "m": m,
+                "k": d,
+                "n": 4 * d,
+                "bf16": peer(m, d, 4 * d),
+            }
+            case = _case(m, d, 4 * d)
+            for rule_name, rule in _rules().items():
+                row[rule_name] = _time_native(executor, case, rule)
+            rows.append(row)
+    return {"rows": rows, "unit": f"microseconds, medians of {REPEATS} replays"}
+
+
+def stage_sweep() -> dict[str, Any]:
+    """Our kernels in CUDA graphs over m, beside PyTorch's bf16 product; and other dtypes and kernels at some m."""
+    executor, peer = gpu_executor(), _bf16_peer()
+    rows = []
+
+    def add(case: battery.Case, label: str, us: float, bf16: float | None) -> None:
+        (m, k), n = case.x.shape, case.codes.shape[0]
+        row = {"m": m, "k": k, "n": n, "rule": label, "us": us, "bf16": bf16, **_rates(m, k, n, us)}
+        rows.append(row)
+
     for k, n in SWEEP_SHAPES:
-        rng = np.random.default_rng([k, n])
-        codes = rng.integers(-127, 128, (n, k), dtype=np.int8)
-        scale = np.ones((n,), np.float32)
         for m in SWEEP_M:
-            case = battery.Case(_activations(m, k, ml_dtypes.bfloat16), codes, scale, None)
+            case, bf16 = _case(m, k, n), peer(m, k, n)
             for name, rule in _rules().items():
-                if name not in ("none", "relative 6") and (k, n) != (4096, 4096):
-                    continue
-                microseconds = _time_native(executor, case, rule)
-                rows.append(
-                    {
-                        "m": m,
-                        "k": k,
-                        "n": n,
-                        "rule": name,
-                        "us": microseconds,
-                        **_rates(m, k, n, microseconds),
-                    }
-                )
-        if (k, n) == (4096, 4096):
-            case = battery.Case(_activations(2048, k, ml_dtypes.bfloat16), codes, scale, None)
-            for name, rule in _rules().items():
-                for label, options in (("quantise", {"kind": 0}), ("tiled", {"path": 1})):
-                    us = _time_native(executor, case, rule, **options)
-                    rates = _rates(2048, k, 0 if "kind" in options else n, us)
-                    row = {"m": 2048, "k": k, "n": n, "rule": f"{label} {name}", "us": us, **rates}
-                    rows.append(row)
-    return {"rows": rows}
+                if name in ("none", "relative 6") or (k, n) == SWEEP_SHAPES[0]:
+                    add(case, name, _time_native(executor, case, rule), bf16)
+    k, n = SWEEP_SHAPES[0]
+    for m in (1, 16, 256, 2048):
+        for dtype in (np.float16, np.float32):
+            case, other = _case(m, k, n, dtype), peer(m, k, n, dtype)
+            for name in ("none", "relative 6"):
+                us = _time_native(executor, case, _rules()[name])
+                add(case, f"{name} {np.dtype(dtype).name}", us, other)
+        case = _case(m, k, n)
+        for name, rule in _rules().items():
+            add(
+                case,
+                f"quantise {name}",
+                _time_native(executor, case, rule, kind=tests.QUANTIZE),
+                None,
+            )
+        for name in ("none", "relative 6"):
+            for path, index in (("stream", 0), ("tiled", 1), ("wgmma", 2)):
+                if path != "stream" or m <= 16:
+                    us = _time_native(executor, case, _rules()[name], path=index)
+                    add(case, f"{path} {name}", us, None)
+    return {"rows": rows, "unit": f"medians of {REPEATS} replays"}
+
+
+@functools.cache
+def _weights() -> np.ndarray:
+    """Returns codes for the largest layer, which smaller ones take a part of."""
+    size = 4 * max(WIDTHS.values()) ** 2
+    return np.random.default_rng(0).integers(-127, 128, size, dtype=np.int8)
+
+
+def _case(m: int, k: int, n: int, dtype: Any = ml_dtypes.bfloat16) -> battery.Case:
+    codes = _weights()[: n * k].reshape(n, k)
+    return battery.Case(_activations(m, k, dtype), codes, np.ones((n,), np.float32), None)
 
 
 def _rates(m: int, k: int, n: int, microseconds: float) -> dict[str, float]:
-    moved = n * k + 2 * m * (k + n)
     return {
         "tera_ops": 2 * m * n * k / microseconds * 1e-6,
-        "tb_per_s": moved / microseconds * 1e-6,
+        "tb_per_s": n * k / microseconds * 1e-6,
     }
 
 
@@ -138,14 +215,14 @@ def _time_native(
     if kind == tests.QUANTIZE:
         arrays |= {"lo": np.empty((m, k), np.int8), "hi": np.empty((m, k), np.int8)}
         arrays["row_scale"] = np.empty((m,), np.float32)
+        copies, calls = 1, 30
     else:
         y = np.empty((m, n), case.x.dtype)
         arrays |= {"w": case.codes, "w_scale": case.scale, "y": y}
+        copies, calls = _copies(m, k, n, 1)
     for name, array in arrays.items():
         setattr(call, name, array.ctypes.data)
-    copies = max(1, min(24, -(-300_000_000 // (n * k))))
-    repeats = max(2, min(20, int(2e13 // (copies * m * n * k))))
-    microseconds = executor.library.executor_time(ctypes.byref(call), copies, repeats)
+    microseconds = executor.library.executor_time(ctypes.byref(call), copies, calls, REPEATS)
     if microseconds < 0:
         raise RuntimeError(
             f"{case.x.shape} {n} {rule}: {executor.library.executor_error().decode()}"

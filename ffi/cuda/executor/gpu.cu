@@ -2,6 +2,7 @@
 // their size, so that a memory checker sees every access beyond them, and back.
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <string>
 #include <vector>
 
@@ -69,43 +70,51 @@ void Back(void* host, const void* device, int64_t bytes) {
   }
 }
 
-// Captures `copies` runs, each with its own weights, in a CUDA graph; returns the microseconds of one run.
-double Time(const ExecutorCall& c, int32_t copies, int32_t repeats) {
+// Captures `calls` runs in a CUDA graph, each with the next of `copies` sets of weights, and replays it `repeats`
+// times; returns the microseconds of one run, the median over the replays.
+double Time(const ExecutorCall& c, int32_t copies, int32_t calls, int32_t repeats) {
   using namespace jaxint8::cuda;
   Memory memory;
   Problem p = OnDevice(c, memory);
-  std::vector<const int8_t*> weights;
-  for (int32_t i = 0; i < copies; ++i) weights.push_back(memory.Copy(c.w, c.n * c.k));
+  std::vector<const int8_t*> weights = {p.w};
+  while (p.w != nullptr && static_cast<int32_t>(weights.size()) < copies) {
+    auto* w = memory.Poisoned<int8_t>(c.n * c.k);
+    Must(cudaMemcpy(w, p.w, static_cast<size_t>(c.n * c.k), cudaMemcpyDeviceToDevice), "copy");
+    weights.push_back(w);
+  }
   cudaStream_t stream;
   Must(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "stream");
   Must(cudaDeviceSynchronize(), "preparation");
   if (const char* error = Run(p, stream)) throw Failure{error};  // raises shared memory limits before the capture
   Must(cudaStreamSynchronize(stream), "first run");
   Must(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), "capture");
-  for (const int8_t* w : weights) {
-    p.w = w;
+  for (int32_t i = 0; i < calls; ++i) {
+    p.w = weights[static_cast<size_t>(i) % weights.size()];
     if (const char* error = Run(p, stream)) throw Failure{error};
   }
   cudaGraph_t graph;
   cudaGraphExec_t executable;
   Must(cudaStreamEndCapture(stream, &graph), "capture");
   Must(cudaGraphInstantiate(&executable, graph, 0), "instantiate");
-  cudaEvent_t begin, end;
-  Must(cudaEventCreate(&begin), "event");
-  Must(cudaEventCreate(&end), "event");
-  for (int i = 0; i < 3; ++i) Must(cudaGraphLaunch(executable, stream), "graph");
-  Must(cudaEventRecord(begin, stream), "event");
-  for (int32_t i = 0; i < repeats; ++i) Must(cudaGraphLaunch(executable, stream), "graph");
-  Must(cudaEventRecord(end, stream), "event");
+  std::vector<cudaEvent_t> events(static_cast<size_t>(repeats) + 1);
+  for (cudaEvent_t& event : events) Must(cudaEventCreate(&event), "event");
+  for (int i = 0; i < 2; ++i) Must(cudaGraphLaunch(executable, stream), "graph");
+  Must(cudaEventRecord(events[0], stream), "event");
+  for (size_t i = 1; i < events.size(); ++i) {
+    Must(cudaGraphLaunch(executable, stream), "graph");
+    Must(cudaEventRecord(events[i], stream), "event");
+  }
   Must(cudaStreamSynchronize(stream), "timed runs");
-  float milliseconds = 0;
-  Must(cudaEventElapsedTime(&milliseconds, begin, end), "event");
+  std::vector<float> milliseconds(static_cast<size_t>(repeats));
+  for (size_t i = 0; i < milliseconds.size(); ++i) {
+    Must(cudaEventElapsedTime(&milliseconds[i], events[i], events[i + 1]), "event");
+  }
   cudaGraphExecDestroy(executable);
   cudaGraphDestroy(graph);
-  cudaEventDestroy(begin);
-  cudaEventDestroy(end);
+  for (cudaEvent_t event : events) cudaEventDestroy(event);
   cudaStreamDestroy(stream);
-  return 1e3 * milliseconds / (static_cast<double>(repeats) * copies);
+  std::sort(milliseconds.begin(), milliseconds.end());
+  return 1e3 * milliseconds[milliseconds.size() / 2] / calls;
 }
 
 }  // namespace
@@ -137,9 +146,9 @@ const char* executor_run(const ExecutorCall* c) {
 const char* executor_sites() { return ""; }
 
 // Microseconds of one run; negative if something went wrong (executor_error says what).
-double executor_time(const ExecutorCall* c, int32_t copies, int32_t repeats) {
+double executor_time(const ExecutorCall* c, int32_t copies, int32_t calls, int32_t repeats) {
   try {
-    return Time(*c, copies, repeats);
+    return Time(*c, copies, calls, repeats);
   } catch (const Failure& failure) {
     text = failure.what;
     return -1;
