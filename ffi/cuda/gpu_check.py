@@ -163,6 +163,8 @@ def summarise(report: dict[str, Any]) -> str:
     titles = {"sizes": "kernels in CUDA graphs", "layers": "layer through JAX"}
     for stage, title in titles.items():
         rows = report.get(stage, {}).get("rows", [])
+        if not rows:
+            continue
         names = [name for row in rows for name in row if name not in ("size", "m", "k", "n")]
         names = list(dict.fromkeys(names))
         lines.append(f"\n{title}, us; in brackets bf16 / this")
