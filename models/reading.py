@@ -33,6 +33,9 @@ from jaxint8.schemes import Scheme
 
 # XLA:CPU takes over buffers with this alignment and copies others.
 _ALIGNMENT = 64
+# Memory is asked for in pieces of at least this size: for large ones NumPy has the system use huge
+# pages, from which a processor reads weights at up to one and a half times the speed.
+_SLAB = 32 << 20
 # More would wait for memory.
 _THREADS_MAX = 8
 # Seconds of loading after which a progress bar appears (on a terminal).
@@ -57,6 +60,7 @@ class Pool:
         self._task = self._progress.add_task(label, total=total)
         self._start = time.monotonic()
         self._shown = False
+        self._slab = np.empty(0, np.uint8)
 
     def __enter__(self) -> Self:
         """Returns itself."""
@@ -91,13 +95,18 @@ class Pool:
             self._progress.start()
             self._shown = True
 
+    def empty(self, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+        """Returns an uninitialised array that JAX on a CPU can take over without a copy.
 
-def aligned_empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """Returns an uninitialised array that JAX on a CPU can take over without a copy."""
-    size = math.prod(shape) * np.dtype(dtype).itemsize
-    buffer = np.empty(size + _ALIGNMENT, np.uint8)
-    start = -buffer.ctypes.data % _ALIGNMENT
-    return buffer[start : start + size].view(dtype).reshape(shape)
+        Small ones share their memory, which is given back when the last of them is gone.
+        """
+        size = math.prod(shape) * np.dtype(dtype).itemsize
+        if size + _ALIGNMENT > self._slab.size:
+            self._slab = np.empty(max(size + _ALIGNMENT, _SLAB), np.uint8)
+        start = -self._slab.ctypes.data % _ALIGNMENT
+        array = self._slab[start : start + size].view(dtype).reshape(shape)
+        self._slab = self._slab[start + size :]
+        return array
 
 
 def scheme_matrix(reader: TensorReader, source: Source, pool: Pool, scheme: Scheme) -> Matrix:
@@ -188,8 +197,8 @@ def int8_matrices(
 
     made = []
     for target in targets:
-        matrix = aligned_empty(target.shape, np.int8)
-        scale = aligned_empty(target.shape[:1], np.float32)
+        matrix = pool.empty(target.shape, np.int8)
+        scale = pool.empty(target.shape[:1], np.float32)
         if _is_padded(target):
             matrix[...], scale[...] = 0, 1
         made.append((matrix, scale))
@@ -240,7 +249,7 @@ def float_arrays(
 
     made = []
     for target in targets:
-        array = aligned_empty(target.shape, dtype)
+        array = pool.empty(target.shape, dtype)
         if _is_padded(target):
             array[...] = 0
         made.append((array,))

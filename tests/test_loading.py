@@ -417,9 +417,13 @@ def test_a_bar_shows_on_a_terminal_only(
 
 
 def test_buffers_become_parameters_without_a_copy() -> None:
-    for shape, dtype in (((3, 5), np.int8), ((7,), np.float32), ((1, 1), jnp.bfloat16)):
-        buffer = reading.aligned_empty(shape, dtype)
-        buffer[...] = 1
+    pool = reading.Pool(0)
+    shapes = ((3, 5), np.int8), ((7,), np.float32), ((1, 1), jnp.bfloat16), ((9 << 20, 4), np.int8)
+    buffers = [pool.empty(shape, dtype) for shape, dtype in shapes]
+    for value, buffer in enumerate(buffers):
+        buffer[...] = value
+    for value, buffer in enumerate(buffers):
+        assert (buffer == value).all()
         assert jax.device_put(buffer).unsafe_buffer_pointer() == buffer.ctypes.data
 
 

@@ -75,106 +75,73 @@ void AddHiGroups(const Block& b, uint8_t* panel) {
 // Which part of a block a group of dot products covers.
 struct Part {
   int64_t i;           // the first row of activations
-  int64_t j, j_end;    // rows of weights, a multiple of the N of the function
+  int64_t j, j_end;    // rows of weights
   int64_t begin, end;  // columns; begin is a multiple of 64, end too or the last
-  // For each N rows of weights, 2 * pairs (pairs: 0, 1 or N / 2) rows that this thread reads soon are fetched into the
-  // L2 cache at the pace of the reading, advancing by N rows. Of two adjacent lines one is fetched, the other follows
-  // by itself: fetching both costs more than it brings (measured: 46 against 62 GB/s from the L3 cache, 18 against 21
-  // GB/s from memory; no fetching at all gives 16 from memory).
-  const int8_t* ahead;
-  int pairs;
 };
 
-// c[M][N] (+)= M x N dot products, N rows of weights after N. The first part of the columns sets c.
-template <int M, int N, bool kDense>
+// c[M][j..] (+)= dot products with one row of weights after the other; the first part of the columns sets c. One row at
+// a time, because then a thread reads memory as one stream, which the processor fetches ahead by itself: several rows
+// at once save loads of codes, but with the weights in memory 8 are read at half the speed of one (measured: 10 against
+// 19 GB/s on one core), whatever is fetched ahead by hand.
+template <int M, bool kDense>
 void Dots(const Block& b, const Part& part) {
+  // Chains of sums, to hide the latency of a multiplication.
+  constexpr int U = M == 1 ? 4 : M < 6 ? 2 : 1;
   const __m512i flip = _mm512_set1_epi8(static_cast<char>(0x80));
-  const int64_t k = b.k, stride = b.stride, begin = part.begin, whole_end = part.end / 64 * 64, end = part.end;
+  const int64_t k = b.k, stride = b.stride, whole = part.end / 64 * 64;
+  const __mmask64 rest = FirstBytes(part.end - whole);
   const int8_t* x = b.lo + part.i * stride;
   const int8_t* hi = kDense ? b.plan->hi : nullptr;
-  const int pairs = part.pairs;
-  const int8_t* ahead = part.ahead;
-  for (int64_t first = part.j; first < part.j_end; first += N, ahead += N * k) {
-    const int8_t* w = b.w + first * k;
-    __m512i acc[M][N], high[kDense ? M : 1][N];
-    Unroll<M * N>([&](auto i) ALWAYS_INLINE { acc[i / N][i % N] = _mm512_setzero_si512(); });
-    if constexpr (kDense) Unroll<M * N>([&](auto i) ALWAYS_INLINE { high[i / N][i % N] = _mm512_setzero_si512(); });
-    // The last, partial 64 columns are copied and padded, so that there is one loop: with two, the compiler moves every
-    // sum from register to register in each step.
-    int8_t padded[N][64];
-    if (whole_end != end) {
-      Unroll<N>([&](auto j) ALWAYS_INLINE {
-        _mm512_storeu_si512(padded[j], _mm512_maskz_loadu_epi8(FirstBytes(end - whole_end), w + j * k + whole_end));
+  for (int64_t first = part.j; first < part.j_end; first += 4) {
+    alignas(64) int32_t sums[4][M][16];
+    for (int r = 0; r < 4; ++r) {  // beyond the last row: that one again
+      const int8_t* w = b.w + (first + r < b.n ? first + r : b.n - 1) * k;
+      __m512i acc[U][M], high[kDense ? U : 1][M];
+      Unroll<U * M>([&](auto i) ALWAYS_INLINE {
+        acc[i / M][i % M] = _mm512_setzero_si512();
+        if constexpr (kDense) high[i / M][i % M] = _mm512_setzero_si512();
       });
-    }
-    const int8_t* from = w + begin;
-    int64_t from_stride = k, t = begin;
-    for (int64_t stop = whole_end;;) {
-      for (; t < stop; t += 64, from += 64) {
-        const int8_t* fetch = ahead + (t % 128 == 0 ? t : t - 64 + pairs * k);
-        if (pairs == N / 2) {
-          Unroll<N / 2>([&](auto j) ALWAYS_INLINE { _mm_prefetch(fetch + j * k, _MM_HINT_T1); });
-        } else if (pairs > 0) {
-          _mm_prefetch(fetch, _MM_HINT_T1);
-        }
-        __m512i weights[N];
-        Unroll<N>([&](auto j) ALWAYS_INLINE {
-          weights[j] = _mm512_xor_si512(_mm512_loadu_si512(from + j * from_stride), flip);
-        });
+      const auto step = [&](auto u, int64_t t, __m512i bytes) ALWAYS_INLINE {
+        const __m512i weights = _mm512_xor_si512(bytes, flip);
         Unroll<M>([&](auto i) ALWAYS_INLINE {
-          const __m512i codes = _mm512_load_si512(x + i * stride + t);
-          Unroll<N>([&](auto j) ALWAYS_INLINE { acc[i][j] = _mm512_dpbusd_epi32(acc[i][j], weights[j], codes); });
-          if constexpr (kDense) {
-            const __m512i codes_hi = _mm512_load_si512(hi + t);
-            Unroll<N>([&](auto j)
-                          ALWAYS_INLINE { high[i][j] = _mm512_dpbusd_epi32(high[i][j], weights[j], codes_hi); });
-          }
+          acc[u][i] = _mm512_dpbusd_epi32(acc[u][i], weights, _mm512_load_si512(x + i * stride + t));
+          if constexpr (kDense) high[u][i] = _mm512_dpbusd_epi32(high[u][i], weights, _mm512_load_si512(hi + t));
         });
+      };
+      constexpr std::integral_constant<int, 0> kFirst{};
+      int64_t t = part.begin;
+      for (; t + 64 * U <= whole; t += 64 * U) {
+        Unroll<U>([&](auto u) ALWAYS_INLINE { step(u, t + u * 64, _mm512_loadu_si512(w + t + u * 64)); });
       }
-      if (t >= end) break;
-      from = padded[0];
-      from_stride = 64;
-      stop = end;
-    }
-    if constexpr (kDense) {
-      Unroll<M * N>([&](auto i) ALWAYS_INLINE {
-        acc[i / N][i % N] = _mm512_add_epi32(acc[i / N][i % N], _mm512_slli_epi32(high[i / N][i % N], 7));
+      if constexpr (U > 1) {
+        for (; t < whole; t += 64) step(kFirst, t, _mm512_loadu_si512(w + t));
+      }
+      if (rest) step(kFirst, t, _mm512_maskz_loadu_epi8(rest, w + t));
+      Unroll<M>([&](auto i) ALWAYS_INLINE {
+        Unroll<U - 1>([&](auto u) ALWAYS_INLINE { acc[0][i] = _mm512_add_epi32(acc[0][i], acc[u + 1][i]); });
+        if constexpr (kDense) {
+          Unroll<U - 1>([&](auto u) ALWAYS_INLINE { high[0][i] = _mm512_add_epi32(high[0][i], high[u + 1][i]); });
+          acc[0][i] = _mm512_add_epi32(acc[0][i], _mm512_slli_epi32(high[0][i], 7));
+        }
+        _mm512_store_si512(sums[r][i], acc[0][i]);
       });
     }
     Unroll<M>([&](auto i) ALWAYS_INLINE {
-      int32_t* c = b.c + (part.i + i) * kBlockN + first;
-      const int32_t correction = Correction(b.rows[part.i + i]);
-      if constexpr (N % 4 == 0) {
-        Unroll<N / 4>([&](auto q) ALWAYS_INLINE {
-          auto* out = reinterpret_cast<__m128i*>(c + 4 * q);
-          const __m128i sums = Sum4(acc[i][4 * q], acc[i][4 * q + 1], acc[i][4 * q + 2], acc[i][4 * q + 3]);
-          _mm_storeu_si128(out, _mm_add_epi32(begin > 0 ? _mm_loadu_si128(out) : _mm_set1_epi32(correction), sums));
-        });
-      } else {
-        static_assert(N == 1);
-        c[0] = static_cast<int32_t>(static_cast<uint32_t>(begin > 0 ? c[0] : correction) +
-                                    static_cast<uint32_t>(_mm512_reduce_add_epi32(acc[i][0])));
-      }
+      auto* out = reinterpret_cast<__m128i*>(b.c + (part.i + i) * kBlockN + first);
+      const __m128i four = Sum4(_mm512_load_si512(sums[0][i]), _mm512_load_si512(sums[1][i]),
+                                _mm512_load_si512(sums[2][i]), _mm512_load_si512(sums[3][i]));
+      const __m128i before = part.begin > 0 ? _mm_load_si128(out) : _mm_set1_epi32(Correction(b.rows[part.i + i]));
+      _mm_store_si128(out, _mm_add_epi32(before, four));
     });
   }
 }
 
-// Rows of weights at once: at least 8 accumulators to hide the latency of a multiplication, at most 24.
 using DotsFunction = void (*)(const Block&, const Part&);
-struct DotsShape {
-  int n;
-  DotsFunction whole, single;  // n rows of weights, one row
-};
 constexpr int kDotsM = 6;
-constexpr DotsShape kDots[kDotsM] = {
-    {8, Dots<1, 8, false>, Dots<1, 1, false>}, {8, Dots<2, 8, false>, Dots<2, 1, false>},
-    {4, Dots<3, 4, false>, Dots<3, 1, false>}, {4, Dots<4, 4, false>, Dots<4, 1, false>},
-    {4, Dots<5, 4, false>, Dots<5, 1, false>}, {4, Dots<6, 4, false>, Dots<6, 1, false>}};
-constexpr DotsShape kDenseDots = {8, Dots<1, 8, true>, Dots<1, 1, true>};
+constexpr DotsFunction kDots[kDotsM] = {Dots<1, false>, Dots<2, false>, Dots<3, false>,
+                                        Dots<4, false>, Dots<5, false>, Dots<6, false>};
 // Activations of a team that should stay in the L1 cache (32 KiB at least) while weights stream by: 6 rows of 4096.
 constexpr int64_t kDotsBytes = 24 << 10;
-// How far ahead weights are fetched: 8 rows of 4096; at 10 bytes per cycle, a microsecond.
-constexpr int64_t kAheadBytes = 32 << 10;
 
 // Small m: the weights are read once, in the order in which they lie, or nearly. Teams of up to 6 rows of activations
 // take turns over a few rows of weights, at most half of the L1 cache.
@@ -183,32 +150,20 @@ void MultiplyDots(const Block& b) {
   const int64_t teams = (b.m + kDotsM - 1) / kDotsM;
   const int64_t most = (b.m + teams - 1) / teams;
   const int64_t width = kDotsBytes / (dense ? 2 * most : most) / 64 * 64;
-  const int64_t lead = (kAheadBytes / (b.k + 1) / 8 + 1) * 8;
   const bool gathers = b.plan && b.plan->groups > 0;
   const int64_t turn = teams == 1 && !gathers ? kBlockN : ((16 << 10) / (b.k + 1) / 8 + 1) * 8;
   uint8_t* const panel = reinterpret_cast<TileScratch*>(b.scratch)->panels[0];
   int64_t begin = 0;
   do {
     const int64_t end = begin + width < b.k ? begin + width : b.k;
-    for (int64_t j = 0; j < b.n;) {
-      const bool whole = j + 8 <= b.n;  // all shapes divide 8
-      const int64_t rest = (b.n - j) / 8 * 8, rows = whole ? (turn < rest ? turn : rest) : 1;
-      const int64_t next = j + lead - b.n;  // beyond the block: its next columns, or the next block
-      const int8_t* ahead = next < 0                      ? b.w + (j + lead) * b.k
-                            : end < b.k                   ? b.w + next * b.k + (end - begin)
-                            : b.ahead && next < b.ahead_n ? b.ahead + next * b.k - begin
-                                                          : nullptr;
-      Part part{0, j, j + rows, begin, end, ahead, 0};
+    for (int64_t j = 0; j < b.n; j += turn) {
+      Part part{0, j, j + turn < b.n ? j + turn : b.n, begin, end};
       for (int64_t team = 0; team < teams; ++team) {
         const int64_t size = b.m / teams + (team < b.m % teams);
-        const DotsShape& shape = dense ? kDenseDots : kDots[size - 1];
-        part.pairs = !ahead || !whole ? 0 : teams == 1 ? shape.n / 2 : team < 2 ? 1 : 0;
-        (whole ? shape.whole : shape.single)(b, part);
+        (dense ? Dots<1, true> : kDots[size - 1])(b, part);
         part.i += size;
-        if (part.pairs == 1) part.ahead += 2 * b.k;
       }
-      if (gathers && end == b.k) GatherGroups(b, j, rows, panel);
-      j += rows;
+      if (gathers && end == b.k) GatherGroups(b, j, part.j_end - j, panel);
     }
     begin = end;
   } while (begin < b.k);

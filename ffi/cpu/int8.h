@@ -182,6 +182,7 @@ class Job {
   void UnionOfGroups();
   Columns ListColumns() const;
   const float* FloatOutliers(const Block& block, const float* w_scale);
+  int64_t Place(int64_t item) const;
   void Multiply(int64_t item);
 
   Problem p_;

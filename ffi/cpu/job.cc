@@ -352,8 +352,16 @@ void Job::UnionOfGroups() {
   }
 }
 
+// The order of the blocks: threads that keep pace each go through a stretch of adjacent ones, so that each reads the
+// weights as one stream.
+int64_t Job::Place(int64_t item) const {
+  const int64_t lane = item % threads_, each = items_[3] / threads_, longer = items_[3] % threads_;
+  return lane * each + std::min(lane, longer) + item / threads_;
+}
+
 void Job::Multiply(int64_t item) {
-  const int64_t j0 = item / chunks_ * kBlockN, i0 = item % chunks_ * chunk_m_;
+  const int64_t place = Place(item);
+  const int64_t j0 = place / chunks_ * kBlockN, i0 = place % chunks_ * chunk_m_;
   ThreadScratch& scratch = Scratch();
   Block b;
   b.m = std::min(chunk_m_, p_.m - i0);
@@ -366,9 +374,9 @@ void Job::Multiply(int64_t item) {
   b.with_hi = p_.kind == Problem::Kind::kLinear && p_.options.rule != Rule::kNone && !p_.options.float_outliers;
   b.plan = items_[2] && ws_->plan.groups <= HiPlan::kMaxGroups ? &ws_->plan : nullptr;
   b.w = p_.w + j0 * p_.k;
-  const int64_t next = item + threads_;
+  const int64_t next = item + threads_ < items_[3] ? Place(item + threads_) : 0;
   b.job = id_;
-  b.ahead = next < items_[3] ? p_.w + next / chunks_ * kBlockN * p_.k : nullptr;
+  b.ahead = next > 0 ? p_.w + next / chunks_ * kBlockN * p_.k : nullptr;
   b.ahead_n = std::min(kBlockN, p_.n - next / chunks_ * kBlockN);
   b.c = scratch.c.Get<int32_t>(b.m * kBlockN);
   b.scratch = scratch.rung.Get<uint8_t>(p_.rung->scratch_bytes);
