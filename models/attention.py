@@ -14,7 +14,7 @@ import numpy as np
 from jaxint8.models.config import DecoderConfig
 
 # Queries of a block: at least so many, and at most so many blocks, each being compiled by itself.
-SMALLEST_BLOCK = 128
+SMALLEST_BLOCK = 256
 MOST_BLOCKS = 8
 
 

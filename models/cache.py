@@ -78,5 +78,15 @@ def grow_cache(cache: KVCache, capacity: int) -> KVCache:
 
 
 def capacity_for(length: int) -> int:
-    """Returns the capacity of a cache that must hold ``length`` slots: a power of two."""
-    return max(SMALLEST_CAPACITY, 1 << (length - 1).bit_length())
+    """Returns the capacity of a cache that must hold ``length`` slots."""
+    return rounded_length(length, SMALLEST_CAPACITY)
+
+
+def rounded_length(length: int, smallest: int) -> int:
+    """Returns the next power of two, or one and a half of one; both at least ``smallest``.
+
+    Every length is a program to compile, and what is beyond ``length`` is computed in vain.
+    """
+    power = max(smallest, 1 << (length - 1).bit_length())
+    shorter = power // 4 * 3
+    return shorter if shorter >= smallest and length <= shorter else power

@@ -1,7 +1,7 @@
 """Generation: a prompt is run once, then a loop inside one jitted call makes token after token.
 
 The surprising fact is what is *not* compiled anew: prompts are padded on the left to a few lengths,
-caches have powers of two as capacity, and temperature, k, p, seed and the number of steps are
+caches have few capacities, and temperature, k, p, seed and the number of steps are
 run-time values. So a new prompt rarely costs a compilation, and a step never.
 """
 
@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxint8.models.cache import KVCache, capacity_for, grow_cache, init_cache
+from jaxint8.models.cache import KVCache, capacity_for, grow_cache, init_cache, rounded_length
 from jaxint8.models.config import DecoderConfig, QuantizationConfig
 from jaxint8.models.decoder import Params, forward
 from jaxint8.models.placement import Placement, check
@@ -142,10 +142,8 @@ def _is_end(token: jax.Array, config: DecoderConfig) -> jax.Array:
 
 
 def padded_length(length: int) -> int:
-    """Returns the length that a prompt is padded to: a power of two, or one and a half of one."""
-    power = max(SMALLEST_PADDED_PROMPT, 1 << (length - 1).bit_length())
-    shorter = power // 4 * 3
-    return shorter if shorter >= SMALLEST_PADDED_PROMPT and length <= shorter else power
+    """Returns the length that a prompt is padded to."""
+    return rounded_length(length, SMALLEST_PADDED_PROMPT)
 
 
 def row_keys(prompts: Sequence[Sequence[int]], seed: int) -> jax.Array:

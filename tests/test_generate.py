@@ -236,7 +236,7 @@ def test_lengths() -> None:
     lengths = [padded_length(n) for n in range(1, 2049)]
     assert all(n <= p < max(33, 1.5 * n) for n, p in enumerate(lengths, 1))
     assert sorted(set(lengths)) == [32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048]
-    assert [capacity_for(n) for n in (1, 128, 129, 256, 257)] == [128, 128, 256, 256, 512]
+    assert [capacity_for(n) for n in (1, 128, 129, 192, 193, 256)] == [128, 128, 192, 192, 256, 256]
 
 
 def test_nothing_to_do() -> None:
