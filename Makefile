@@ -60,6 +60,8 @@ clean:
 # Everything about the CUDA kernels that needs no GPU: build, machine code, and the kernels run on the CPU.
 CUDA_ARCHITECTURES ?= 90a-real
 CUDA_BUILD := build/cuda
+# JAX's CUDA compiler, 143 MB: beside the build and not in the virtual environment, where it would look for a GPU.
+CUDA_PLUGIN := $(CUDA_BUILD)/plugin-$(JAX)
 .PHONY: cuda-check gpu-check
 cuda-check: setup
 	@command -v nvcc >/dev/null || { echo "make: cuda-check needs nvcc on the PATH" >&2; exit 1; }
@@ -69,7 +71,10 @@ cuda-check: setup
 		-DJAXINT8_CUDA=on "-DJAXINT8_CUDA_ARCHITECTURES=$(CUDA_ARCHITECTURES)"
 	$(BIN)/ninja -C $(CUDA_BUILD) _cuda jaxint8_gpu_executor
 	$(BIN)/python ffi/cuda/check.py $$(find $(CUDA_BUILD)/cuda/CMakeFiles/jaxint8_cuda.dir -name '*.o')
-	$(BIN)/python -m pytest tests/test_cuda_executor.py
+	@[ -d $(CUDA_PLUGIN) ] || $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
+		--target=$(CUDA_PLUGIN) jax-cuda13-pjrt==$(JAX) jax-cuda13-plugin==$(JAX) || \
+		echo "make: jax-cuda13-plugin cannot be had: tests/test_cuda_target.py will be skipped" >&2
+	PYTHONPATH=$(CUDA_PLUGIN) $(BIN)/python -m pytest -rs tests/test_cuda_executor.py tests/test_cuda_target.py
 
 # The CPU kernels for other processors, emulated: needs g++-aarch64-linux-gnu and qemu-user, and says so if they lack.
 .PHONY: cross-check

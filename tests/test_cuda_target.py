@@ -1,0 +1,202 @@
+"""int8_linear compiled by XLA for H200s on a machine that has none: the calls, the collectives and the memory.
+
+This is all of XLA's GPU compiler, from partitioning to machine code and the assignment of buffers, given the properties
+of a device instead of a device. It does not show that anything runs, or how fast. `make cuda-check` builds the kernels,
+puts JAX's CUDA plugin beside them, and runs it.
+"""
+
+import importlib.util
+import math
+import pathlib
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh, NamedSharding
+
+from jaxint8 import (
+    Partition,
+    QuantizedMatrix,
+    RelativeThreshold,
+    Threshold,
+    TopK,
+    int8_linear,
+    kernels,
+)
+
+BUILD = pathlib.Path(__file__).parents[1] / "build" / "cuda" / "cuda"
+# An H200 by its data sheet and the limits of compute capability 9.0; the compiler asks for no more.
+H200 = """
+platform_name: "CUDA"
+runtime_version { major: 13 }
+dnn_version_info { major: 9 minor: 10 }
+gpu_device_info {
+  name: "NVIDIA H200" cuda_compute_capability { major: 9 }
+  core_count: 132 fpus_per_core: 128 clock_rate_ghz: 1.98
+  threads_per_warp: 32 threads_per_block_limit: 1024 threads_per_core_limit: 2048
+  shared_memory_per_block: 49152 shared_memory_per_block_optin: 232448 shared_memory_per_core: 233472
+  registers_per_block_limit: 65536 registers_per_core_limit: 65536
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  l2_cache_size: 52428800 memory_bandwidth: 4800000000000 device_memory_size: 141000000000
+}
+"""
+COLUMN, ROW = {"n": "model"}, {"k": "model"}
+RULES = [None, Threshold(6.0, "column"), RelativeThreshold(6.0), TopK(8)]
+COLLECTIVES = r"all-gather|all-reduce|reduce-scatter|[\w-]*all-to-all|collective-\w+"
+
+
+@pytest.fixture(scope="module")
+def devices() -> Iterator[np.ndarray]:
+    """Four H200s to compile for, with the kernels of the build registered for them."""
+    pytest.importorskip("jax_plugins.xla_cuda13", reason="no CUDA plugin of JAX: make cuda-check")
+    with pytest.MonkeyPatch.context() as patch:
+        if kernels._cuda is None:
+            path = next(BUILD.glob("_cuda*.so"), None)
+            if path is None:
+                pytest.skip("no CUDA kernels have been built: make cuda-check")
+            spec = importlib.util.spec_from_file_location("jaxint8._cuda", path)
+            assert spec and spec.loader
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+            kernels.check_version(module)
+            kernels._register(module, "CUDA")
+            patch.setattr(kernels, "_cuda", module)
+            jax.clear_caches()  # traces from when there were no such kernels
+        shape = "1x1x4"
+        how = {"platform": "cuda", "target_config": H200, "topology": shape}
+        yield np.array(topologies.get_topology_desc(shape, **how).devices)
+    jax.clear_caches()
+
+
+def program(partition: Partition, shape: tuple[int, int, int], rule: Any, told: bool = True) -> Any:
+    """The compiled layer of ``shape`` (m, k, n) with bias, bfloat16 activations and arrays that lie as they should."""
+    m, k, n = shape
+    arrays = [
+        ((m, k), jnp.bfloat16, partition.x_spec(2)),
+        ((n, k), jnp.int8, partition.codes_spec),
+        ((n,), jnp.float32, partition.n_spec),
+        ((n,), jnp.float32, partition.n_spec),
+    ]
+    mesh = partition.mesh
+    structs = [jax.ShapeDtypeStruct(s, d, sharding=NamedSharding(mesh, p)) for s, d, p in arrays]
+
+    def layer(x: jax.Array, codes: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
+        w = QuantizedMatrix(codes, scale)
+        return int8_linear(x, w, bias, outliers=rule, partition=partition if told else None)
+
+    return jax.jit(layer).lower(*structs).compile()
+
+
+def results(text: str, operation: str) -> list[tuple[str, list[tuple[str, int]]]]:
+    """For each such operation of a compiled program: its text, and (dtype, elements) of every array of its result."""
+    found = []
+    for line in re.findall(rf"^.* = .* (?:{operation})(?:-start)?\(.*$", text, re.MULTILINE):
+        shapes = re.findall(r"(\w+)\[([\d,]*)\]", re.split(rf" (?:{operation})", line)[0])
+        arrays = [(d, math.prod(map(int, filter(None, s.split(","))))) for d, s in shapes]
+        found.append((line, arrays))
+    return found
+
+
+def product_call(text: str) -> tuple[str, list[tuple[str, int]]]:
+    """(target, result) of the call of our kernel, beside which nothing may multiply."""
+    calls = {
+        target: result
+        for line, result in results(text, "custom-call")
+        for target in re.findall(r'custom_call_target="([^"]+)"', line)
+        if target != "__gpu$TopK"
+    }
+    assert len(calls) == 1 and not results(text, "dot")
+    return calls.popitem()
+
+
+def mesh_of(devices: np.ndarray, shape: tuple[int, int]) -> Mesh:
+    chosen = devices[: math.prod(shape)].reshape(shape)
+    return Mesh(chosen, ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+
+
+def expect_fused(compiled: Any, shape: tuple[int, int, int], rule: Any) -> None:
+    """One call of the fused kernel for the local ``shape``, nothing from elsewhere, and no memory but its workspace."""
+    m, k, n = shape
+    text, memory = compiled.as_text(), compiled.memory_analysis()
+    target, result = product_call(text)
+    assert target == "jaxint8_linear" and result[0] == ("bf16", m * n)
+    assert not results(text, COLLECTIVES)
+    assert memory.argument_size_in_bytes == 2 * m * k + n * k + 8 * n
+    assert memory.output_size_in_bytes == 2 * m * n
+    # The workspace, beside a table of pointers; buffers start at multiples of 256.
+    assert result[1][1] <= memory.temp_size_in_bytes <= result[1][1] + 2 * 256
+    options = kernels._attributes(rule, "int15", None, "cuda")
+    options = {name: int(options[name]) for name in ("rule", "column_scope", "rung")}
+    assert kernels._cuda is not None
+    assert result[1][1] == kernels._cuda.workspace_bytes("jaxint8_linear", m, k, n, **options)
+
+
+def expect_shared(
+    compiled: Any, local: tuple[int, int, int], mesh: tuple[int, int], rule: Any, sums: int
+) -> None:
+    """One product by our kernel of the local codes, one sum of int32 if any, and only statistics moved beside it."""
+    m, k, n = local
+    parts = 1 if rule is None else 2  # lo and hi, one below the other
+    text, memory = compiled.as_text(), compiled.memory_analysis()
+    target, result = product_call(text)
+    assert target == "jaxint8_product" and result[0] == ("s32", parts * m * n)
+    moved = [("all-gather" in line, arrays) for line, arrays in results(text, COLLECTIVES)]
+    assert len([1 for _, arrays in moved if ("s32", m * n) in arrays]) == sums
+    for gathers, arrays in moved:
+        if gathers:  # the candidates of every device for the largest k of a row
+            assert isinstance(rule, TopK)
+            assert all(count <= mesh[1] * m * rule.k for _, count in arrays)
+        elif (
+            "s32",
+            m * n,
+        ) not in arrays:  # numbers of each row; over other rows, flags of the columns
+            flags = k if rule == Threshold(6.0, "column") and mesh[0] > 1 else 0
+            assert all(count <= max(2 * m, flags) for _, count in arrays)
+    assert memory.argument_size_in_bytes == 2 * m * k + n * k + 8 * n
+    assert memory.output_size_in_bytes == 2 * m * n
+    # The int32 product and the sum made of it; beside them at most codes, statistics and the kernel's workspace.
+    wanted = 4 * parts * m * n + 4 * m * n
+    assert wanted <= memory.temp_size_in_bytes <= wanted + 2 * m * k + result[1][1] + 4096
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_one_device_has_one_call_and_its_workspace(devices: np.ndarray, rule: Any) -> None:
+    partition = Partition(mesh_of(devices, (1, 1)))
+    for m in (1, 512):
+        expect_fused(program(partition, (m, 4096, 14336), rule), (m, 4096, 14336), rule)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_column_parallel_layers_move_nothing(devices: np.ndarray, rule: Any) -> None:
+    for shape, m in (((1, 4), 2), ((2, 2), 512)):
+        partition = Partition(mesh_of(devices, shape), rows="data", **COLUMN)
+        local = (m // shape[0], 4096, 14336 // shape[1])
+        compiled = program(partition, (m, 4096, 14336), rule)
+        if shape[0] == 1 or rule != Threshold(6.0, "column"):
+            expect_fused(compiled, local, rule)
+        else:  # the columns' flags come from all rows
+            expect_shared(compiled, local, shape, rule, sums=0)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_row_parallel_layers_add_once(devices: np.ndarray, rule: Any) -> None:
+    for shape, m in (((1, 4), 2), ((2, 2), 512)):
+        partition = Partition(mesh_of(devices, shape), rows="data", **ROW)
+        compiled = program(partition, (m, 14336, 4096), rule)
+        local = (m // shape[0], 14336 // shape[1], 4096)
+        expect_shared(compiled, local, shape, rule, sums=1)
+
+
+def test_without_a_partition_the_weights_would_be_gathered(devices: np.ndarray) -> None:
+    """What the tests above look for is there where nobody says how the arrays lie."""
+    partition = Partition(mesh_of(devices, (1, 4)), **COLUMN)
+    compiled = program(partition, (512, 4096, 14336), None, told=False)
+    gathered = [a for line, a in results(compiled.as_text(), COLLECTIVES) if "all-gather" in line]
+    assert any(("s8", 4096 * 14336) in arrays for arrays in gathered)
+    with pytest.raises(AssertionError):
+        expect_fused(compiled, (512, 4096, 14336 // 4), None)
