@@ -220,7 +220,8 @@ class Call {
 
   template <Type kType>
   const char* FusedStream(const StreamParams& s) {
-    return p_.m <= 8 ? StreamWith<kType, true, 1, true>(s) : StreamWith<kType, true, 2, true>(s);
+    static_assert(kFusedM <= 8, "one tile of rows");
+    return StreamWith<kType, true, 1, true>(s);
   }
 
   template <Type kType, bool kFused, int kTiles, bool kAligned>
