@@ -42,6 +42,7 @@ from jaxint8.models.cache import KVCache
 from jaxint8.models.config import DecoderConfig, QuantizationConfig
 from jaxint8.models.head import rescore
 from jaxint8.models.placement import Placement
+from jaxint8.models.product import product
 from jaxint8.models.split import ALONE, Split
 from jaxint8.outliers import as_rule
 from jaxint8.scheme_linear import SchemeMatrix, scheme_linear
@@ -335,7 +336,7 @@ def _logits(
         # In float32, for in bfloat16 the best logits would often be equal.
         logits = _linear(x.astype(jnp.float32), params["int8_head"], quantization, split)
     else:
-        logits = _product(x, table)
+        logits = product(x, table)
     if not last_only:
         return logits
     logits = split.whole_vocabulary(logits)
@@ -374,15 +375,9 @@ def _linear(
                 reduction=how.reduction,
             )
         return scheme_linear(x, weight, bias, scheme=how, implementation=how.implementation)
-    y = split.sum(_product(x, weight), module)
+    y = split.sum(product(x, weight), module)
     y = y if bias is None else y + bias[None, None]
     return y.astype(x.dtype)
-
-
-def _product(x: jax.Array, weight: jax.Array) -> jax.Array:
-    """x[..., k] times a float weight [n, k], summed in float32; float32[..., n]."""
-    contract = (((x.ndim - 1,), (1,)), ((), ()))
-    return jax.lax.dot_general(x, weight, contract, preferred_element_type=jnp.float32)
 
 
 def _norm(config: DecoderConfig, x: jax.Array, layer: Params) -> jax.Array:
