@@ -77,16 +77,21 @@ struct Part {
   int64_t i;           // the first row of activations
   int64_t j, j_end;    // rows of weights
   int64_t begin, end;  // columns; begin is a multiple of 64, end too or the last
+  bool fetches;        // whether to fetch weights ahead
 };
 
-// c[M][j..] (+)= dot products with one row of weights after the other; the first part of the columns sets c. One row at
-// a time, because then a thread reads memory as one stream, which the processor fetches ahead by itself: several rows
-// at once save loads of codes, but with the weights in memory 8 are read at half the speed of one (measured: 10 against
-// 19 GB/s on one core), whatever is fetched ahead by hand.
+// How far ahead weights are fetched, in bytes.
+constexpr int64_t kFetchAhead = 8 << 10;
+
+// c[M][j..] (+)= dot products with rows of weights; the first part of the columns sets c. Memory is read as one stream,
+// which the processor then fetches ahead by itself: one or two rows of activations take one row of weights after the
+// other (8 at once are read at half the speed from memory: 10 against 19 GB/s on one core). More rows take four at
+// once, for fewer loads of codes, and fetch the four after the next in the order in which they lie.
 template <int M, bool kDense>
 void Dots(const Block& b, const Part& part) {
+  constexpr int N = M <= 2 ? 1 : 4;
   // Chains of sums, to hide the latency of a multiplication.
-  constexpr int U = M == 1 ? 4 : M < 6 ? 2 : 1;
+  constexpr int U = M == 1 ? 4 : M == 2 ? 2 : 1;
   const __m512i flip = _mm512_set1_epi8(static_cast<char>(0x80));
   const int64_t k = b.k, stride = b.stride, whole = part.end / 64 * 64;
   const __mmask64 rest = FirstBytes(part.end - whole);
@@ -94,36 +99,56 @@ void Dots(const Block& b, const Part& part) {
   const int8_t* hi = kDense ? b.plan->hi : nullptr;
   for (int64_t first = part.j; first < part.j_end; first += 4) {
     alignas(64) int32_t sums[4][M][16];
-    for (int r = 0; r < 4; ++r) {  // beyond the last row: that one again
-      const int8_t* w = b.w + (first + r < b.n ? first + r : b.n - 1) * k;
-      __m512i acc[U][M], high[kDense ? U : 1][M];
-      Unroll<U * M>([&](auto i) ALWAYS_INLINE {
-        acc[i / M][i % M] = _mm512_setzero_si512();
-        if constexpr (kDense) high[i / M][i % M] = _mm512_setzero_si512();
+    for (int r = 0; r < 4; r += N) {
+      const int8_t* w[N];  // beyond the last row: that one again
+      Unroll<N>([&](auto j) ALWAYS_INLINE { w[j] = b.w + (first + r + j < b.n ? first + r + j : b.n - 1) * k; });
+      const int8_t* fetch = w[0] + kFetchAhead;
+      __m512i acc[U][N][M], high[kDense ? U : 1][N][M];
+      Unroll<U * N * M>([&](auto i) ALWAYS_INLINE {
+        acc[i / (N * M)][i / M % N][i % M] = _mm512_setzero_si512();
+        if constexpr (kDense) high[i / (N * M)][i / M % N][i % M] = _mm512_setzero_si512();
       });
-      const auto step = [&](auto u, int64_t t, __m512i bytes) ALWAYS_INLINE {
-        const __m512i weights = _mm512_xor_si512(bytes, flip);
+      const auto step = [&](auto u, int64_t t, auto load) ALWAYS_INLINE {
+        __m512i weights[N];
+        Unroll<N>([&](auto j) ALWAYS_INLINE { weights[j] = _mm512_xor_si512(load(w[j] + t), flip); });
+        if constexpr (N > 1) {
+          if (part.fetches) {
+            Unroll<N>([&](auto j) ALWAYS_INLINE { _mm_prefetch(fetch + j * 64, _MM_HINT_T1); });
+            fetch += N * 64;
+          }
+        }
         Unroll<M>([&](auto i) ALWAYS_INLINE {
-          acc[u][i] = _mm512_dpbusd_epi32(acc[u][i], weights, _mm512_load_si512(x + i * stride + t));
-          if constexpr (kDense) high[u][i] = _mm512_dpbusd_epi32(high[u][i], weights, _mm512_load_si512(hi + t));
+          const __m512i codes = _mm512_load_si512(x + i * stride + t);
+          Unroll<N>([&](auto j) ALWAYS_INLINE { acc[u][j][i] = _mm512_dpbusd_epi32(acc[u][j][i], weights[j], codes); });
+          if constexpr (kDense) {
+            const __m512i codes_hi = _mm512_load_si512(hi + t);
+            Unroll<N>([&](auto j)
+                          ALWAYS_INLINE { high[u][j][i] = _mm512_dpbusd_epi32(high[u][j][i], weights[j], codes_hi); });
+          }
         });
       };
+      const auto load = [](const int8_t* from) ALWAYS_INLINE { return _mm512_loadu_si512(from); };
       constexpr std::integral_constant<int, 0> kFirst{};
       int64_t t = part.begin;
       for (; t + 64 * U <= whole; t += 64 * U) {
-        Unroll<U>([&](auto u) ALWAYS_INLINE { step(u, t + u * 64, _mm512_loadu_si512(w + t + u * 64)); });
+        Unroll<U>([&](auto u) ALWAYS_INLINE { step(u, t + u * 64, load); });
       }
       if constexpr (U > 1) {
-        for (; t < whole; t += 64) step(kFirst, t, _mm512_loadu_si512(w + t));
+        for (; t < whole; t += 64) step(kFirst, t, load);
       }
-      if (rest) step(kFirst, t, _mm512_maskz_loadu_epi8(rest, w + t));
-      Unroll<M>([&](auto i) ALWAYS_INLINE {
-        Unroll<U - 1>([&](auto u) ALWAYS_INLINE { acc[0][i] = _mm512_add_epi32(acc[0][i], acc[u + 1][i]); });
+      if (rest) {
+        step(kFirst, t, [&](const int8_t* from) ALWAYS_INLINE { return _mm512_maskz_loadu_epi8(rest, from); });
+      }
+      Unroll<N * M>([&](auto i) ALWAYS_INLINE {
+        constexpr int kJ = i / M, kI = i % M;
+        Unroll<U - 1>([&](auto u)
+                          ALWAYS_INLINE { acc[0][kJ][kI] = _mm512_add_epi32(acc[0][kJ][kI], acc[u + 1][kJ][kI]); });
         if constexpr (kDense) {
-          Unroll<U - 1>([&](auto u) ALWAYS_INLINE { high[0][i] = _mm512_add_epi32(high[0][i], high[u + 1][i]); });
-          acc[0][i] = _mm512_add_epi32(acc[0][i], _mm512_slli_epi32(high[0][i], 7));
+          Unroll<U - 1>(
+              [&](auto u) ALWAYS_INLINE { high[0][kJ][kI] = _mm512_add_epi32(high[0][kJ][kI], high[u + 1][kJ][kI]); });
+          acc[0][kJ][kI] = _mm512_add_epi32(acc[0][kJ][kI], _mm512_slli_epi32(high[0][kJ][kI], 7));
         }
-        _mm512_store_si512(sums[r][i], acc[0][i]);
+        _mm512_store_si512(sums[r + kJ][kI], acc[0][kJ][kI]);
       });
     }
     Unroll<M>([&](auto i) ALWAYS_INLINE {
@@ -137,13 +162,12 @@ void Dots(const Block& b, const Part& part) {
 }
 
 using DotsFunction = void (*)(const Block&, const Part&);
-constexpr int kDotsM = 6;
-constexpr DotsFunction kDots[kDotsM] = {Dots<1, false>, Dots<2, false>, Dots<3, false>,
-                                        Dots<4, false>, Dots<5, false>, Dots<6, false>};
-// Activations of a team that should stay in the L1 cache (32 KiB at least) while weights stream by: 6 rows of 4096.
+constexpr int kDotsM = 4;  // with 5, the compiler keeps sums in memory
+constexpr DotsFunction kDots[kDotsM] = {Dots<1, false>, Dots<2, false>, Dots<3, false>, Dots<4, false>};
+// Activations of a team that should stay in the L1 cache (32 KiB at least) while weights stream by: 4 rows of 6144.
 constexpr int64_t kDotsBytes = 24 << 10;
 
-// Small m: the weights are read once, in the order in which they lie, or nearly. Teams of up to 6 rows of activations
+// Small m: the weights are read once, in the order in which they lie, or nearly. Teams of up to 4 rows of activations
 // take turns over a few rows of weights, at most half of the L1 cache.
 void MultiplyDots(const Block& b) {
   const bool dense = b.plan && b.plan->dense;
@@ -157,11 +181,12 @@ void MultiplyDots(const Block& b) {
   do {
     const int64_t end = begin + width < b.k ? begin + width : b.k;
     for (int64_t j = 0; j < b.n; j += turn) {
-      Part part{0, j, j + turn < b.n ? j + turn : b.n, begin, end};
+      Part part{0, j, j + turn < b.n ? j + turn : b.n, begin, end, end - begin == b.k};
       for (int64_t team = 0; team < teams; ++team) {
         const int64_t size = b.m / teams + (team < b.m % teams);
         (dense ? Dots<1, true> : kDots[size - 1])(b, part);
         part.i += size;
+        part.fetches = false;  // the first team has
       }
       if (gathers && end == b.k) GatherGroups(b, j, part.j_end - j, panel);
     }
