@@ -63,7 +63,7 @@ def test_timed_fills_the_stretch_and_does_not_count_the_first_call():
     calls.clear()
     calls.append(0)
     assert timed() == pytest.approx(0.001)
-    assert calls == [0, 1, 20]  # one to warm the caches
+    assert calls == [0, 5, 20]  # some to warm the caches
 
 
 def test_timed_calls_a_slow_function_once():
@@ -94,7 +94,7 @@ def test_interleave_takes_every_round_of_everything_and_rotates():
     assert interleave({}, 3) == {}
 
 
-@pytest.mark.parametrize(("spinning", "expected"), [(0.0, 1), (0.01, 5), (9.0, 50)])
+@pytest.mark.parametrize(("spinning", "expected"), [(0.0, 1), (0.05, 3), (9.0, 12)])
 def test_settle_waits_for_spinning_threads_but_not_for_ever(spinning, expected):
     clock, sleeps = Clock(), []
 
@@ -102,7 +102,10 @@ def test_settle_waits_for_spinning_threads_but_not_for_ever(spinning, expected):
         sleeps.append(seconds)
         clock.pass_(seconds)
 
-    settle(sleep, used=lambda: min(clock.now, spinning - 0.001), clock=clock)
+    def used(tick=0.01):  # as the system counts the time of threads on other cores
+        return min(clock.now, spinning) // tick * tick
+
+    settle(sleep, used, clock)
     assert abs(len(sleeps) - expected) <= 1
 
 

@@ -1,7 +1,9 @@
 """Interleaved rounds: everything that will be compared is measured once in every round.
 
 The surprising fact is the pause before each measurement: thread pools (of ONNX Runtime, of OpenMP)
-keep spinning for a while after their work, and would be paid for by whoever comes next.
+keep spinning for up to 50 ms after their work, and would be paid for by whoever comes next, with
+half a core. And the operating system counts the time of a thread that runs on another core only at
+its own ticks, so a pause must be longer than a few of them to see it spin.
 """
 
 import dataclasses
@@ -12,9 +14,11 @@ from collections.abc import Callable, Mapping, Sequence
 
 # A process that uses less than this share of a core, over a pause this long, does not spin.
 IDLE_SHARE = 0.2
-PAUSE = 0.002
+PAUSE = 0.025  # two ticks of a system that has a hundred in a second
 # Longer than any known pool spins; a pool that never stops must not stop us.
-LONGEST_WAIT = 0.1
+LONGEST_WAIT = 0.3
+# Of the calls, so many are made beforehand and not counted.
+WARM_SHARE = 0.25
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,8 +66,8 @@ class Timed:
         """Returns seconds per call."""
         if not self._calls:
             self._calls = self._calibrate()
-        elif self._calls > 1:  # puts weights back into the caches that others have used since
-            self._run(1)
+        elif self._calls > 1:  # wakes threads, puts weights back into caches that others have used
+            self._run(math.ceil(WARM_SHARE * self._calls))
         return self._time(self._calls) / self._calls
 
     def _calibrate(self) -> int:
