@@ -1,11 +1,14 @@
 """Attention, rotary positions and ALiBi, as pure functions on arrays.
 
-Many queries at once are jax.nn.dot_product_attention, a block of queries at a time so that no block
-computes what it may not see. A single query is written out: on a CPU, XLA would copy and transpose
-a layer's whole cache for the two small matrix products, which costs several times what they do.
+Many queries at once are jax.nn.dot_product_attention: cuDNN's where it takes them, else a block of
+queries at a time so that no block computes what it may not see. A single query is written out: on a
+CPU, XLA would copy and transpose a layer's whole cache for the two small matrix products, which
+costs several times what they do; on a GPU the sums that a CPU likes best do the same.
 """
 
 from __future__ import annotations
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +41,42 @@ def attend(
     Returns:
         query.dtype[b, t, heads, head_dim]; softmax in float32.
     """
+    if bias is None and _cudnn_takes(query, key, value, mask):
+        return jax.lax.platform_dependent(
+            query, key, value, mask, cuda=_attend_cudnn, default=_attend_in_blocks
+        )
+    return _attend_in_blocks(query, key, value, mask, bias)
+
+
+def _attend_cudnn(
+    query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None
+) -> jax.Array:
+    # Where t == s no token sees a later one: cuDNN then leaves out what lies above the diagonal.
+    causal = query.shape[1] == key.shape[1]
+    with jax.numpy_dtype_promotion("standard"):
+        return jax.nn.dot_product_attention(
+            query, key, value, mask=mask, is_causal=causal, implementation="cudnn"
+        )
+
+
+def _cudnn_takes(*arrays: jax.Array | None) -> bool:
+    """Whether cuDNN is here, and has a kernel for `attend` of these on one device: 16 bits, few dimensions."""
+    if not jax.sharding.get_abstract_mesh().empty:
+        return False
+    try:
+        jax.eval_shape(_attend_cudnn, *arrays)
+    except (NotImplementedError, RuntimeError, ValueError):
+        return False
+    return True
+
+
+def _attend_in_blocks(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    mask: jax.Array | None,
+    bias: jax.Array | None = None,
+) -> jax.Array:
     t, s = query.shape[1], key.shape[1]
     if mask is None:
         mask = jnp.tril(jnp.ones((t, t), bool))[None, None]
@@ -67,7 +106,7 @@ def attend_one(
     mask: jax.Array,
     bias: jax.Array | None = None,
 ) -> jax.Array:
-    """Attention of one token per row to a cache, products and softmax in float32.
+    """Attention of one token per row to a cache; sums of products and softmax in float32.
 
     Args:
         query: float[b, 1, heads, head_dim].
@@ -79,6 +118,32 @@ def attend_one(
     Returns:
         query.dtype[b, 1, heads, head_dim].
     """
+    arrays = (query, keys, values, mask, bias)
+    return jax.lax.platform_dependent(*arrays, cpu=_attend_one_by_sums, default=_attend_one)
+
+
+def _attend_one(
+    query: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array, bias: jax.Array | None
+) -> jax.Array:
+    """Two matrix products for each key-value head, the query heads that share it as their rows.
+
+    In bfloat16 the softmax is rounded before the second, as in jax.nn.dot_product_attention; that
+    function would hold another copy of the keys, for they lie transposed to what it expects.
+    """
+    b, _, heads, width = query.shape
+    grouped = query.reshape(b, keys.shape[1], heads // keys.shape[1], width)
+    product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    scores = product("bkgd,bkds->bkgs", grouped, keys) * np.float32(width**-0.5)
+    if bias is not None:
+        scores += bias.reshape(scores.shape)
+    share = jax.nn.softmax(jnp.where(mask, scores, -jnp.inf), axis=-1)
+    y = product("bkgs,bksd->bkgd", share.astype(values.dtype), values)
+    return y.reshape(query.shape).astype(query.dtype)
+
+
+def _attend_one_by_sums(
+    query: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array, bias: jax.Array | None
+) -> jax.Array:
     b, _, heads, width = query.shape
     group = (b, keys.shape[1], heads // keys.shape[1], width, 1)
     scaled = query.astype(jnp.float32).reshape(group) * np.float32(width**-0.5)

@@ -1,5 +1,7 @@
 """Attention in blocks and for one query, against the plain definition in float64."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 from jaxint8.models.attention import (
     MOST_BLOCKS,
     SMALLEST_BLOCK,
+    _attend_one,
     alibi_bias,
     alibi_slopes,
     attend,
@@ -72,19 +75,21 @@ def test_tokens_after_others() -> None:
     np.testing.assert_allclose(found, plain(query, key, value, mask), atol=2e-5)
 
 
+@pytest.mark.parametrize("function", [attend_one, _attend_one], ids=["here", "products"])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (6, 1)])
-def test_one_token(heads: int, kv_heads: int) -> None:
+def test_one_token(function: Callable[..., jax.Array], heads: int, kv_heads: int) -> None:
     query, key, value = inputs(1, 40, heads, kv_heads)
     mask = np.zeros((2, 1, 1, 40), bool)
     mask[0, ..., 3:31] = True
     mask[1, ..., 30:31] = True
     empty = (jnp.zeros((2, kv_heads, 8, 40)), jnp.zeros((2, kv_heads, 40, 8)))
     keys, values = store(empty, key, value, 0)
-    found = jax.jit(attend_one)(query, keys, values, jnp.asarray(mask))
+    attend = jax.jit(function, static_argnums=4)
+    found = attend(query, keys, values, jnp.asarray(mask), None)
     np.testing.assert_allclose(found, plain(query, key, value, mask), atol=2e-5)
     # What is not seen does not matter, whatever it is.
     other = (keys.at[..., 31:].set(1e30), values.at[:, :, 31:].set(-7.0))
-    assert (jax.jit(attend_one)(query, *other, jnp.asarray(mask)) == found).all()
+    assert (attend(query, *other, jnp.asarray(mask), None) == found).all()
 
 
 def test_alibi_slopes_are_those_of_the_paper() -> None:
@@ -106,8 +111,9 @@ def test_alibi_falls_with_distance() -> None:
     # The bias reaches 70, whose float32 neighbours are 8e-6 apart.
     np.testing.assert_allclose(jax.jit(attend)(query, key, value, None, bias), expected, atol=5e-5)
     keys, values = jnp.transpose(key, (0, 2, 3, 1)), jnp.swapaxes(value, 1, 2)
-    last = jax.jit(attend_one)(query[:, -1:], keys, values, jnp.asarray(mask[:, :, -1:]), bias)
-    np.testing.assert_allclose(last, expected[:, -1:], atol=5e-5)
+    for function in (attend_one, _attend_one):
+        last = jax.jit(function)(query[:, -1:], keys, values, jnp.asarray(mask[:, :, -1:]), bias)
+        np.testing.assert_allclose(last, expected[:, -1:], atol=5e-5)
 
 
 def test_bfloat16_is_summed_in_float32() -> None:
@@ -119,3 +125,8 @@ def test_bfloat16_is_summed_in_float32() -> None:
     expected = plain(query, key, value, mask)
     # One rounding to 8 bits, at the end.
     np.testing.assert_allclose(found.astype(np.float32), expected, rtol=2**-8, atol=1e-4)
+    # As matrix products: one more of every share, which moves no sum by more than 2^-9 of abs(value).
+    found = jax.jit(_attend_one)(query, keys, values, jnp.asarray(mask), None)
+    moved = 2**-9 * plain(query, key, jnp.abs(value), mask)
+    error = np.abs(found.astype(np.float32) - expected)
+    assert (error <= 2**-8 * np.abs(expected) + moved + 1e-4).all()
