@@ -14,7 +14,7 @@ from jaxint8 import RelativeThreshold, TopK, int8_linear, quantize
 from jaxint8.models import load
 from jaxint8.models.config import QUANTIZATIONS, QuantizationConfig
 from jaxint8.models.generate import generate_tokens
-from jaxint8.models.head import CANDIDATES, rescore
+from jaxint8.models.head import BLOCK, CANDIDATES, largest, rescore
 from jaxint8.models.sampling import Sampling
 from jaxint8.quantize import quantize_rows
 
@@ -162,3 +162,13 @@ def test_loading(case: str, tmp_path: pathlib.Path) -> None:
     model.save(tmp_path)
     again = load(tmp_path, quantization=how).params["int8_head"]["weight"]
     assert (again.codes == head.codes).all()
+
+
+@pytest.mark.parametrize("n", [3000, 4 * CANDIDATES * BLOCK, 20011])
+def test_the_largest_are_found(n: int) -> None:
+    rng = np.random.default_rng(n)
+    x = rng.permutation(3 * n).reshape(3, 1, n).astype(np.float32)
+    x[1] = -np.sort(-x[1])  # all of the largest in one block
+    x[2, 0, -1] = 4 * n  # in the last block, which is not full
+    found = jax.jit(largest, static_argnums=1)(jnp.asarray(x), CANDIDATES)
+    assert (found == np.argsort(-x, axis=-1)[..., :CANDIDATES]).all()
