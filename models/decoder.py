@@ -375,6 +375,8 @@ def _linear(
                 reduction=how.reduction,
             )
         return scheme_linear(x, weight, bias, scheme=how, implementation=how.implementation)
+    if bias is None and not split:
+        return product(x, weight, x.dtype)
     y = split.sum(product(x, weight), module)
     y = y if bias is None else y + bias[None, None]
     return y.astype(x.dtype)
