@@ -31,9 +31,12 @@ STAGES = {
     "sweep": 90,
     "layers": 170,
     "decode": 280,
+    "profile": 100,
     "memcheck": 100,
     "racecheck": 100,
 }
+# Stages that time a whole model: named where they are wanted.
+MODEL = ("decode", "profile")
 
 
 def run(command: list[str], **options: Any) -> str:
@@ -160,6 +163,14 @@ def summarise(report: dict[str, Any]) -> str:
             )
     for row in report.get("decode", {}).get("rows", []):
         lines.append("8B  " + ", ".join(f"{key}={_short(value)}" for key, value in row.items()))
+    for row in report.get("profile", {}).get("rows", []):
+        lines.append(
+            f"{row['method']}, batch {row['batch']}: {row['us']:.0f} us a step of {row['layers']} layers"
+        )
+        lines += [
+            f"    {kernel['us']:8.1f} us in {kernel['calls']:5.1f} x {kernel['name']}"
+            for kernel in row["kernels"]
+        ]
     titles = {"sizes": "kernels in CUDA graphs", "layers": "layer through JAX"}
     for stage, title in titles.items():
         rows = report.get(stage, {}).get("rows", [])
@@ -189,7 +200,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--output", default=str(BUILD / "report"))
     parser.add_argument("--seconds", type=float, default=540)
-    parser.add_argument("--stages", default=",".join(s for s in STAGES if s != "decode"))
+    parser.add_argument("--stages", default=",".join(s for s in STAGES if s not in MODEL))
     parser.add_argument("--stage", help=argparse.SUPPRESS)
     parser.add_argument("--limit", type=float, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -197,7 +208,7 @@ def main() -> int:
         # An editable install of the package would come before the one built here.
         sys.meta_path[:] = [f for f in sys.meta_path if "editable" not in type(f).__module__]
         timing = arguments.stage in ("probe", "sizes", "sweep", "layers")
-        modules = {"build": "gpu_check", "decode": "gpu_decode"}
+        modules = {"build": "gpu_check", "decode": "gpu_decode", "profile": "gpu_profile"}
         name = modules.get(arguments.stage, "gpu_timing" if timing else "gpu_stages")
         if arguments.limit:
             importlib.import_module("gpu_check").STAGES[arguments.stage] = arguments.limit

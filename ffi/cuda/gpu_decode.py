@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from gpu_check import STAGES
 
-from jaxint8 import QuantizedMatrix
-from jaxint8.models.cache import init_cache
-from jaxint8.models.config import DecoderConfig, as_quantization
+from jaxint8 import QuantizedMatrix, RelativeThreshold, TopK, quantize
+from jaxint8.models.cache import KVCache, capacity_for, init_cache
+from jaxint8.models.config import DecoderConfig, QuantizationConfig
 from jaxint8.models.decoder import forward
 
 CONFIG = DecoderConfig(
@@ -34,12 +35,20 @@ CONFIG = DecoderConfig(
     gated=True,
 )
 CONTEXT, PROMPT, STEPS, REPEATS = 512, 512, 16, 5
-METHODS = {"bf16": None, "int8 relative 6": "relative", "int8 none": "vectorwise"}
+_RELATIVE = QuantizationConfig(outliers=RelativeThreshold(6.0))
+METHODS = {
+    "bf16": None,
+    "int8 relative 6": _RELATIVE,
+    "int8 top 8": QuantizationConfig(outliers=TopK(8)),
+    "int8 none": QuantizationConfig(outliers=None),
+    "int8 relative 6, int8 head": dataclasses.replace(_RELATIVE, lm_head="int8"),
+}
+BATCHES = (1, 8, 32)
 
 
-def make_params(quantized: bool) -> dict[str, Any]:
+def make_params(quantized: bool, config: DecoderConfig = CONFIG) -> dict[str, Any]:
     """Returns random weights, made on the device; the head and the embedding are bf16 in both."""
-    keys = iter(jax.random.split(jax.random.key(0), 8 * CONFIG.layers + 8))
+    keys = iter(jax.random.split(jax.random.key(0), 8 * config.layers + 8))
 
     def matrix(n: int, k: int) -> Any:
         if quantized:
@@ -48,20 +57,20 @@ def make_params(quantized: bool) -> dict[str, Any]:
         return 0.02 * jax.random.normal(next(keys), (n, k), jnp.bfloat16)
 
     def norm() -> dict[str, jax.Array]:
-        return {"weight": jnp.ones((CONFIG.hidden_size,), jnp.bfloat16)}
+        return {"weight": jnp.ones((config.hidden_size,), jnp.bfloat16)}
 
-    hidden, mlp = CONFIG.hidden_size, CONFIG.mlp_size
-    table = (CONFIG.vocab_size, hidden)
+    hidden, mlp = config.hidden_size, config.mlp_size
+    table = (config.vocab_size, hidden)
     layers = [
         {
             "attention_norm": norm(),
             "mlp_norm": norm(),
-            "qkv": {"weight": matrix(CONFIG.query_size + 2 * CONFIG.key_value_size, hidden)},
-            "out": {"weight": matrix(hidden, CONFIG.query_size)},
+            "qkv": {"weight": matrix(config.query_size + 2 * config.key_value_size, hidden)},
+            "out": {"weight": matrix(hidden, config.query_size)},
             "up": {"weight": matrix(2 * mlp, hidden)},
             "down": {"weight": matrix(hidden, mlp)},
         }
-        for _ in range(CONFIG.layers)
+        for _ in range(config.layers)
     ]
     return {
         "embedding": jax.random.normal(next(keys), table, jnp.bfloat16),
@@ -71,16 +80,43 @@ def make_params(quantized: bool) -> dict[str, Any]:
     }
 
 
-@functools.partial(jax.jit, static_argnames="quantization")
-def _decode(params: Any, cache: Any, token: jax.Array, quantization: Any) -> jax.Array:
+def with_head(params: dict[str, Any], quantization: QuantizationConfig | None) -> dict[str, Any]:
+    """Returns the parameters with an int8 head beside the other where the method has one."""
+    if quantization is None or quantization.lm_head == "float":
+        return params
+    return {**params, "int8_head": {"weight": jax.jit(quantize)(params["lm_head"]["weight"].T)}}
+
+
+def full_cache(batch: int, config: DecoderConfig = CONFIG) -> KVCache:
+    """Returns a cache of CONTEXT random tokens a row, as long as generation would make it."""
+    capacity = capacity_for(CONTEXT + (REPEATS + 1) * STEPS)
+    cache = init_cache(config, capacity, jnp.zeros((batch,), jnp.int32), jnp.bfloat16)
+    leaves, tree = jax.tree.flatten((cache.keys, cache.values))
+    keys = jax.random.split(jax.random.key(2), len(leaves))
+    filled = [
+        jax.random.normal(key, leaf.shape, leaf.dtype)
+        for key, leaf in zip(keys, leaves, strict=True)
+    ]
+    k, v = jax.tree.unflatten(tree, filled)
+    return dataclasses.replace(cache, keys=k, values=v, length=jnp.int32(CONTEXT))
+
+
+@functools.partial(
+    jax.jit, static_argnames=("quantization", "config"), donate_argnames=("cache", "token")
+)
+def decode(
+    params: Any, cache: KVCache, token: jax.Array, quantization: Any, config: DecoderConfig = CONFIG
+) -> tuple[KVCache, jax.Array]:
+    """STEPS greedy steps in one loop; the cache is updated in place, as generation does."""
+
     def step(_: int, carry: Any) -> Any:
         cache, token = carry
         logits, cache = forward(
-            CONFIG, params, token[:, None], cache, quantization=quantization, last_only=True
+            config, params, token[:, None], cache, quantization=quantization, last_only=True
         )
         return cache, jnp.argmax(logits[:, 0], axis=-1).astype(jnp.int32)
 
-    return jax.lax.fori_loop(0, STEPS, step, (cache, token))[1]
+    return jax.lax.fori_loop(0, STEPS, step, (cache, token))
 
 
 @functools.partial(jax.jit, static_argnames="quantization")
@@ -88,41 +124,52 @@ def _prefill(params: Any, tokens: jax.Array, quantization: Any) -> jax.Array:
     return forward(CONFIG, params, tokens, quantization=quantization, last_only=True)[0]
 
 
-def _median(function: Any, *arguments: Any) -> float:
+def _median(function: Callable[[], Any]) -> float:
     """Returns seconds of a call, the median of several after one that compiles."""
-    jax.block_until_ready(function(*arguments))
+    jax.block_until_ready(function())
     times = []
     for _ in range(REPEATS):
         begin = time.perf_counter()
-        jax.block_until_ready(function(*arguments))
+        jax.block_until_ready(function())
         times.append(time.perf_counter() - begin)
     return float(np.median(times))
 
 
+def _decoding(params: Any, quantization: Any, batch: int) -> float:
+    """Returns tokens per second of one decoding step after another."""
+    state = full_cache(batch), jnp.arange(batch, dtype=jnp.int32)
+
+    def steps() -> jax.Array:
+        nonlocal state
+        state = decode(params, *state, quantization)
+        return state[1]
+
+    return STEPS * batch / _median(steps)
+
+
+def _prefilling(params: Any, quantization: Any, batch: int) -> float:
+    tokens = jax.random.randint(jax.random.key(1), (batch, PROMPT), 0, CONFIG.vocab_size)
+    return PROMPT * batch / _median(lambda: _prefill(params, tokens, quantization))
+
+
 def stage_decode() -> dict[str, Any]:
     """Tokens per second: STEPS greedy steps after CONTEXT tokens in one jitted loop, and prompts of PROMPT tokens."""
-    deadline = time.monotonic() + 0.85 * STAGES["decode"]
+    begin = time.monotonic()
+    deadline = begin + 0.85 * STAGES["decode"]
     rows: list[dict[str, Any]] = []
-    for method, name in METHODS.items():
-        quantization = as_quantization(name)
-        params = make_params(name is not None)
-        jax.block_until_ready(params)
-        for batch in (1, 8, 32):
-            if time.monotonic() > deadline:
-                break
-            cache = init_cache(CONFIG, 2 * CONTEXT, jnp.zeros((batch,), jnp.int32), jnp.bfloat16)
-            cache = dataclasses.replace(cache, length=jnp.int32(CONTEXT))
-            seconds = _median(
-                _decode, params, cache, jnp.arange(batch, dtype=jnp.int32), quantization
-            )
-            row = {"method": method, "batch": batch, "decode_tokens_per_s": STEPS * batch / seconds}
+    params, quantized = None, None
+    for method, quantization in METHODS.items():
+        if params is None or quantized != (quantization is not None):
+            params, quantized = None, quantization is not None  # never two sets at once
+            params = jax.block_until_ready(make_params(quantized))
+        weights = with_head(params, quantization)
+        for batch in BATCHES:
+            row: dict[str, Any] = {"method": method, "batch": batch}
+            if time.monotonic() < deadline:
+                row["decode_tokens_per_s"] = _decoding(weights, quantization, batch)
+            if time.monotonic() < deadline and weights is params:  # a prompt has one head row
+                row["prefill_tokens_per_s"] = _prefilling(weights, quantization, batch)
             rows.append(row)
-            print(row, flush=True)
-            if time.monotonic() > deadline:
-                break
-            tokens = jax.random.randint(jax.random.key(1), (batch, PROMPT), 0, CONFIG.vocab_size)
-            seconds = _median(_prefill, params, tokens, quantization)
-            row["prefill_tokens_per_s"] = PROMPT * batch / seconds
-            print(row, flush=True)
-        del params
+            print(row, f"after {time.monotonic() - begin:.0f} s", flush=True)
+        del weights
     return {"rows": rows, "context": CONTEXT, "prompt": PROMPT, "unit": "tokens per second"}
