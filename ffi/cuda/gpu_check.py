@@ -30,13 +30,14 @@ STAGES = {
     "sizes": 90,
     "sweep": 90,
     "layers": 170,
+    "peers": 200,
     "decode": 280,
     "profile": 100,
     "memcheck": 100,
     "racecheck": 100,
 }
-# Stages that time a whole model: named where they are wanted.
-MODEL = ("decode", "profile")
+# Stages that run only where they are named.
+EXTRA = ("peers", "decode", "profile")
 
 
 def run(command: list[str], **options: Any) -> str:
@@ -171,7 +172,11 @@ def summarise(report: dict[str, Any]) -> str:
             f"    {kernel['us']:8.1f} us in {kernel['calls']:5.1f} x {kernel['name']}"
             for kernel in row["kernels"]
         ]
-    titles = {"sizes": "kernels in CUDA graphs", "layers": "layer through JAX"}
+    titles = {
+        "sizes": "kernels in CUDA graphs",
+        "layers": "layer through JAX",
+        "peers": "beside others",
+    }
     for stage, title in titles.items():
         rows = report.get(stage, {}).get("rows", [])
         if not rows:
@@ -179,14 +184,14 @@ def summarise(report: dict[str, Any]) -> str:
         names = [name for row in rows for name in row if name not in ("size", "m", "k", "n")]
         names = list(dict.fromkeys(names))
         lines.append(f"\n{title}, us; in brackets bf16 / this")
-        lines.append(f"{'size':8s}{'m':>6s}" + "".join(f"{name:>18s}" for name in names))
+        lines.append(f"{'size':12s}{'m':>6s}" + "".join(f"{name:>18s}" for name in names))
         for row in rows:
             cells = []
             for name in names:
                 value = row.get(name)
                 ratio = f" ({row['bf16'] / value:.2f})" if value and row.get("bf16") else ""
                 cells.append(f"{'-' if value is None else f'{value:.1f}{ratio}':>18s}")
-            lines.append(f"{row['size']:8s}{row['m']:6d}" + "".join(cells))
+            lines.append(f"{row['size']:12s}{row['m']:6d}" + "".join(cells))
     return "\n".join(lines)
 
 
@@ -200,7 +205,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--output", default=str(BUILD / "report"))
     parser.add_argument("--seconds", type=float, default=540)
-    parser.add_argument("--stages", default=",".join(s for s in STAGES if s not in MODEL))
+    parser.add_argument("--stages", default=",".join(s for s in STAGES if s not in EXTRA))
     parser.add_argument("--stage", help=argparse.SUPPRESS)
     parser.add_argument("--limit", type=float, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -208,7 +213,7 @@ def main() -> int:
         # An editable install of the package would come before the one built here.
         sys.meta_path[:] = [f for f in sys.meta_path if "editable" not in type(f).__module__]
         timing = arguments.stage in ("probe", "sizes", "sweep", "layers")
-        modules = {"build": "gpu_check", "decode": "gpu_decode", "profile": "gpu_profile"}
+        modules = {"build": "gpu_check", **{name: f"gpu_{name}" for name in EXTRA}}
         name = modules.get(arguments.stage, "gpu_timing" if timing else "gpu_stages")
         if arguments.limit:
             importlib.import_module("gpu_check").STAGES[arguments.stage] = arguments.limit

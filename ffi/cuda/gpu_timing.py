@@ -59,7 +59,7 @@ def stage_probe() -> dict[str, Any]:
     }
 
 
-def _activations(m: int, k: int, dtype: Any) -> Any:
+def activations(m: int, k: int, dtype: Any) -> Any:
     """Normal values with a few outlier features and scattered outliers: about 0.1 % of values, 12 % of columns."""
     rng = np.random.default_rng([m, k])
     x = rng.standard_normal((m, k), np.float32)
@@ -71,7 +71,8 @@ def _activations(m: int, k: int, dtype: Any) -> Any:
     return x.astype(dtype)
 
 
-def _rules() -> dict[str, Any]:
+def rules() -> dict[str, Any]:
+    """Returns the rules for outliers that are timed, by name."""
     return {
         "none": None,
         "column 6": Threshold(6.0, "column"),
@@ -80,7 +81,7 @@ def _rules() -> dict[str, Any]:
     }
 
 
-def _bf16_peer() -> Callable[..., float | None]:
+def bf16_peer() -> Callable[..., float | None]:
     """Returns a function (m, k, n, dtype) -> microseconds of PyTorch's product, or None where it is missing."""
     try:
         import torch
@@ -89,7 +90,7 @@ def _bf16_peer() -> Callable[..., float | None]:
 
     def peer(m: int, k: int, n: int, dtype: Any = ml_dtypes.bfloat16) -> float:
         kind = getattr(torch, np.dtype(dtype).name)
-        copies, calls = _copies(m, k, n, np.dtype(dtype).itemsize)
+        copies, calls = copies_and_calls(m, k, n, np.dtype(dtype).itemsize)
         x = torch.randn(m, k, device="cuda", dtype=kind)
         weights = [torch.randn(n, k, device="cuda", dtype=kind) for _ in range(copies)]
         y = torch.empty(m, n, device="cuda", dtype=kind)
@@ -99,21 +100,27 @@ def _bf16_peer() -> Callable[..., float | None]:
         with torch.cuda.graph(graph):
             for i in range(calls):
                 torch.mm(x, weights[i % copies].t(), out=y)
-        events = [torch.cuda.Event(enable_timing=True) for _ in range(REPEATS + 1)]
-        graph.replay()
-        graph.replay()
-        events[0].record()
-        for event in events[1:]:
-            graph.replay()
-            event.record()
-        torch.cuda.synchronize()
-        times = [begin.elapsed_time(end) for begin, end in itertools.pairwise(events)]
-        return 1e3 * float(np.median(times)) / calls
+        return 1e3 * time_torch(graph.replay) / calls
 
     return peer
 
 
-def _copies(m: int, k: int, n: int, item: int) -> tuple[int, int]:
+def time_torch(calls: Callable[[], None]) -> float:
+    """Returns milliseconds of what is queued by ``calls``, the median of several."""
+    import torch
+
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(REPEATS + 1)]
+    calls()
+    calls()
+    events[0].record()
+    for event in events[1:]:
+        calls()
+        event.record()
+    torch.cuda.synchronize()
+    return float(np.median([begin.elapsed_time(end) for begin, end in itertools.pairwise(events)]))
+
+
+def copies_and_calls(m: int, k: int, n: int, item: int) -> tuple[int, int]:
     """Returns how many sets of weights the caches cannot hold, and the calls of a graph worth timing."""
     copies = max(1, min(48, -(-250_000_000 // max(1, n * k * item))))
     least = max(3e-6, 2 * m * n * k / 1e15, n * k * item / 4e12)
@@ -122,7 +129,7 @@ def _copies(m: int, k: int, n: int, item: int) -> tuple[int, int]:
 
 def stage_sizes() -> dict[str, Any]:
     """The paper's speed table in CUDA graphs: our kernels beside PyTorch's bf16 product, each with its own weights."""
-    executor, peer = gpu_executor(), _bf16_peer()
+    executor, peer = gpu_executor(), bf16_peer()
     rows = []
     for m in (2048, 256, 64, 16, 1):
         for name, d in WIDTHS.items():
@@ -133,16 +140,16 @@ def stage_sizes() -> dict[str, Any]:
                 "n": 4 * d,
                 "bf16": peer(m, d, 4 * d),
             }
-            case = _case(m, d, 4 * d)
-            for rule_name, rule in _rules().items():
-                row[rule_name] = _time_native(executor, case, rule)
+            case = case_of(m, d, 4 * d)
+            for rule_name, rule in rules().items():
+                row[rule_name] = time_native(executor, case, rule)
             rows.append(row)
     return {"rows": rows, "unit": f"microseconds, medians of {REPEATS} replays"}
 
 
 def stage_sweep() -> dict[str, Any]:
     """Our kernels in CUDA graphs over m, beside PyTorch's bf16 product; and other dtypes and kernels at some m."""
-    executor, peer = gpu_executor(), _bf16_peer()
+    executor, peer = gpu_executor(), bf16_peer()
     rows = []
 
     def add(case: battery.Case, label: str, us: float, bf16: float | None) -> None:
@@ -152,29 +159,29 @@ def stage_sweep() -> dict[str, Any]:
 
     for k, n in SWEEP_SHAPES:
         for m in SWEEP_M:
-            case, bf16 = _case(m, k, n), peer(m, k, n)
-            for name, rule in _rules().items():
+            case, bf16 = case_of(m, k, n), peer(m, k, n)
+            for name, rule in rules().items():
                 if name in ("none", "relative 6") or (k, n) == SWEEP_SHAPES[0]:
-                    add(case, name, _time_native(executor, case, rule), bf16)
+                    add(case, name, time_native(executor, case, rule), bf16)
     k, n = SWEEP_SHAPES[0]
     for m in (1, 16, 256, 2048):
         for dtype in (np.float16, np.float32):
-            case, other = _case(m, k, n, dtype), peer(m, k, n, dtype)
+            case, other = case_of(m, k, n, dtype), peer(m, k, n, dtype)
             for name in ("none", "relative 6"):
-                us = _time_native(executor, case, _rules()[name])
+                us = time_native(executor, case, rules()[name])
                 add(case, f"{name} {np.dtype(dtype).name}", us, other)
-        case = _case(m, k, n)
-        for name, rule in _rules().items():
+        case = case_of(m, k, n)
+        for name, rule in rules().items():
             add(
                 case,
                 f"quantise {name}",
-                _time_native(executor, case, rule, kind=tests.QUANTIZE),
+                time_native(executor, case, rule, kind=tests.QUANTIZE),
                 None,
             )
         for name in ("none", "relative 6"):
             for path, index in (("stream", 0), ("tiled", 1), ("wgmma", 2)):
                 if path != "stream" or m <= 16:
-                    us = _time_native(executor, case, _rules()[name], path=index)
+                    us = time_native(executor, case, rules()[name], path=index)
                     add(case, f"{path} {name}", us, None)
     return {"rows": rows, "unit": f"medians of {REPEATS} replays"}
 
@@ -186,9 +193,10 @@ def _weights() -> np.ndarray:
     return np.random.default_rng(0).integers(-127, 128, size, dtype=np.int8)
 
 
-def _case(m: int, k: int, n: int, dtype: Any = ml_dtypes.bfloat16) -> battery.Case:
+def case_of(m: int, k: int, n: int, dtype: Any = ml_dtypes.bfloat16) -> battery.Case:
+    """Returns a layer with the activations above and random codes."""
     codes = _weights()[: n * k].reshape(n, k)
-    return battery.Case(_activations(m, k, dtype), codes, np.ones((n,), np.float32), None)
+    return battery.Case(activations(m, k, dtype), codes, np.ones((n,), np.float32), None)
 
 
 def _rates(m: int, k: int, n: int, microseconds: float) -> dict[str, float]:
@@ -198,9 +206,10 @@ def _rates(m: int, k: int, n: int, microseconds: float) -> dict[str, float]:
     }
 
 
-def _time_native(
+def time_native(
     executor: Any, case: Any, rule: Any, path: int = -1, kind: int = tests.LINEAR
 ) -> float:
+    """Returns microseconds of a call of our kernels in a CUDA graph, without XLA."""
     (m, k), n = case.x.shape, case.codes.shape[0]
     call = tests.Call(
         kind=kind,
@@ -219,7 +228,7 @@ def _time_native(
     else:
         y = np.empty((m, n), case.x.dtype)
         arrays |= {"w": case.codes, "w_scale": case.scale, "y": y}
-        copies, calls = _copies(m, k, n, 1)
+        copies, calls = copies_and_calls(m, k, n, 1)
     for name, array in arrays.items():
         setattr(call, name, array.ctypes.data)
     microseconds = executor.library.executor_time(ctypes.byref(call), copies, calls, REPEATS)
@@ -245,12 +254,13 @@ def time_jax(function: Callable[..., Any], *arguments: Any, least: float = 0.03)
     return (time.perf_counter() - begin) / repeats
 
 
-def _each(layer: Callable[..., Any]) -> Callable[..., Any]:
+def each(layer: Callable[..., Any]) -> Callable[..., Any]:
     """Returns a jitted function that applies the layer to each of several inputs with its own weights."""
     return jax.jit(lambda xs, ws: [layer(x, w) for x, w in zip(xs, ws, strict=True)])
 
 
-def _ours(rule: Any, implementation: str) -> Callable[..., Any]:
+def int8_layer(rule: Any, implementation: Any) -> Callable[..., Any]:
+    """Returns our layer as a function of rows and weights."""
     return lambda x, w: jaxint8.int8_linear(x, w, outliers=rule, implementation=implementation)
 
 
@@ -272,7 +282,7 @@ def stage_layers() -> dict[str, Any]:
 def _layer_row(name: str, m: int, d: int, deadline: float) -> dict[str, Any]:
     k, n = d, 4 * d
     copies = max(1, min(32, -(-200_000_000 // (n * k))))
-    x = _activations(m, k, ml_dtypes.bfloat16)
+    x = activations(m, k, ml_dtypes.bfloat16)
     xs = [jnp.asarray(np.roll(x, i, axis=0)) for i in range(copies)]
     keys = jax.random.split(jax.random.key(d), copies)
     matrices = [
@@ -283,14 +293,14 @@ def _layer_row(name: str, m: int, d: int, deadline: float) -> dict[str, Any]:
         for key in keys
     ]
     floats = [matrix.dequantize(jnp.bfloat16).T.copy() for matrix in matrices]
-    methods = {"bf16": (_bf16, floats)}
-    for rule_name, rule in _rules().items():
-        methods[f"ours {rule_name}"] = (_ours(rule, "cuda"), matrices)
+    methods: dict[str, Any] = {"bf16": (_bf16, floats)}
+    for rule_name, rule in rules().items():
+        methods[f"ours {rule_name}"] = (int8_layer(rule, "cuda"), matrices)
     if name in ("Medium", "6.7B"):
         for rule_name in ("none", "column 6"):
-            methods[f"xla {rule_name}"] = (_ours(_rules()[rule_name], "xla"), matrices)
+            methods[f"xla {rule_name}"] = (int8_layer(rules()[rule_name], "xla"), matrices)
     row: dict[str, Any] = {"size": name, "m": m, "k": k, "n": n}
     for method, (layer, weights) in methods.items():
         late = time.monotonic() > deadline
-        row[method] = None if late else 1e6 * time_jax(_each(layer), xs, weights) / copies
+        row[method] = None if late else 1e6 * time_jax(each(layer), xs, weights) / copies
     return row
