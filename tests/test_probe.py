@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from test_decoder import load_case, run
 
-from jaxint8.models import probe
+from jaxint8.models import decoder, probe
 from jaxint8.models.observe import linear_inputs
 
 
@@ -52,24 +52,24 @@ def test_without_is_a_zeroed_input():
 
 @pytest.mark.parametrize("case", ["llama_gqa_tied", "opt_pre_norm", "bloom"])
 def test_top1_probability_is_that_of_the_attention(case, monkeypatch):
-    """The probabilities that jax.nn's attention uses, read off by giving it one-hot values."""
+    """The probabilities that attention uses, read off by giving it one-hot values."""
     config, params, golden = load_case(case)
     tokens = jnp.asarray(golden["tokens"])
     seen = []
-    attention = jax.nn.dot_product_attention
+    attention = decoder.attend
 
-    def spy(query, key, value, **options):
+    def spy(query, key, value, *masks):
         width, slots = key.shape[-1], key.shape[1]
         shares = []
         for first in range(0, slots, width):  # values are as wide as keys, so a few slots at a time
             some = jnp.eye(slots, dtype=query.dtype)[None, :, None, first : first + width]
             with jax.numpy_dtype_promotion("standard"):
                 eye = jnp.broadcast_to(some, key.shape)
-                shares.append(np.asarray(attention(query, key, eye, **options)))
+                shares.append(np.asarray(attention(query, key, eye, *masks)))
         seen.append(np.concatenate(shares, axis=-1).max(axis=-1).mean())
-        return attention(query, key, value, **options)
+        return attention(query, key, value, *masks)
 
-    monkeypatch.setattr(jax.nn, "dot_product_attention", spy)
+    monkeypatch.setattr(decoder, "attend", spy)
     with jax.disable_jit():
         inputs = linear_inputs(config, params, tokens)
     monkeypatch.undo()
