@@ -5,6 +5,7 @@ of a device instead of a device. It does not show that anything runs, or how fas
 puts JAX's CUDA plugin beside them, and runs it.
 """
 
+import functools
 import importlib.util
 import math
 import pathlib
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental import topologies
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding, SingleDeviceSharding
 
 from jaxint8 import (
     Partition,
@@ -28,6 +29,7 @@ from jaxint8 import (
     int8_linear,
     kernels,
 )
+from jaxint8.models.attention import attend_one, store
 
 BUILD = pathlib.Path(__file__).parents[1] / "build" / "cuda" / "cuda"
 # An H200 by its data sheet and the limits of compute capability 9.0; the compiler asks for no more.
@@ -200,3 +202,29 @@ def test_without_a_partition_the_weights_would_be_gathered(devices: np.ndarray) 
     assert any(("s8", 4096 * 14336) in arrays for arrays in gathered)
     with pytest.raises(AssertionError):
         expect_fused(compiled, (512, 4096, 14336 // 4), None)
+
+
+def test_attention_to_a_cache_copies_none_of_it(devices: np.ndarray) -> None:
+    """A step that stores a token and attends to all: beside the cache, in its place, there are scores and no more."""
+    b, heads, kv_heads, width, slots = 4, 8, 2, 128, 1024
+    where = SingleDeviceSharding(devices[0])
+    struct = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16, sharding=where)
+    query = struct((b, 1, heads, width))
+    cache = struct((b, kv_heads, width, slots)), struct((b, kv_heads, slots, width))
+    length = jax.ShapeDtypeStruct((), jnp.int32, sharding=where)
+
+    def steps(query: jax.Array, cache: Any, length: jax.Array) -> Any:
+        def step(_: int, carry: Any) -> Any:
+            query, cache, length = carry
+            token = query[:, :, :kv_heads]
+            cache = store(cache, token, token, length)
+            mask = jnp.arange(slots)[None, None, None] <= length
+            query = attend_one(query, *cache, jnp.broadcast_to(mask, (b, 1, 1, slots)))
+            return query, cache, length + 1
+
+        return jax.lax.fori_loop(0, 3, step, (query, cache, length))
+
+    jitted = jax.jit(steps, donate_argnums=(0, 1, 2))
+    memory = jitted.lower(query, cache, length).compile().memory_analysis()
+    assert memory.alias_size_in_bytes >= 2 * 2 * b * kv_heads * width * slots
+    assert memory.temp_size_in_bytes <= 3 * 4 * b * heads * slots

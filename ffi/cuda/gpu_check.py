@@ -30,14 +30,20 @@ STAGES = {
     "sizes": 90,
     "sweep": 90,
     "layers": 170,
-    "peers": 200,
+    "peers": 120,
+    "xla": 240,
     "decode": 280,
     "profile": 100,
     "memcheck": 100,
     "racecheck": 100,
 }
-# Stages that run only where they are named.
-EXTRA = ("peers", "decode", "profile")
+# Stages that run only where they are named, and their modules.
+EXTRA = {
+    "peers": "gpu_peers",
+    "xla": "gpu_peers",
+    "decode": "gpu_decode",
+    "profile": "gpu_profile",
+}
 
 
 def run(command: list[str], **options: Any) -> str:
@@ -175,7 +181,8 @@ def summarise(report: dict[str, Any]) -> str:
     titles = {
         "sizes": "kernels in CUDA graphs",
         "layers": "layer through JAX",
-        "peers": "beside others",
+        "peers": "bitsandbytes",
+        "xla": "XLA under jit",
     }
     for stage, title in titles.items():
         rows = report.get(stage, {}).get("rows", [])
@@ -213,7 +220,7 @@ def main() -> int:
         # An editable install of the package would come before the one built here.
         sys.meta_path[:] = [f for f in sys.meta_path if "editable" not in type(f).__module__]
         timing = arguments.stage in ("probe", "sizes", "sweep", "layers")
-        modules = {"build": "gpu_check", **{name: f"gpu_{name}" for name in EXTRA}}
+        modules = {"build": "gpu_check", **EXTRA}
         name = modules.get(arguments.stage, "gpu_timing" if timing else "gpu_stages")
         if arguments.limit:
             importlib.import_module("gpu_check").STAGES[arguments.stage] = arguments.limit

@@ -10,27 +10,24 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from gpu_check import STAGES
-from gpu_stages import gpu_executor
 from gpu_timing import (
     REPEATS,
     SWEEP_M,
     SWEEP_SHAPES,
     WIDTHS,
     activations,
+    bf16_layer,
     bf16_peer,
-    case_of,
     copies_and_calls,
     each,
     int8_layer,
     rules,
     time_jax,
-    time_native,
     time_torch,
 )
 
 from jaxint8 import QuantizedMatrix
 
-RULES = ("none", "relative 6")
 # Sets of weights in one program of XLA's: those of the smallest layers fit into the L2 cache.
 MOST_COPIES = 16
 
@@ -38,29 +35,34 @@ Bitsandbytes = Callable[[int, int, int, float], float]
 
 
 def stage_peers() -> dict[str, Any]:
-    """Layers with outliers: bf16 by PyTorch, ours in CUDA graphs, int8 by XLA under jit, bitsandbytes."""
-    deadline = time.monotonic() + 0.9 * STAGES["peers"]
-    executor, bf16 = gpu_executor(), bf16_peer()
-    peer = bitsandbytes_peer()
+    """Layers with outliers by PyTorch in bf16 and by bitsandbytes."""
+    bf16, peer = bf16_peer(), bitsandbytes_peer()
+    rows = _rows()
+    for row in rows:
+        shape = row["m"], row["k"], row["n"]
+        row["bf16"] = bf16(*shape)
+        for threshold in (0.0, 6.0) if peer else ():
+            row[f"bitsandbytes {threshold:g}"] = peer(*shape, threshold) if peer else None
+    return {"rows": rows, "unit": f"microseconds, medians of {REPEATS} replays"}
+
+
+def stage_xla() -> dict[str, Any]:
+    """Layers with outliers by XLA alone, in bf16 and in int8, as far as the time for compiling them goes."""
+    deadline = time.monotonic() + 0.9 * STAGES["xla"]
+    rows = sorted(_rows(), key=lambda row: row["m"] not in (1, 16, 256, 2048))
+    for row in rows:
+        for method in ("bf16", "none", "relative 6"):
+            late = time.monotonic() > deadline
+            row[method] = None if late else _xla(row["m"], row["k"], row["n"], method)
+    return {"rows": rows, "unit": "microseconds per layer"}
+
+
+def _rows() -> list[dict[str, Any]]:
+    """The sizes of the paper's table, then the shapes that are swept."""
+    names = {(d, 4 * d): name for name, d in WIDTHS.items()}
     shapes = [(m, d, 4 * d) for m in (2048, 256, 64, 16, 1) for d in WIDTHS.values()]
     shapes += [(m, k, n) for k, n in SWEEP_SHAPES for m in SWEEP_M]
-    names = {(d, 4 * d): name for name, d in WIDTHS.items()}
-    rows: list[dict[str, Any]] = []
-    for m, k, n in shapes:
-        row: dict[str, Any] = {"size": names.get((k, n), f"{k}->{n}"), "m": m, "k": k, "n": n}
-        row["bf16"] = bf16(m, k, n)
-        for rule in RULES:
-            row[f"ours {rule}"] = time_native(executor, case_of(m, k, n), rules()[rule])
-        if peer:
-            for threshold in (0.0, 6.0):
-                row[f"bitsandbytes {threshold:g}"] = peer(m, k, n, threshold)
-        rows.append(row)
-    for row in rows:  # last, since every shape is a program to compile
-        for rule in RULES:
-            late = time.monotonic() > deadline
-            shape = row["m"], row["k"], row["n"]
-            row[f"XLA {rule}"] = None if late else _xla(*shape, rules()[rule])
-    return {"rows": rows, "unit": f"microseconds, medians of {REPEATS} replays"}
+    return [{"size": names.get((k, n), f"{k}->{n}"), "m": m, "k": k, "n": n} for m, k, n in shapes]
 
 
 def bitsandbytes_peer() -> Bitsandbytes | None:
@@ -100,11 +102,15 @@ def bitsandbytes_peer() -> Bitsandbytes | None:
     return peer
 
 
-def _xla(m: int, k: int, n: int, rule: Any) -> float:
+def _xla(m: int, k: int, n: int, method: str) -> float:
+    """Returns microseconds of a layer under jit, of several with their own weights in one program."""
     copies = min(MOST_COPIES, copies_and_calls(m, k, n, 1)[0])
     x = activations(m, k, ml_dtypes.bfloat16)
     xs = [jnp.asarray(np.roll(x, i, axis=0)) for i in range(copies)]
     keys = jax.random.split(jax.random.key(k), copies)
+    if method == "bf16":
+        floats = [jax.random.normal(key, (n, k), jnp.bfloat16) for key in keys]
+        return 1e6 * time_jax(each(bf16_layer), xs, floats) / copies
     codes = [jax.random.randint(key, (n, k), -127, 128, jnp.int8) for key in keys]
     weights = [QuantizedMatrix(c, jnp.full((n,), 1e-3, jnp.float32)) for c in codes]
-    return 1e6 * time_jax(each(int8_layer(rule, "xla")), xs, weights) / copies
+    return 1e6 * time_jax(each(int8_layer(rules()[method], "xla")), xs, weights) / copies

@@ -264,7 +264,8 @@ def int8_layer(rule: Any, implementation: Any) -> Callable[..., Any]:
     return lambda x, w: jaxint8.int8_linear(x, w, outliers=rule, implementation=implementation)
 
 
-def _bf16(x: jax.Array, w: jax.Array) -> jax.Array:
+def bf16_layer(x: jax.Array, w: jax.Array) -> jax.Array:
+    """x[m, k] times w[n, k]."""
     return jax.lax.dot_general(x, w, (((1,), (1,)), ((), ())))
 
 
@@ -293,7 +294,7 @@ def _layer_row(name: str, m: int, d: int, deadline: float) -> dict[str, Any]:
         for key in keys
     ]
     floats = [matrix.dequantize(jnp.bfloat16).T.copy() for matrix in matrices]
-    methods: dict[str, Any] = {"bf16": (_bf16, floats)}
+    methods: dict[str, Any] = {"bf16": (bf16_layer, floats)}
     for rule_name, rule in rules().items():
         methods[f"ours {rule_name}"] = (int8_layer(rule, "cuda"), matrices)
     if name in ("Medium", "6.7B"):
