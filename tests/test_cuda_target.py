@@ -226,5 +226,6 @@ def test_attention_to_a_cache_copies_none_of_it(devices: np.ndarray) -> None:
 
     jitted = jax.jit(steps, donate_argnums=(0, 1, 2))
     memory = jitted.lower(query, cache, length).compile().memory_analysis()
+    assert memory is not None
     assert memory.alias_size_in_bytes >= 2 * 2 * b * kv_heads * width * slots
     assert memory.temp_size_in_bytes <= 3 * 4 * b * heads * slots
