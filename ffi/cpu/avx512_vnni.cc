@@ -86,10 +86,11 @@ constexpr int64_t kFetchAhead = 8 << 10;
 // c[M][j..] (+)= dot products with rows of weights; the first part of the columns sets c. Memory is read as one stream,
 // which the processor then fetches ahead by itself: one or two rows of activations take one row of weights after the
 // other (8 at once are read at half the speed from memory: 10 against 19 GB/s on one core). More rows take four at
-// once, for fewer loads of codes, and fetch the four after the next in the order in which they lie.
+// once, for fewer loads of codes (five rows take two: there are 32 registers), and fetch what follows in the order in
+// which it lies.
 template <int M, bool kDense>
 void Dots(const Block& b, const Part& part) {
-  constexpr int N = M <= 2 ? 1 : 4;
+  constexpr int N = M <= 2 ? 1 : M <= 4 ? 4 : 2;
   // Chains of sums, to hide the latency of a multiplication.
   constexpr int U = M == 1 ? 4 : M == 2 ? 2 : 1;
   const __m512i flip = _mm512_set1_epi8(static_cast<char>(0x80));
@@ -118,7 +119,9 @@ void Dots(const Block& b, const Part& part) {
           }
         }
         Unroll<M>([&](auto i) ALWAYS_INLINE {
-          const __m512i codes = _mm512_load_si512(x + i * stride + t);
+          __m512i codes = _mm512_load_si512(x + i * stride + t);
+          // Once into a register: each multiplication would load it by itself.
+          if constexpr (N == 2) asm("" : "+v"(codes));
           Unroll<N>([&](auto j) ALWAYS_INLINE { acc[u][j][i] = _mm512_dpbusd_epi32(acc[u][j][i], weights[j], codes); });
           if constexpr (kDense) {
             const __m512i codes_hi = _mm512_load_si512(hi + t);
@@ -129,15 +132,15 @@ void Dots(const Block& b, const Part& part) {
       };
       const auto load = [](const int8_t* from) ALWAYS_INLINE { return _mm512_loadu_si512(from); };
       constexpr std::integral_constant<int, 0> kFirst{};
-      int64_t t = part.begin;
-      for (; t + 64 * U <= whole; t += 64 * U) {
-        Unroll<U>([&](auto u) ALWAYS_INLINE { step(u, t + u * 64, load); });
-      }
-      if constexpr (U > 1) {
-        for (; t < whole; t += 64) step(kFirst, t, load);
-      }
+      // The rest comes first: after the loop it would make the compiler hold every sum twice.
       if (rest) {
-        step(kFirst, t, [&](const int8_t* from) ALWAYS_INLINE { return _mm512_maskz_loadu_epi8(rest, from); });
+        step(kFirst, whole, [&](const int8_t* from) ALWAYS_INLINE { return _mm512_maskz_loadu_epi8(rest, from); });
+      }
+      int64_t t = part.begin;
+      constexpr int V = U > 1 ? U : 2;
+      for (; (whole - t) % (64 * V) != 0; t += 64) step(kFirst, t, load);
+      for (; t < whole; t += 64 * V) {
+        Unroll<V>([&](auto v) ALWAYS_INLINE { step(std::integral_constant<int, v % U>{}, t + v * 64, load); });
       }
       Unroll<N * M>([&](auto i) ALWAYS_INLINE {
         constexpr int kJ = i / M, kI = i % M;
@@ -162,16 +165,16 @@ void Dots(const Block& b, const Part& part) {
 }
 
 using DotsFunction = void (*)(const Block&, const Part&);
-constexpr int kDotsM = 4;  // with 5, the compiler keeps sums in memory
-constexpr DotsFunction kDots[kDotsM] = {Dots<1, false>, Dots<2, false>, Dots<3, false>, Dots<4, false>};
+constexpr int kDotsM = 5;  // alone; two teams of five are slower than three
+constexpr DotsFunction kDots[kDotsM] = {Dots<1, false>, Dots<2, false>, Dots<3, false>, Dots<4, false>, Dots<5, false>};
 // Activations of a team that should stay in the L1 cache (32 KiB at least) while weights stream by: 4 rows of 6144.
 constexpr int64_t kDotsBytes = 24 << 10;
 
 // Small m: the weights are read once, in the order in which they lie, or nearly. Teams of up to 4 rows of activations
-// take turns over a few rows of weights, at most half of the L1 cache.
+// (or 5) take turns over a few rows of weights, at most half of the L1 cache.
 void MultiplyDots(const Block& b) {
   const bool dense = b.plan && b.plan->dense;
-  const int64_t teams = (b.m + kDotsM - 1) / kDotsM;
+  const int64_t teams = b.m <= kDotsM ? 1 : (b.m + 3) / 4;
   const int64_t most = (b.m + teams - 1) / teams;
   const int64_t width = kDotsBytes / (dense ? 2 * most : most) / 64 * 64;
   const bool gathers = b.plan && b.plan->groups > 0;
