@@ -22,7 +22,11 @@ REQUIRED = {
     "TiledKernel": r"IMMA\.16832\.S8\.S8",
     "WgmmaKernel": r"IGMMA",
     "SwappedKernel": r"IGMMA",
+    "SkinnyKernel": r"IMMA\.16832\.S8\.S8",
+    "GemvKernel": r"IDP\.4A\.S8\.S8",
 }
+# Empty on other architectures than sm_90a.
+HOPPER = ("WgmmaKernel", "SwappedKernel", "SkinnyKernel", "GemvKernel")
 FORBIDDEN = {"": r"\b(LDL|STL)\b"}  # local memory: registers that did not fit
 TYPES = {"0": "f32", "1": "bf16", "2": "f16"}
 
@@ -136,7 +140,7 @@ def main() -> int:
                 for k, p in REQUIRED.items()
                 if name.startswith(k)
                 and not re.search(p, text)
-                and not (p == "IGMMA" and architecture != "sm_90a")
+                and not (name.startswith(HOPPER) and architecture != "sm_90a")
             ]
             faults += [
                 f"{where}: has {p}"

@@ -157,6 +157,10 @@ JAXINT8_DEVICE int32_t RoundToInt(float x) { return __float2int_rn(x); }  // hal
 JAXINT8_DEVICE uint32_t PackBytes(uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
   return __byte_perm(__byte_perm(a, b, 0x0040), __byte_perm(c, d, 0x0040), 0x5410);
 }
+// c + the products of four signed bytes each, which wraps.
+JAXINT8_DEVICE int32_t DotBytes(uint32_t a, uint32_t b, int32_t c) {
+  return __dp4a(static_cast<int>(a), static_cast<int>(b), c);
+}
 JAXINT8_DEVICE int PopulationCount(uint32_t v) { return __popc(v); }
 JAXINT8_DEVICE int LowestBit(uint32_t v) { return __ffs(static_cast<int>(v)) - 1; }
 

@@ -103,6 +103,13 @@ JAXINT8_DEVICE void CopyTileToAll(const CUtensorMap* map, uint32_t to, uint32_t 
       : "memory");
 }
 
+// Copies a multiple of 16 bytes to shared memory; they arrive at the barrier.
+JAXINT8_DEVICE void CopyBytes(uint32_t to, const int8_t* from, uint32_t bytes, uint32_t barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
+               "l"(from), "r"(bytes), "r"(barrier)
+               : "memory");
+}
+
 // --- Products of a warpgroup.
 
 // Describes a tile of rows of 128 or 64 bytes, K-major and swizzled by as many bytes. The address is a multiple of

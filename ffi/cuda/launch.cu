@@ -8,6 +8,8 @@
 #include "stream.h"
 #include "tiled.h"
 #if !defined(__CUDACC__) || defined(JAXINT8_WGMMA)
+#include "gemv.h"
+#include "skinny.h"
 #include "swapped.h"
 #include "wgmma.h"
 #define JAXINT8_HAS_WGMMA
@@ -32,8 +34,8 @@ class Call {
     JAXINT8_TRY(HasWgmma(&wgmma_));
     if (p_.path == Path::kWgmma && !wgmma_) return "the wgmma kernels need compute capability 9.0";
     wgmma_ = wgmma_ && p_.path != Path::kTiled && p_.k > 0;
-    swapped_ = wgmma_ && !plan_.stream && p_.m <= kSwappedM;
-    const bool bits = plan_.by_column || !swapped_;  // marked columns, or those to gather
+    swapped_ = wgmma_ && !plan_.stream && p_.m <= kSwappedM;  // or skinny
+    const bool bits = plan_.by_column || !swapped_;           // marked columns, or those to gather
     if (plan_.bits_bytes > 0 && bits) JAXINT8_TRY(Clear(stream_, p_.workspace + plan_.bits, plan_.bits_bytes));
     switch (p_.kind) {
       case Problem::Kind::kQuantize:
@@ -173,6 +175,9 @@ class Call {
   }
 
   const char* Linear() {
+#ifdef JAXINT8_HAS_WGMMA
+    if (plan_.gemv) return Gemv();
+#endif
     if (plan_.fused) return StreamWeights(Rows());
     QuantizeParams q = Rows();
     q.lo = Scratch<int8_t>(plan_.lo, p_.m * plan_.stride);
@@ -248,6 +253,7 @@ class Call {
       w_stride = plan_.stride;
     }
 #ifdef JAXINT8_HAS_WGMMA
+    if (plan_.skinny) return Skinny(lo, stride, hi, w);
     if (swapped_) return Swapped(lo, stride, hi, w, w_stride);
 #endif
     // Columns beyond k are zeros in padded codes and aligned copies, and are not read elsewhere.
@@ -301,6 +307,75 @@ class Call {
   }
 
 #ifdef JAXINT8_HAS_WGMMA
+  const char* Gemv() {
+    switch (p_.type) {
+      case Type::kF32:
+        return p_.m == 1 ? GemvRule<Type::kF32, 1>() : GemvRule<Type::kF32, 2>();
+      case Type::kBF16:
+        return p_.m == 1 ? GemvRule<Type::kBF16, 1>() : GemvRule<Type::kBF16, 2>();
+      case Type::kF16:
+        return p_.m == 1 ? GemvRule<Type::kF16, 1>() : GemvRule<Type::kF16, 2>();
+      default:
+        return "x: expected float32, bfloat16 or float16";
+    }
+  }
+
+  template <Type kType, int kRows>
+  const char* GemvRule() {
+    switch (p_.options.rule) {
+      case Rule::kNone:
+        return GemvWith<GemvKernel<kType, static_cast<int>(Rule::kNone), kRows>>(kRows);
+      case Rule::kThreshold:
+        return GemvWith<GemvKernel<kType, static_cast<int>(Rule::kThreshold), kRows>>(kRows);
+      case Rule::kRelative:
+        return GemvWith<GemvKernel<kType, static_cast<int>(Rule::kRelative), kRows>>(kRows);
+      default:
+        return GemvWith<GemvKernel<kType, static_cast<int>(Rule::kTopK), kRows>>(kRows);
+    }
+  }
+
+  template <typename Kernel>
+  const char* GemvWith(int rows) {
+    const int64_t blocks = p_.n < multiprocessors_ ? p_.n : multiprocessors_, warps = blocks * kGemvWarps;
+    GemvParams g{};
+    g.rows = Rows();
+    g.w = Weights();
+    g.n = p_.n;
+    g.k = static_cast<int>(p_.k);
+    g.base = p_.n / warps;
+    g.more = p_.n % warps;
+    const GemvShape shape = ChooseGemv(rows, p_.k, p_.k * Bytes(p_.type), g.base + (g.more > 0));
+    g.piece = shape.piece;
+    g.depth = shape.depth;
+    g.epilogue = MakeEpilogue();
+    return Launch<Kernel>(blocks, Kernel::kMaxThreads, shape.shared, g);
+  }
+
+  const char* Skinny(Ptr<const int8_t> lo, int64_t stride, Ptr<const int8_t> hi, Ptr<const int8_t> w) {
+    if (p_.m <= 8) return hi ? SkinnyWith<1, true>(lo, stride, hi, w) : SkinnyWith<1, false>(lo, stride, hi, w);
+    return hi ? SkinnyWith<2, true>(lo, stride, hi, w) : SkinnyWith<2, false>(lo, stride, hi, w);
+  }
+
+  template <int kTiles, bool kHigh>
+  const char* SkinnyWith(Ptr<const int8_t> lo, int64_t stride, Ptr<const int8_t> hi, Ptr<const int8_t> w) {
+    using Kernel = SkinnyKernel<kTiles, kHigh>;
+    const int64_t groups = (p_.n + kStreamOutputs - 1) / kStreamOutputs;
+    const int64_t blocks = groups < multiprocessors_ ? groups : multiprocessors_;
+    const SkinnyShape shape = ChooseSkinny(kTiles, kHigh, p_.n, p_.k, blocks);
+    SkinnyParams s{};
+    s.m = p_.m;
+    s.n = p_.n;
+    s.k = p_.k;
+    s.groups = shape.groups;
+    s.depth = shape.depth;
+    s.weights_first = follows_;
+    s.epilogue = MakeEpilogue();
+    JAXINT8_TRY(MakeTileMap(&s.w, w, p_.n, p_.k, p_.k, kStreamOutputs));
+    JAXINT8_TRY(MakeTileMap(&s.lo, lo, p_.m, p_.k, stride, 8 * kTiles));
+    if constexpr (kHigh) JAXINT8_TRY(MakeTileMap(&s.hi, hi, p_.m, p_.k, stride, 8 * kTiles));
+    return Launch<Kernel>(blocks, Kernel::kMaxThreads, shape.shared, s);
+  }
+
   const char* Swapped(Ptr<const int8_t> lo, int64_t stride, Ptr<const int8_t> hi, Ptr<const int8_t> w,
                       int64_t w_stride) {
     SwappedParams s{};

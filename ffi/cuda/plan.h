@@ -5,7 +5,9 @@
 
 #include <cstdint>
 
+#include "gemv.h"
 #include "int8.h"
+#include "skinny.h"
 #include "stream.h"
 
 namespace jaxint8::cuda {
@@ -16,6 +18,8 @@ inline constexpr int64_t kStreamM = 16;
 // row after the other, so that more rows are sooner done by a kernel of their own.
 inline constexpr int64_t kFusedM = 2;
 inline constexpr int64_t kFusedActivations = 16384;
+// The same on Hopper (gemv.h), if the activations leave shared memory for two pieces of weights for each warp.
+inline constexpr int64_t kGemvM = 2;
 // Codes in the workspace: rows padded with zeros to a multiple of this.
 inline constexpr int64_t kCodeAlign = 256;
 
@@ -73,9 +77,6 @@ inline int ChooseWgmma(int64_t m, int64_t n, int64_t multiprocessors) {
 
 // Up to this many rows Hopper's product has the weights in the place of the rows (swapped.h).
 inline constexpr int64_t kSwappedM = 128;
-// From this many weights on, with outliers and without, it also takes the place of the streaming kernel where that does
-// not quantise by itself: measured on an H200.
-inline constexpr int64_t kSwappedWeights = 16 << 20, kSwappedWeightsPlain = 24 << 20;
 
 // Blocks that share the k of 128 outputs there: enough for all multiprocessors, with two steps of k for each. Larger
 // clusters than pairs do not fill the chip, whose multiprocessors come in groups that are no multiple of four.
@@ -88,6 +89,46 @@ inline int ChooseCluster(int64_t n, int64_t k, int64_t multiprocessors) {
   return cluster;
 }
 
+// How gemv.h copies weights: equal pieces of a row, as many at once as fit, but no more than a warp has in all its
+// rows.
+struct GemvShape {
+  int piece, depth;  // depth 0: it does not fit
+  int64_t shared;
+};
+inline GemvShape ChooseGemv(int rows, int64_t k, int64_t row_bytes, int64_t rows_of_warp) {
+  GemvShape s{};
+  const int64_t pieces = (k + kGemvPiece - 1) / kGemvPiece;
+  s.piece = static_cast<int>(RoundUp((k + pieces - 1) / pieces, 512));
+  const int64_t all = rows_of_warp * pieces;
+  for (int depth = 1; depth <= kGemvDepth && (depth <= 2 || depth <= all); ++depth) {
+    const int64_t bytes = MakeGemvLayout(rows, row_bytes, k, s.piece, depth).bytes;
+    if (bytes > kGemvSharedMost) break;
+    s.depth = depth;
+    s.shared = bytes;
+  }
+  return s;
+}
+
+// How skinny.h cuts a product: the groups of 16 outputs of a block at once, all alike, and as many steps of a warp as
+// fit.
+struct SkinnyShape {
+  int groups, depth;
+  int64_t shared;
+};
+inline SkinnyShape ChooseSkinny(int tiles, bool high, int64_t n, int64_t k, int64_t blocks) {
+  const int64_t most = ((n + kStreamOutputs - 1) / kStreamOutputs + blocks - 1) / blocks;  // groups of a block
+  const int64_t turns = (most + kSkinnyGroups - 1) / kSkinnyGroups;
+  SkinnyShape s{static_cast<int>((most + turns - 1) / turns), 0, 0};
+  const int64_t steps = turns * (((k + kBoxK - 1) / kBoxK + kSkinnyWarps - 1) / kSkinnyWarps);
+  for (int depth = 1; depth <= kSkinnyDepth && depth <= steps; ++depth) {
+    const int64_t bytes = MakeSkinnyLayout(tiles, high, s.groups, depth).bytes;
+    if (bytes > kGemvSharedMost) break;
+    s.depth = depth;
+    s.shared = bytes;
+  }
+  return s;
+}
+
 // How many warps share the k of 16 outputs in the streaming kernel.
 inline int ChooseSplit(int64_t k) {
   int split = 1;
@@ -98,6 +139,8 @@ inline int ChooseSplit(int64_t k) {
 struct Plan {
   const char* error = nullptr;
   bool stream = false, fused = false;
+  bool gemv = false;    // Hopper's fused kernel; then `fused` as well
+  bool skinny = false;  // Hopper's kernel for few rows; then not `stream`
   bool has_rule = false, by_column = false;
   bool align_a = false, align_w = false;  // copy to a stride that is a multiple of 16
   int64_t stride = 0;                     // of codes (and aligned copies)
@@ -124,12 +167,17 @@ inline Plan MakePlan(const Problem& p, bool hopper) {
   plan.has_rule = !(p.kind == Problem::Kind::kProduct) && p.options.rule != Rule::kNone;
   const bool scoped = p.options.rule == Rule::kThreshold || p.options.rule == Rule::kRelative;
   plan.by_column = plan.has_rule && scoped && p.options.column_scope && p.m > 1;
-  const int64_t most = plan.has_rule ? kSwappedWeights : kSwappedWeightsPlain;
-  const bool swapped = hopper && p.path == Path::kAuto && p.n * p.k >= most && p.k % 16 == 0;
-  const bool few = p.m <= (swapped ? kFusedM : kStreamM);
+  const bool few = p.m <= kStreamM;
   plan.stream = !quantize && few && p.path != Path::kTiled && p.path != Path::kWgmma;
   plan.stride = quantize ? p.k : RoundUp(p.k, kCodeAlign);
-  plan.fused = plan.stream && linear && p.k % 16 == 0 && p.m <= kFusedM && p.m * p.k <= kFusedActivations;
+  plan.gemv = hopper && linear && (p.path == Path::kAuto || p.path == Path::kWgmma) && p.k % 16 == 0 && p.k > 0 &&
+              p.m <= kGemvM &&
+              ChooseGemv(static_cast<int>(p.m), p.k, p.k * (p.type == Type::kF32 ? 4 : 2), 2).depth >= 2;
+  plan.skinny = hopper && !quantize && !plan.gemv && (p.path == Path::kAuto || p.path == Path::kWgmma) &&
+                p.k % 16 == 0 && p.k > 0 && p.m <= kStreamM;
+  plan.stream = (plan.stream && !plan.skinny) || plan.gemv;
+  plan.fused =
+      plan.gemv || (plan.stream && linear && p.k % 16 == 0 && p.m <= kFusedM && p.m * p.k <= kFusedActivations);
   plan.align_w = !quantize && !plan.stream && p.k % 16 != 0;
   plan.align_a = p.kind == Problem::Kind::kProduct && (plan.stream || plan.align_w);
 
@@ -140,7 +188,7 @@ inline Plan MakePlan(const Problem& p, bool hopper) {
     return at;
   };
   const bool prepared = linear && !plan.fused;
-  const bool gather = prepared && plan.has_rule && !plan.stream;
+  const bool gather = prepared && plan.has_rule && !plan.stream && !plan.skinny;
   if ((plan.by_column && !plan.fused) || gather) {
     plan.bits_bytes = (p.k + 31) / 32 * 4;
     plan.bits = take(plan.bits_bytes);

@@ -61,8 +61,8 @@ struct Selection {
 // All threads of the block call every function, with the same arguments. kHeld: how many times eight elements every
 // thread holds in registers, enough for the padded row; 0: none, the row is read again each time. kRule: the rule, -1
 // if it is not known to the compiler: a kernel of one rule is smaller, and short ones wait for their instructions.
-// kRule: the rule, if it is known; -1: any.
-template <Type kType, bool kVector, int kHeld = 0, int kRule = -1>
+// kTokens: the rule is known not to be of column scope.
+template <Type kType, bool kVector, int kHeld = 0, int kRule = -1, bool kTokens = false>
 class RowBlock {
  public:
   JAXINT8_DEVICE RowBlock(Ptr<const uint8_t> data, int64_t k, const Options& options, Ptr<uint32_t> scratch, int* turn)
@@ -94,14 +94,14 @@ class RowBlock {
     Selection selection{kNothing, 0};
     Tally tally{0, finite ? absmax : 0, 0};
     if (finite && rule() != Rule::kNone) {
-      const bool by_column = options_.column_scope;
-      if (!by_column) selection = Select(absmax, false);
-      if (by_column || absmax >= selection.threshold) {
+      const bool by_column = ByColumn();
+#pragma unroll 1
+      for (bool exact = false;; exact = true) {  // twice at most
+        if (!by_column) selection = Select(absmax, exact);
+        tally = {0, absmax, 0};
+        if (!by_column && absmax < selection.threshold) break;
         tally = Count(selection, out.marks);
-        if (tally.count >= kUnsure) {
-          selection = Select(absmax, true);
-          tally = Count(selection, out.marks);
-        }
+        if (tally.count < kUnsure) break;
       }
     }
     float scale = Divide(FloatFromBits(tally.rest), kCodeMax);
@@ -124,6 +124,7 @@ class RowBlock {
  private:
   using Reader = RowReader<kType, kVector>;
   JAXINT8_DEVICE Rule rule() const { return kRule < 0 ? options_.rule : static_cast<Rule>(kRule); }
+  JAXINT8_DEVICE bool ByColumn() const { return !kTokens && options_.column_scope; }
   struct Values {
     float v[8];
   };
@@ -222,7 +223,7 @@ class RowBlock {
   }
 
   JAXINT8_DEVICE Tally Count(const Selection& selection, Ptr<const uint32_t> marks) {
-    const bool by_column = options_.column_scope;
+    const bool by_column = ByColumn();
     Tally t{0, 0, 0};
     ForEach(row_.k, [&](int i, uint32_t largest, auto values) {
       uint32_t mask = by_column ? Marked(marks, i) : 0;
@@ -290,7 +291,7 @@ class RowBlock {
   // that decide for nearly all rows. All roundings together are far below the 2^-12 allowed for them here: those of
   // the sum, of at most 300 operations in a row, are the largest.
   JAXINT8_DEVICE Selection SelectRelative(uint32_t absmax, bool exact) {
-    const float unit = Divide(FloatFromBits(absmax), kRmsLevels), k = WideToFloat(row_.k);
+    const float unit = Divide(FloatFromBits(absmax), kRmsLevels), k = IntToFloat(row_.k);
     if (!(unit >= kSmallestScale)) return {kNothing, 0};
     if (!exact && squares_ > 0x1p-80f && squares_ < 0x1p120f) {
       const float rms = Divide(SquareRoot(Divide(squares_, k)), unit);
@@ -453,7 +454,7 @@ class RowBlock {
         RoundedQuotients(e.v, scale, reciprocal, lo);
         uint32_t mask = 0;
         if (split) {
-          if (options_.column_scope) {
+          if (ByColumn()) {
             mask = Marked(out.marks, i);
           } else if (largest >= selection.threshold) {
             mask = Outliers(selection, i, e);

@@ -293,6 +293,13 @@ inline uint32_t PackBytes(uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
   const auto byte = [](uint32_t v) { return static_cast<uint32_t>(static_cast<uint8_t>(v)); };
   return byte(a) | byte(b) << 8 | byte(c) << 16 | byte(d) << 24;
 }
+inline int32_t DotBytes(uint32_t a, uint32_t b, int32_t c) {
+  auto sum = static_cast<uint32_t>(c);
+  for (int i = 0; i < 32; i += 8) {
+    sum += static_cast<uint32_t>(int32_t{static_cast<int8_t>(a >> i)} * static_cast<int8_t>(b >> i));
+  }
+  return static_cast<int32_t>(sum);
+}
 inline int PopulationCount(uint32_t v) { return __builtin_popcount(v); }
 inline int LowestBit(uint32_t v) { return __builtin_ctz(v); }
 

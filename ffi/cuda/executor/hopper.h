@@ -108,19 +108,22 @@ inline uint32_t Swizzled(uint32_t base, int row_bytes, int row, int byte) {
   return address ^ (address >> 3 & (row_bytes == 128 ? 0x70u : 0x30u));
 }
 
+// Until a copy arrives, where it goes counts as never written.
+inline void Undefine(Buffer* shared, int64_t at) {
+  Shadow& s = shared->shadow[at];
+  s.defined = false;
+  s.fenced = true;
+  s.write = s.read = Touch();
+  shared->data[at] = 0x5b;
+}
+
 inline void CopyTileTo(const TileMap* map, uint32_t to, uint32_t barrier, int32_t k, int32_t row, int rank,
                        const Site& site) {
   Machine& m = TheMachine();
   Buffer* shared = m.shared_buffer(rank);
   if (to % 128 != 0 || to + map->box_rows * 128 > shared->bytes) m.Fail(site, "bad place in shared memory for a tile");
   if (m.Planted(site, Fault::kShiftIndex)) row += 1;
-  for (int64_t i = 0; i < int64_t{map->box_rows} * 128; ++i) {
-    Shadow& s = shared->shadow[to + i];
-    s.defined = false;
-    s.fenced = true;
-    s.write = s.read = Touch();
-    shared->data[to + i] = 0x5b;
-  }
+  for (int64_t i = 0; i < int64_t{map->box_rows} * 128; ++i) Undefine(shared, to + i);
   MemoryBarrier& b = BarrierAt(barrier, rank, site);
   m.Postpone([=, &b] {
     for (int r = 0; r < map->box_rows; ++r) {
@@ -154,6 +157,29 @@ inline void CopyTileToAll(const TileMap* map, uint32_t to, uint32_t barrier, int
   for (int rank = 0; rank < 16; ++rank) {
     if (mask >> rank & 1) CopyTileTo(map, to, barrier, k, row, rank, site);
   }
+}
+
+inline void CopyBytes(uint32_t to, Ptr<const int8_t> from, uint32_t bytes, uint32_t barrier, Site site = Site::Here()) {
+  Machine& m = TheMachine();
+  const int rank = m.rank();
+  Buffer* shared = m.shared_buffer();
+  if (to % 16 != 0 || bytes % 16 != 0 || to + bytes > shared->bytes) m.Fail(site, "bad place or size of a copy");
+  if (m.Planted(site, Fault::kShiftIndex)) from.offset += 16;
+  if (reinterpret_cast<uintptr_t>(from.buffer->data + from.offset) % 16 != 0) m.Fail(site, "misaligned copy");
+  if (from.offset < from.low || from.offset + bytes > from.high) m.Fail(site, "copy out of bounds");
+  for (uint32_t i = 0; i < bytes; ++i) {
+    Undefine(shared, to + i);
+    if (!from.buffer->shadow[from.offset + i].defined) m.Fail(site, "copies memory that nothing has written");
+  }
+  MemoryBarrier& b = BarrierAt(barrier, rank, site);
+  m.Postpone([=, &b] {
+    for (uint32_t i = 0; i < bytes; ++i) {
+      shared->data[to + i] = static_cast<uint8_t>(from.buffer->data[from.offset + i]);
+      shared->shadow[to + i].defined = true;
+    }
+    b.bytes -= bytes;
+    b.Settle();
+  });
 }
 
 // --- Products of a warpgroup.

@@ -1,0 +1,250 @@
+// The product for one or two rows on Hopper: one launch for the layer, at the speed of memory.
+//
+// Every warp has rows of the weights of its own, which the copy engine brings to shared memory in pieces, several
+// ahead: together nearly all of a multiprocessor's shared memory is on its way before the block quantises x, so that
+// the weights arrive while it does. No warp waits for another after that.
+//
+// High parts are multiplied in full: reading the weights takes longer than both products.
+#ifndef JAXINT8_FFI_CUDA_GEMV_H_
+#define JAXINT8_FFI_CUDA_GEMV_H_
+
+#include "epilogue.h"
+#include "hopper.h"
+#include "quantize.h"
+#include "rows.h"
+
+namespace jaxint8::cuda {
+
+struct GemvParams {
+  QuantizeParams rows;  // x and the rule
+  Ptr<const int8_t> w;  // [n][k], k a multiple of 16
+  int64_t n;
+  int k;
+  int piece, depth;    // bytes of a row of weights that are copied at once, and how many of these are on their way
+  int64_t base, more;  // rows of weights of a warp, and how many warps have one more
+  Epilogue epilogue;
+};
+
+inline constexpr int kGemvWarps = 16;
+inline constexpr int kGemvPiece = 4096;  // at most
+inline constexpr int kGemvDepth = 8;     // at most
+inline constexpr int64_t kGemvSharedMost = 227 * 1024;
+
+// Shared memory of a block: pieces of weights, barriers (the last of them that of x), scratch, marks, x, codes.
+struct GemvLayout {
+  int64_t barriers, scratch, marks, x, lo, hi, bytes;
+};
+JAXINT8_HOST_DEVICE constexpr GemvLayout MakeGemvLayout(int rows, int64_t row_bytes, int64_t k, int piece, int depth) {
+  GemvLayout s{};
+  s.barriers = int64_t{kGemvWarps} * depth * piece;
+  s.scratch = s.barriers + (kGemvWarps * kGemvDepth + 1) * 8;
+  s.scratch = (s.scratch + 127) / 128 * 128;
+  s.marks = s.scratch + 4 * kScratchWords;
+  s.x = s.marks + (rows > 1 ? (k + 511) / 512 * 64 : 0);
+  s.lo = s.x + rows * row_bytes;
+  s.hi = s.lo + rows * k;
+  s.bytes = s.hi + rows * k;
+  return s;
+}
+
+template <Type kType, int kRule, int kRows>
+class GemvKernel {
+ public:
+  using Params = GemvParams;
+  static constexpr int kMaxThreads = 32 * kGemvWarps;
+  static constexpr int kMinBlocks = 1;
+
+  static JAXINT8_DEVICE void Run(const Params& p) {
+#ifdef JAXINT8_HOPPER
+    GemvKernel kernel(p);
+    kernel.Work();
+#endif
+  }
+
+#ifdef JAXINT8_HOPPER
+
+ private:
+  static constexpr bool kHigh = kRule != static_cast<int>(Rule::kNone);
+  static constexpr int kBytes = RowReader<kType, true>::kBytes;
+
+  JAXINT8_DEVICE explicit GemvKernel(const Params& p)
+      : p_(p),
+        layout_(MakeGemvLayout(kRows, int64_t{kBytes} * p.k, p.k, p.piece, p.depth)),
+        lane_(ThreadIndex() % 32),
+        warp_(ThreadIndex() / 32),
+        pieces_(SharedMemory() + warp_ * p.depth * p.piece),
+        barriers_(SharedAddress(SharedMemory() + layout_.barriers)),
+        full_(barriers_ + warp_ * kGemvDepth * 8) {
+    // Warps of one number first, so that those with a row more are spread over the blocks.
+    const int64_t turn = warp_ * BlockCount() + BlockIndex();
+    rows_ = static_cast<int>(p.base + (turn < p.more ? 1 : 0));
+    first_ = p.base * turn + (turn < p.more ? turn : p.more);
+    to_copy_ = int64_t{rows_} * p.k;
+    from_ = p.w + first_ * p.k;
+  }
+
+  JAXINT8_DEVICE void Work() {
+    WaitForPreviousKernel();
+    AllowNextKernel();
+    if (ThreadIndex() == 0) CopyX();
+    Scales scales = LoadScales(0);
+    if (lane_ == 0) {
+#pragma unroll 1
+      for (int slot = 0; slot < p_.depth; ++slot) InitBarrier(full_ + 8 * slot, 1);
+      FenceBarrierInit();
+    }
+#pragma unroll 1
+    for (int slot = 0; slot < p_.depth; ++slot) Copy(slot);
+    Quantize();
+    int slot = 0;
+    uint32_t parity = 0;
+    for (int row = 0; row < rows_; row += 32) {
+      const int count = rows_ - row < 32 ? rows_ - row : 32;
+      int32_t sums[kRows] = {};  // of the lane's own row of these
+#pragma unroll 1
+      for (int i = 0; i < count; ++i) {
+        int32_t lo[kRows] = {}, hi[kRows] = {};
+#pragma unroll 1
+        for (int at = 0; at < p_.k; at += p_.piece) {
+          WaitBarrier(full_ + 8 * slot, parity);
+          Multiply(slot, at, lo, hi);
+          WarpBarrier();  // before the piece is overwritten
+          Copy(slot);
+          if (++slot == p_.depth) {
+            slot = 0;
+            parity ^= 1;
+          }
+        }
+#pragma unroll
+        for (int r = 0; r < kRows; ++r) {
+          const uint32_t sum = WarpSum(static_cast<uint32_t>(Combine(lo[r], hi[r])));
+          if (lane_ == i) sums[r] = static_cast<int32_t>(sum);
+        }
+      }
+      if (row > 0) scales = LoadScales(row);
+      if (lane_ < count) {
+        Epilogue e = p_.epilogue;
+        e.type = kType;
+#pragma unroll
+        for (int r = 0; r < kRows; ++r) {
+          StoreOutput(e, r, first_ + row + lane_, Output(e, sums[r], row_scale_[r], scales.w_scale, scales.bias));
+        }
+      }
+    }
+  }
+
+  JAXINT8_DEVICE uint32_t XBarrier() const { return barriers_ + 8 * kGemvWarps * kGemvDepth; }
+  JAXINT8_DEVICE void CopyX() const {
+    const auto bytes = static_cast<uint32_t>(kRows * kBytes * p_.k);
+    InitBarrier(XBarrier(), 1);
+    FenceBarrierInit();
+    ArriveExpecting(XBarrier(), bytes);
+    CopyBytes(SharedAddress(SharedMemory() + layout_.x), Cast<const int8_t>(p_.rows.x), bytes, XBarrier());
+  }
+
+  // Starts the copy of the next piece of this warp's weights, if there is one.
+  JAXINT8_DEVICE void Copy(int slot) {
+    if (to_copy_ == 0) return;
+    const int left = p_.k - copied_;
+    const int bytes = left < p_.piece ? left : p_.piece;
+    if (lane_ == 0) {
+      ArriveExpecting(full_ + 8 * slot, static_cast<uint32_t>(bytes));
+      CopyBytes(SharedAddress(pieces_) + slot * p_.piece, from_, static_cast<uint32_t>(bytes), full_ + 8 * slot);
+    }
+    from_ = from_ + bytes;
+    to_copy_ -= bytes;
+    copied_ = left > bytes ? copied_ + bytes : 0;
+  }
+
+  struct Scales {
+    float w_scale = 0, bias = 0;
+  };
+  JAXINT8_DEVICE Scales LoadScales(int row) const {
+    Scales s;
+    if (row + lane_ >= rows_) return s;
+    s.w_scale = Load(p_.epilogue.w_scale + (first_ + row + lane_));
+    if (p_.epilogue.bias) s.bias = Load(p_.epilogue.bias + (first_ + row + lane_));
+    return s;
+  }
+
+  JAXINT8_DEVICE void Quantize() {
+    using Row = RowBlock<kType, true, 0, kRule, kRows == 1>;
+    const Ptr<uint8_t> shared = SharedMemory();
+    const Ptr<uint32_t> scratch = Cast<uint32_t>(shared + layout_.scratch);
+    const Ptr<uint32_t> marks = Cast<uint32_t>(shared + layout_.marks);
+    const bool by_column = kRows > 1 && p_.rows.options.column_scope;
+    if (ThreadIndex() < kPieceWords) Store(scratch + kPiecesAt + ThreadIndex(), 0u);
+    if (by_column) {
+      for (int j = ThreadIndex(); j < (p_.k + 31) / 32; j += BlockThreads()) Store(marks + j, 0u);
+    }
+    Barrier();
+    WaitBarrier(XBarrier(), 0);
+    int turn = 0;
+#pragma unroll 1
+    for (int pass = by_column ? 0 : 1; pass < 2; ++pass) {
+#pragma unroll 1
+      for (int i = 0; i < kRows; ++i) {
+        Row row(shared + layout_.x + i * kBytes * p_.k, p_.k, p_.rows.options, scratch, &turn);
+        if (pass == 0) {
+          if constexpr (kRows > 1) row.Mark(marks);
+          continue;
+        }
+        RowOutput out{Cast<int8_t>(shared + layout_.lo) + i * p_.k, Ptr<int8_t>{}, p_.k, marks, Ptr<uint32_t>{}};
+        if constexpr (kHigh) out.hi = Cast<int8_t>(shared + layout_.hi) + i * p_.k;
+        const float scale = row.Quantize(out);  // has a barrier before it reads the marks
+        if (kRows > 1 && i > 0) {
+          row_scale_[kRows - 1] = scale;
+        } else {
+          row_scale_[0] = scale;
+        }
+      }
+    }
+    Barrier();
+  }
+
+  // Adds the products of the piece in the slot, at `at` of its row.
+  JAXINT8_DEVICE void Multiply(int slot, int at, int32_t (&lo)[kRows], int32_t (&hi)[kRows]) const {
+    const int left = p_.k - at, bytes = left < p_.piece ? left : p_.piece;
+    Ptr<const int8_t> w = Cast<const int8_t>(pieces_ + (slot * p_.piece + 16 * lane_));
+    Ptr<const int8_t> x = Cast<const int8_t>(SharedMemory() + layout_.lo) + (at + 16 * lane_);
+    const int whole = bytes / 512;
+#pragma unroll 4
+    for (int i = 0; i < whole; ++i) {
+      MultiplyVector(w, x, lo, hi);
+      w = w + 512;
+      x = x + 512;
+    }
+    if (whole * 512 + 16 * lane_ < bytes) MultiplyVector(w, x, lo, hi);
+  }
+
+  JAXINT8_DEVICE void MultiplyVector(Ptr<const int8_t> w, Ptr<const int8_t> x, int32_t (&lo)[kRows],
+                                     int32_t (&hi)[kRows]) const {
+    const Word4 weights = LoadAs<Word4>(w);
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      lo[r] = Dot(weights, LoadAs<Word4>(x + r * p_.k), lo[r]);
+      if constexpr (kHigh) hi[r] = Dot(weights, LoadAs<Word4>(x + (kRows + r) * p_.k), hi[r]);
+    }
+  }
+
+  static JAXINT8_DEVICE int32_t Dot(const Word4& a, const Word4& b, int32_t c) {
+    return DotBytes(a.w, b.w, DotBytes(a.z, b.z, DotBytes(a.y, b.y, DotBytes(a.x, b.x, c))));
+  }
+
+  const Params& p_;
+  const GemvLayout layout_;
+  const int lane_, warp_;
+  const Ptr<uint8_t> pieces_;
+  const uint32_t barriers_, full_;
+  int64_t first_;
+  int rows_;
+  int64_t to_copy_;
+  int copied_ = 0;  // of the row that is being copied
+  Ptr<const int8_t> from_;
+  float row_scale_[kRows] = {};
+#endif
+};
+
+}  // namespace jaxint8::cuda
+
+#endif  // JAXINT8_FFI_CUDA_GEMV_H_
