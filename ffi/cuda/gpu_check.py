@@ -27,6 +27,7 @@ STAGES = {
     "native": 120,
     "probe": 60,
     "jax": 120,
+    "model": 120,
     "sizes": 90,
     "sweep": 90,
     "layers": 170,
