@@ -12,9 +12,11 @@ import numpy as np
 from gpu_check import STAGES
 
 from jaxint8 import QuantizedMatrix, RelativeThreshold, TopK, quantize
-from jaxint8.models.cache import KVCache, capacity_for, init_cache
+from jaxint8.models import generate
+from jaxint8.models.cache import capacity_for, init_cache
 from jaxint8.models.config import DecoderConfig, QuantizationConfig
 from jaxint8.models.decoder import forward
+from jaxint8.models.sampling import Draw, Sampling
 
 CONFIG = DecoderConfig(
     family="llama",
@@ -87,36 +89,40 @@ def with_head(params: dict[str, Any], quantization: QuantizationConfig | None) -
     return {**params, "int8_head": {"weight": jax.jit(quantize)(params["lm_head"]["weight"].T)}}
 
 
-def full_cache(batch: int, config: DecoderConfig = CONFIG) -> KVCache:
-    """Returns a cache of CONTEXT random tokens a row, as long as generation would make it."""
-    capacity = capacity_for(CONTEXT + (REPEATS + 1) * STEPS)
-    cache = init_cache(config, capacity, jnp.zeros((batch,), jnp.int32), jnp.bfloat16)
-    leaves, tree = jax.tree.flatten((cache.keys, cache.values))
-    keys = jax.random.split(jax.random.key(2), len(leaves))
-    filled = [
-        jax.random.normal(key, leaf.shape, leaf.dtype)
-        for key, leaf in zip(keys, leaves, strict=True)
-    ]
-    k, v = jax.tree.unflatten(tree, filled)
-    return dataclasses.replace(cache, keys=k, values=v, length=jnp.int32(CONTEXT))
+class Decoding:
+    """Greedy generation after CONTEXT random tokens a row, STEPS tokens a call."""
 
-
-@functools.partial(
-    jax.jit, static_argnames=("quantization", "config"), donate_argnames=("cache", "token")
-)
-def decode(
-    params: Any, cache: KVCache, token: jax.Array, quantization: Any, config: DecoderConfig = CONFIG
-) -> tuple[KVCache, jax.Array]:
-    """STEPS greedy steps in one loop; the cache is updated in place, as generation does."""
-
-    def step(_: int, carry: Any) -> Any:
-        cache, token = carry
-        logits, cache = forward(
-            config, params, token[:, None], cache, quantization=quantization, last_only=True
+    def __init__(
+        self, params: Any, quantization: Any, batch: int, config: DecoderConfig = CONFIG
+    ) -> None:
+        """Fills a cache as long as generation would make it."""
+        self._params = params
+        self._how = {"config": config, "quantization": quantization}
+        capacity = capacity_for(CONTEXT + (REPEATS + 1) * STEPS)
+        cache = init_cache(config, capacity, jnp.zeros((batch,), jnp.int32), jnp.bfloat16)
+        leaves, tree = jax.tree.flatten((cache.keys, cache.values))
+        keys = jax.random.split(jax.random.key(2), len(leaves))
+        filled = [
+            jax.random.normal(key, leaf.shape, leaf.dtype)
+            for key, leaf in zip(keys, leaves, strict=True)
+        ]
+        k, v = jax.tree.unflatten(tree, filled)
+        cache = dataclasses.replace(cache, keys=k, values=v, length=jnp.int32(CONTEXT))
+        self._state = generate._State(
+            cache=cache,
+            token=jnp.arange(batch, dtype=jnp.int32),
+            done=jnp.zeros((batch,), bool),
+            step=jnp.int32(1),
+            keys=jax.random.split(jax.random.key(3), batch),
         )
-        return cache, jnp.argmax(logits[:, 0], axis=-1).astype(jnp.int32)
 
-    return jax.lax.fori_loop(0, STEPS, step, (cache, token))
+    def __call__(self) -> jax.Array:
+        """Makes STEPS tokens more."""
+        draw = Draw.of(Sampling())
+        self._state, made = generate._decode(
+            self._params, self._state, jnp.int32(STEPS), draw, **self._how
+        )
+        return made
 
 
 @functools.partial(jax.jit, static_argnames="quantization")
@@ -135,25 +141,13 @@ def _median(function: Callable[[], Any]) -> float:
     return float(np.median(times))
 
 
-def _decoding(params: Any, quantization: Any, batch: int) -> float:
-    """Returns tokens per second of one decoding step after another."""
-    state = full_cache(batch), jnp.arange(batch, dtype=jnp.int32)
-
-    def steps() -> jax.Array:
-        nonlocal state
-        state = decode(params, *state, quantization)
-        return state[1]
-
-    return STEPS * batch / _median(steps)
-
-
 def _prefilling(params: Any, quantization: Any, batch: int) -> float:
     tokens = jax.random.randint(jax.random.key(1), (batch, PROMPT), 0, CONFIG.vocab_size)
     return PROMPT * batch / _median(lambda: _prefill(params, tokens, quantization))
 
 
 def stage_decode() -> dict[str, Any]:
-    """Tokens per second: STEPS greedy steps after CONTEXT tokens in one jitted loop, and prompts of PROMPT tokens."""
+    """Tokens per second: STEPS steps of generation's loop after CONTEXT tokens, and prompts of PROMPT tokens."""
     begin = time.monotonic()
     deadline = begin + 0.85 * STAGES["decode"]
     rows: list[dict[str, Any]] = []
@@ -166,7 +160,8 @@ def stage_decode() -> dict[str, Any]:
         for batch in BATCHES:
             row: dict[str, Any] = {"method": method, "batch": batch}
             if time.monotonic() < deadline:
-                row["decode_tokens_per_s"] = _decoding(weights, quantization, batch)
+                seconds = _median(Decoding(weights, quantization, batch))
+                row["decode_tokens_per_s"] = STEPS * batch / seconds
             if time.monotonic() < deadline and weights is params:  # a prompt has one head row
                 row["prefill_tokens_per_s"] = _prefilling(weights, quantization, batch)
             rows.append(row)

@@ -8,8 +8,7 @@ import tempfile
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from gpu_decode import CONFIG, METHODS, STEPS, decode, full_cache, make_params
+from gpu_decode import CONFIG, METHODS, STEPS, Decoding, make_params
 from jax.profiler import ProfileData
 
 # Beside them a step has one embedding and one head.
@@ -24,12 +23,11 @@ def stage_profile() -> dict[str, Any]:
     for method in ("bf16", "int8 relative 6"):
         params = make_params(METHODS[method] is not None, config)
         for batch in (1, 32):
-            state = full_cache(batch, config), jnp.arange(batch, dtype=jnp.int32)
-            state = decode(params, *state, METHODS[method], config)
+            steps = Decoding(params, METHODS[method], batch, config)
+            jax.block_until_ready(steps())
             with tempfile.TemporaryDirectory() as folder:
-                jax.block_until_ready(state)
                 with jax.profiler.trace(folder):
-                    jax.block_until_ready(decode(params, *state, METHODS[method], config))
+                    jax.block_until_ready(steps())
                 events = _events(pathlib.Path(folder))
             rows.append({"method": method, "batch": batch, "layers": LAYERS, **_by_kernel(events)})
         del params
