@@ -177,6 +177,30 @@ std::vector<Options> Rules() {
   return rules;
 }
 
+// Whether a thread that leaves a processor is allowed the same ones as before, one or many.
+bool LeavesAsAllowed() {
+#if defined(__linux__)
+  cpu_set_t before, after;
+  bool same = true;
+  const auto leave = [&] {
+    same = same && sched_getaffinity(0, sizeof before, &before) == 0;
+    Leave(CurrentProcessor());
+    same = same && sched_getaffinity(0, sizeof after, &after) == 0 && CPU_EQUAL(&before, &after);
+  };
+  std::thread([&] {
+    leave();
+    cpu_set_t one;
+    CPU_ZERO(&one);
+    CPU_SET(CurrentProcessor(), &one);
+    same = same && sched_setaffinity(0, sizeof one, &one) == 0;
+    leave();
+  }).join();
+  return same;
+#else
+  return true;
+#endif
+}
+
 int Main() {
   const int64_t shapes[][3] = {{1, 1, 1},      {1, 3, 17},     {1, 576, 70},   {2, 499, 65},    {3, 130, 64},
                                {4, 64, 16},    {6, 65, 15},    {7, 768, 72},   {8, 1027, 40},   {13, 300, 128},
@@ -213,7 +237,8 @@ int Main() {
       }
     }
   }
-  int failed = 0;
+  int failed = !LeavesAsAllowed();
+  if (failed) std::printf("leaving a processor changes what a thread is allowed\n");
   for (size_t r = 0; r < count; ++r) {
     const bool supported = rungs[r]->supported();
     std::printf("%-18s %s\n", rungs[r]->name, !supported ? "not supported here" : failures[r] ? "FAILED" : "ok");

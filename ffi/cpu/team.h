@@ -14,6 +14,10 @@
 #include <new>
 #include <thread>
 
+#if defined(__linux__)
+#include <sched.h>
+#endif
+
 #include "int8.h"
 
 namespace jaxint8::cpu {
@@ -85,6 +89,32 @@ inline int64_t ThreadsFor(const Job& job, int64_t available) {
   return cores > 0 && cores < threads ? cores : threads;
 }
 
+// The processor that this thread runs on, or -1 if nobody says.
+inline int CurrentProcessor() {
+#if defined(__linux__)
+  return sched_getcpu();
+#else
+  return -1;
+#endif
+}
+
+// Moves this thread to another processor if it woke up on that of its caller, whose time it would take. The kernel of a
+// virtual machine does that to every wake-up for milliseconds on end, since its other processors, while halted, count
+// as taken away by the host. It may return: what it is allowed does not change.
+inline void Leave(int processor) {
+#if defined(__linux__)
+  if (processor < 0 || sched_getcpu() != processor) return;
+  cpu_set_t allowed;
+  if (sched_getaffinity(0, sizeof allowed, &allowed) != 0 || CPU_COUNT(&allowed) < 2) return;
+  cpu_set_t others = allowed;
+  CPU_CLR(processor, &others);
+  if (CPU_EQUAL(&others, &allowed) || sched_setaffinity(0, sizeof others, &others) != 0) return;
+  sched_setaffinity(0, sizeof allowed, &allowed);
+#else
+  static_cast<void>(processor);
+#endif
+}
+
 // `schedule(task)` hands a nullary function to the pool. Returns false if memory ran out.
 template <typename Schedule>
 bool RunJob(Job& job, int64_t available, Schedule&& schedule) {
@@ -96,7 +126,12 @@ bool RunJob(Job& job, int64_t available, Schedule&& schedule) {
     return !team.failed();
   }
   const auto team = std::make_shared<Team>(&job);
-  for (int64_t i = 1; i < threads; ++i) schedule([team] { team->Work(); });
+  for (int64_t i = 1; i < threads; ++i) {
+    schedule([team, caller = CurrentProcessor()] {
+      Leave(caller);
+      team->Work();
+    });
+  }
   team->Work();
   return !team->failed();
 }
