@@ -8,6 +8,7 @@
 #ifndef JAXINT8_FFI_CPU_INT8_H_
 #define JAXINT8_FFI_CPU_INT8_H_
 
+#include <algorithm>
 #include <cstdint>
 #include <memory>
 
@@ -170,8 +171,13 @@ class Job {
   int64_t items(int phase) const { return items_[phase]; }
   // Rough nanoseconds of the whole phase on one thread: decides whether waking another thread pays.
   double cost(int phase) const { return cost_[phase]; }
-  // How many threads share the items; only a hint of which weights a thread reads next.
+  // How many threads share the items of the last phase.
   void set_threads(int64_t threads) { threads_ = threads; }
+  // The first item of a thread's share, its lane: a stretch of adjacent blocks, so that it reads the weights as one
+  // stream, and in the next call the same ones.
+  int64_t lane(int64_t thread) const {
+    return items_[kPhases - 1] / threads_ * thread + std::min(thread, items_[kPhases - 1] % threads_);
+  }
   void Run(int phase, int64_t item);
 
  private:
@@ -182,7 +188,7 @@ class Job {
   void UnionOfGroups();
   Columns ListColumns() const;
   const float* FloatOutliers(const Block& block, const float* w_scale);
-  int64_t Place(int64_t item) const;
+  bool BeginsLane(int64_t item) const;
   void Multiply(int64_t item);
 
   Problem p_;

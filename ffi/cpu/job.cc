@@ -171,8 +171,10 @@ Job::Job(const Problem& problem) : p_(problem), ws_(Acquire()), id_(NextId()) {
   const bool multiplies = p_.kind != Problem::Kind::kQuantize;
   const bool quantizes = p_.kind != Problem::Kind::kProduct;
   if (p_.m == 0 || (multiplies && p_.n == 0)) return;
-  // Rows quantised by one item: about 64 Ki values, some 15 microseconds.
-  rows_per_item_ = std::max<int64_t>(1, (int64_t{1} << 16) / std::max<int64_t>(p_.k, 1));
+  // One row has no neighbours to share columns with.
+  if (p_.m == 1) p_.options.column_scope = false;
+  // Rows quantised by one item: 4 Ki values, a microsecond, or a 64th of them all.
+  rows_per_item_ = CeilDiv(p_.m, std::clamp<int64_t>(CeilDiv(p_.m * p_.k, 4096), 1, 64));
   const int64_t row_items = CeilDiv(p_.m, rows_per_item_);
   const double values = static_cast<double>(p_.m) * static_cast<double>(p_.k);
   if (quantizes && p_.options.column_scope) {
@@ -230,8 +232,13 @@ Columns Job::ListColumns() const {
   uint64_t* mask = Scratch().mask.Get<uint64_t>(CeilDiv(p_.k, 64));
   int64_t count = 0;
   for (int64_t t = 0; t < p_.k; t += 64) {
+    const int64_t end = std::min(p_.k, t + 64);
     uint64_t bits = 0;
-    for (int64_t j = t; j < std::min(p_.k, t + 64); ++j) {
+    if (std::memchr(marks + t, 1, static_cast<size_t>(end - t)) == nullptr) {
+      mask[t / 64] = 0;
+      continue;
+    }
+    for (int64_t j = t; j < end; ++j) {
       if (marks[j] == 0) continue;
       list[count++] = static_cast<int32_t>(j);
       bits |= uint64_t{1} << (j - t);
@@ -352,16 +359,15 @@ void Job::UnionOfGroups() {
   }
 }
 
-// The order of the blocks: threads that keep pace each go through a stretch of adjacent ones, so that each reads the
-// weights as one stream.
-int64_t Job::Place(int64_t item) const {
-  const int64_t lane = item % threads_, each = items_[3] / threads_, longer = items_[3] % threads_;
-  return lane * each + std::min(lane, longer) + item / threads_;
+// Whether a lane begins at this item, or all of them end.
+bool Job::BeginsLane(int64_t item) const {
+  const int64_t each = items_[3] / threads_, longer = items_[3] % threads_, in_longer = longer * (each + 1);
+  if (item < in_longer) return item % (each + 1) == 0;
+  return each == 0 || (item - in_longer) % each == 0;
 }
 
 void Job::Multiply(int64_t item) {
-  const int64_t place = Place(item);
-  const int64_t j0 = place / chunks_ * kBlockN, i0 = place % chunks_ * chunk_m_;
+  const int64_t j0 = item / chunks_ * kBlockN, i0 = item % chunks_ * chunk_m_;
   ThreadScratch& scratch = Scratch();
   Block b;
   b.m = std::min(chunk_m_, p_.m - i0);
@@ -374,10 +380,10 @@ void Job::Multiply(int64_t item) {
   b.with_hi = p_.kind == Problem::Kind::kLinear && p_.options.rule != Rule::kNone && !p_.options.float_outliers;
   b.plan = items_[2] && ws_->plan.groups <= HiPlan::kMaxGroups ? &ws_->plan : nullptr;
   b.w = p_.w + j0 * p_.k;
-  const int64_t next = item + threads_ < items_[3] ? Place(item + threads_) : 0;
   b.job = id_;
-  b.ahead = next > 0 ? p_.w + next / chunks_ * kBlockN * p_.k : nullptr;
-  b.ahead_n = std::min(kBlockN, p_.n - next / chunks_ * kBlockN);
+  const int64_t j_next = (item + 1) / chunks_ * kBlockN;
+  b.ahead = BeginsLane(item + 1) ? nullptr : p_.w + j_next * p_.k;
+  b.ahead_n = std::min(kBlockN, p_.n - j_next);
   b.c = scratch.c.Get<int32_t>(b.m * kBlockN);
   b.scratch = scratch.rung.Get<uint8_t>(p_.rung->scratch_bytes);
   Epilogue e;

@@ -1,18 +1,21 @@
 // Runs a Job on the calling thread and on helpers of a thread pool, without ever waiting for the pool.
 //
 // All helpers are scheduled up front and the caller works like any of them: items are claimed from one counter per
-// phase. At the end of a phase a thread waits only for items that other threads have claimed, which are therefore
-// running; nobody waits for a task that is still in a queue. So a pool of one thread, a caller that is itself a thread
-// of that pool, and helpers that start when all is done are all harmless. Scheduling later, from the last item of a
-// phase, is not an option: the context of an FFI call lives on the caller's stack and is gone once the handler returns.
+// phase, in the last phase from one per lane: a thread takes those of its own lane, then what the others have left. At
+// the end of a phase a thread waits only for items that other threads have claimed, which are therefore running; nobody
+// waits for a task that is still in a queue. So a pool of one thread, a caller that is itself a thread of that pool,
+// and helpers that start when all is done are all harmless. Scheduling later, from the last item of a phase, is not an
+// option: the context of an FFI call lives on the caller's stack and is gone once the handler returns.
 #ifndef JAXINT8_FFI_CPU_TEAM_H_
 #define JAXINT8_FFI_CPU_TEAM_H_
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <memory>
 #include <new>
 #include <thread>
+#include <vector>
 
 #if defined(__linux__)
 #include <sched.h>
@@ -27,24 +30,21 @@ inline constexpr double kNanosecondsPerThread = 6000;
 
 class Team {
  public:
-  explicit Team(Job* job) : job_(job) {
-    for (int phase = 0; phase < Job::kPhases; ++phase) phases_[phase].items = job->items(phase);
+  Team(Job* job, int64_t threads) : job_(job), lanes_(Job::kPhases - 1 + threads) {
+    for (int phase = 0; phase < Job::kPhases; ++phase) items_[phase] = job->items(phase);
+    for (int phase = 0; phase < kLast; ++phase) lanes_[phase].end = items_[phase];
+    for (int64_t lane = 0; lane < threads; ++lane) {
+      lanes_[kLast + lane].next = job->lane(lane);
+      lanes_[kLast + lane].end = job->lane(lane + 1);
+    }
   }
 
   // Claims items until none is left, phase after phase. The job is touched only while holding an item of it.
-  void Work() {
-    for (Phase& phase : phases_) {
-      for (;;) {
-        const int64_t item = phase.next.fetch_add(1, std::memory_order_relaxed);
-        if (item >= phase.items) break;
-        try {
-          job_->Run(static_cast<int>(&phase - phases_), item);
-        } catch (const std::bad_alloc&) {
-          failed_.store(true, std::memory_order_relaxed);
-        }
-        phase.done.fetch_add(1, std::memory_order_release);
-      }
-      for (int spins = 0; phase.done.load(std::memory_order_acquire) < phase.items; ++spins) {
+  void Work(int64_t own) {
+    for (int phase = 0; phase < Job::kPhases; ++phase) {
+      const int64_t count = phase < kLast ? 1 : static_cast<int64_t>(lanes_.size()) - kLast;
+      for (int64_t i = 0; i < count; ++i) WorkIn(phase, &lanes_[phase + (own + i) % count]);
+      for (int spins = 0; done_[phase].load(std::memory_order_acquire) < items_[phase]; ++spins) {
         if (spins < 4096) {
           Pause();
         } else {
@@ -65,14 +65,29 @@ class Team {
 #endif
   }
 
-  struct alignas(64) Phase {
-    int64_t items = 0;
+  struct alignas(64) Lane {
     std::atomic<int64_t> next{0};
-    alignas(64) std::atomic<int64_t> done{0};
+    int64_t end = 0;
   };
 
+  void WorkIn(int phase, Lane* lane) {
+    for (;;) {
+      const int64_t item = lane->next.fetch_add(1, std::memory_order_relaxed);
+      if (item >= lane->end) return;
+      try {
+        job_->Run(phase, item);
+      } catch (const std::bad_alloc&) {
+        failed_.store(true, std::memory_order_relaxed);
+      }
+      done_[phase].fetch_add(1, std::memory_order_release);
+    }
+  }
+
+  static constexpr int kLast = Job::kPhases - 1;
   Job* job_;
-  Phase phases_[Job::kPhases];
+  int64_t items_[Job::kPhases];
+  alignas(64) std::atomic<int64_t> done_[Job::kPhases] = {};
+  std::vector<Lane> lanes_;  // one for each phase but the last, which has one for each thread
   std::atomic<bool> failed_{false};
 };
 
@@ -118,21 +133,21 @@ inline void Leave(int processor) {
 // `schedule(task)` hands a nullary function to the pool. Returns false if memory ran out.
 template <typename Schedule>
 bool RunJob(Job& job, int64_t available, Schedule&& schedule) {
-  const int64_t threads = ThreadsFor(job, available);
-  job.set_threads(threads < 1 ? 1 : threads);
-  if (threads <= 1) {
-    Team team(&job);
-    team.Work();
+  const int64_t threads = std::max<int64_t>(1, ThreadsFor(job, available));
+  job.set_threads(threads);
+  if (threads == 1) {
+    Team team(&job, 1);
+    team.Work(0);
     return !team.failed();
   }
-  const auto team = std::make_shared<Team>(&job);
-  for (int64_t i = 1; i < threads; ++i) {
-    schedule([team, caller = CurrentProcessor()] {
+  const auto team = std::make_shared<Team>(&job, threads);
+  for (int64_t lane = 1; lane < threads; ++lane) {
+    schedule([team, lane, caller = CurrentProcessor()] {
       Leave(caller);
-      team->Work();
+      team->Work(lane);
     });
   }
-  team->Work();
+  team->Work(0);
   return !team->failed();
 }
 
