@@ -72,6 +72,19 @@ void AddHiGroups(const Block& b, uint8_t* panel) {
   }
 }
 
+// c[0..3] += (hi . W) << 7 of a single row for four rows of (unsigned) weights, outlier by outlier. To be called while
+// these rows are in the L1 cache.
+ALWAYS_INLINE inline void AddHiSingle(const Row& row, const int8_t* const (&w)[4], int32_t* c) {
+  int32_t sum[4] = {};
+  for (int32_t o = 0; o < row.count; ++o) {
+    const Outlier& outlier = row.outliers[o];
+    Unroll<4>([&](auto j) ALWAYS_INLINE { sum[j] += outlier.hi * (w[j][outlier.column] + 128); });
+  }
+  Unroll<4>([&](auto j) ALWAYS_INLINE {
+    c[j] = static_cast<int32_t>(static_cast<uint32_t>(c[j]) + (static_cast<uint32_t>(sum[j]) << 7));
+  });
+}
+
 // Which part of a block a group of dot products covers.
 struct Part {
   int64_t i;           // the first row of activations
@@ -161,6 +174,13 @@ void Dots(const Block& b, const Part& part) {
       const __m128i before = part.begin > 0 ? _mm_load_si128(out) : _mm_set1_epi32(Correction(b.rows[part.i + i]));
       _mm_store_si128(out, _mm_add_epi32(before, four));
     });
+    if constexpr (M == 1 && !kDense) {
+      if (b.m == 1 && b.with_hi && part.end == b.k && b.rows[0].words > 0) {
+        const int8_t* w[4];
+        Unroll<4>([&](auto j) ALWAYS_INLINE { w[j] = b.w + (first + j < b.n ? first + j : b.n - 1) * k; });
+        AddHiSingle(b.rows[0], w, b.c + first);
+      }
+    }
   }
 }
 
@@ -177,7 +197,7 @@ void MultiplyDots(const Block& b) {
   const int64_t teams = b.m <= kDotsM ? 1 : (b.m + 3) / 4;
   const int64_t most = (b.m + teams - 1) / teams;
   const int64_t width = kDotsBytes / (dense ? 2 * most : most) / 64 * 64;
-  const bool gathers = b.plan && b.plan->groups > 0;
+  const bool gathers = b.plan && b.m > 1 && b.plan->groups > 0;
   const int64_t turn = teams == 1 && !gathers ? kBlockN : ((16 << 10) / (b.k + 1) / 8 + 1) * 8;
   uint8_t* const panel = reinterpret_cast<TileScratch*>(b.scratch)->panels[0];
   int64_t begin = 0;

@@ -310,10 +310,9 @@ void Job::CopyRows(int64_t item) {
 void Job::PlanHi() {
   Workspace& ws = *ws_;
   ws.plan = HiPlan{};
-  UnionOfGroups();
-  const auto groups = static_cast<int64_t>(ws.groups.size());
-  // Dense: a multiplication per 64 columns. Else: a load and a store per group.
-  if (p_.m == 1 && (groups > HiPlan::kMaxGroups || groups * 4 > p_.k / 64)) {
+  if (p_.m == 1) {
+    // Dense: a multiplication per 64 columns more. Else: one and a load per outlier.
+    if (ws.rows[0].words <= HiPlan::kMaxGroups && ws.rows[0].count * 80 <= p_.k) return;
     const int64_t width = RoundUp(p_.k, 64);
     int8_t* hi = ws.hi.Get<int8_t>(width);
     std::memset(hi, 0, static_cast<size_t>(width));
@@ -325,6 +324,8 @@ void Job::PlanHi() {
     ws.plan.hi = hi;
     return;
   }
+  UnionOfGroups();
+  const auto groups = static_cast<int64_t>(ws.groups.size());
   ws.slots.clear();
   for (int64_t i = 0; i < p_.m; ++i) {
     for (int32_t j = 0; j < ws.rows[i].words; ++j) {
