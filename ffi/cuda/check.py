@@ -3,7 +3,8 @@
     python ffi/cuda/check.py build/cuda/.../launch.cu.o [...]
 
 Prints one line per kernel and exits with status 1 if a kernel spills, uses the stack, wants more shared memory than a
-block may have, or lacks the matrix instructions that it is made of. Needs cuobjdump and nvdisasm (CUDA toolkit, or the
+block may have, lacks the matrix instructions that it is made of, or waits for each of them (the assembler serialises
+wgmma, and only mentions it: C7510 to C7519, where the registers of one are touched before it has been waited for). Needs cuobjdump and nvdisasm (CUDA toolkit, or the
 wheels nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm).
 """
 
@@ -142,6 +143,9 @@ def main() -> int:
                 and not re.search(p, text)
                 and not (name.startswith(HOPPER) and architecture != "sm_90a")
             ]
+            waits = len(re.findall(r"\bWARPGROUP\.DEPBAR\b", text))
+            if 0 < matrix[1] <= waits:
+                faults.append(f"{where}: {waits} waits for {matrix[1]} IGMMA: serialised")
             faults += [
                 f"{where}: has {p}"
                 for k, p in FORBIDDEN.items()
