@@ -1,4 +1,4 @@
-// The product for one or two rows on Hopper: one launch for the layer, at the speed of memory.
+// The product for one row on Hopper, or two without outliers: one launch for the layer, at the speed of memory.
 //
 // Every warp has rows of the weights of its own, which the copy engine brings to shared memory in pieces, several
 // ahead: together nearly all of a multiprocessor's shared memory is on its way before the block quantises x, so that
@@ -28,19 +28,17 @@ struct GemvParams {
 inline constexpr int kGemvWarps = 16;
 inline constexpr int kGemvPiece = 4096;  // at most
 inline constexpr int kGemvDepth = 8;     // at most
-inline constexpr int64_t kGemvSharedMost = 227 * 1024;
 
-// Shared memory of a block: pieces of weights, barriers (the last of them that of x), scratch, marks, x, codes.
+// Shared memory of a block: pieces of weights, barriers (the last of them that of x), scratch, x, codes.
 struct GemvLayout {
-  int64_t barriers, scratch, marks, x, lo, hi, bytes;
+  int64_t barriers, scratch, x, lo, hi, bytes;
 };
 JAXINT8_HOST_DEVICE constexpr GemvLayout MakeGemvLayout(int rows, int64_t row_bytes, int64_t k, int piece, int depth) {
   GemvLayout s{};
   s.barriers = int64_t{kGemvWarps} * depth * piece;
   s.scratch = s.barriers + (kGemvWarps * kGemvDepth + 1) * 8;
   s.scratch = (s.scratch + 127) / 128 * 128;
-  s.marks = s.scratch + 4 * kScratchWords;
-  s.x = s.marks + (rows > 1 ? (k + 511) / 512 * 64 : 0);
+  s.x = s.scratch + 4 * kScratchWords;
   s.lo = s.x + rows * row_bytes;
   s.hi = s.lo + rows * k;
   s.bytes = s.hi + rows * k;
@@ -64,6 +62,7 @@ class GemvKernel {
 #ifdef JAXINT8_HOPPER
 
  private:
+  static_assert(kRows == 1 || kRule == 0, "several rows with a rule are sooner quantised by blocks of their own");
   static constexpr bool kHigh = kRule != static_cast<int>(Rule::kNone);
   static constexpr int kBytes = RowReader<kType, true>::kBytes;
 
@@ -168,36 +167,19 @@ class GemvKernel {
   }
 
   JAXINT8_DEVICE void Quantize() {
-    using Row = RowBlock<kType, true, 0, kRule, kRows == 1>;
+    using Row = RowBlock<kType, true, 0, kRule, true>;
     const Ptr<uint8_t> shared = SharedMemory();
     const Ptr<uint32_t> scratch = Cast<uint32_t>(shared + layout_.scratch);
-    const Ptr<uint32_t> marks = Cast<uint32_t>(shared + layout_.marks);
-    const bool by_column = kRows > 1 && p_.rows.options.column_scope;
     if (ThreadIndex() < kPieceWords) Store(scratch + kPiecesAt + ThreadIndex(), 0u);
-    if (by_column) {
-      for (int j = ThreadIndex(); j < (p_.k + 31) / 32; j += BlockThreads()) Store(marks + j, 0u);
-    }
     Barrier();
     WaitBarrier(XBarrier(), 0);
     int turn = 0;
-#pragma unroll 1
-    for (int pass = by_column ? 0 : 1; pass < 2; ++pass) {
-#pragma unroll 1
-      for (int i = 0; i < kRows; ++i) {
-        Row row(shared + layout_.x + i * kBytes * p_.k, p_.k, p_.rows.options, scratch, &turn);
-        if (pass == 0) {
-          if constexpr (kRows > 1) row.Mark(marks);
-          continue;
-        }
-        RowOutput out{Cast<int8_t>(shared + layout_.lo) + i * p_.k, Ptr<int8_t>{}, p_.k, marks, Ptr<uint32_t>{}};
-        if constexpr (kHigh) out.hi = Cast<int8_t>(shared + layout_.hi) + i * p_.k;
-        const float scale = row.Quantize(out);  // has a barrier before it reads the marks
-        if (kRows > 1 && i > 0) {
-          row_scale_[kRows - 1] = scale;
-        } else {
-          row_scale_[0] = scale;
-        }
-      }
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      Row row(shared + layout_.x + i * kBytes * p_.k, p_.k, p_.rows.options, scratch, &turn);
+      RowOutput out{Cast<int8_t>(shared + layout_.lo) + i * p_.k, {}, p_.k, {}, {}};
+      if constexpr (kHigh) out.hi = Cast<int8_t>(shared + layout_.hi) + i * p_.k;
+      row_scale_[i] = row.Quantize(out);
     }
     Barrier();
   }

@@ -34,8 +34,8 @@ class Call {
     JAXINT8_TRY(HasWgmma(&wgmma_));
     if (p_.path == Path::kWgmma && !wgmma_) return "the wgmma kernels need compute capability 9.0";
     wgmma_ = wgmma_ && p_.path != Path::kTiled && p_.k > 0;
-    swapped_ = wgmma_ && !plan_.stream && p_.m <= kSwappedM;  // or skinny
-    const bool bits = plan_.by_column || !swapped_;           // marked columns, or those to gather
+    swapped_ = wgmma_ && !plan_.stream && p_.m <= (plan_.has_rule ? kSwappedM : kSwappedPlainM);  // or skinny
+    const bool bits = plan_.by_column || !swapped_;  // marked columns, or those to gather
     if (plan_.bits_bytes > 0 && bits) JAXINT8_TRY(Clear(stream_, p_.workspace + plan_.bits, plan_.bits_bytes));
     switch (p_.kind) {
       case Problem::Kind::kQuantize:
@@ -108,31 +108,40 @@ class Call {
 
   template <Type kType, bool kVector>
   const char* QuantizeWith(const QuantizeParams& q) {
-    using Kernel = QuantizeKernel<kType, kVector, 0, -1>;
-    int threads = 64;
-    while (threads < Kernel::kMaxThreads && threads * 8 * kHeldGroups < q.stride) threads *= 2;
-    if constexpr (kVector && kType != Type::kF32) {
-      if (threads * 8 * kHeldGroups >= q.stride &&
-          threads <= QuantizeKernel<kType, true, kHeldGroups, 0>::kMaxThreads) {
-        switch (q.options.rule) {
-          case Rule::kNone:
-            return QuantizeHeld<kType, Rule::kNone>(q, threads);
-          case Rule::kThreshold:
-            return QuantizeHeld<kType, Rule::kThreshold>(q, threads);
-          case Rule::kRelative:
-            return QuantizeHeld<kType, Rule::kRelative>(q, threads);
-          case Rule::kTopK:
-            return QuantizeHeld<kType, Rule::kTopK>(q, threads);
-        }
+    if constexpr (kVector) {
+      switch (q.options.rule) {
+        case Rule::kNone:
+          return QuantizeRule<kType, static_cast<int>(Rule::kNone)>(q);
+        case Rule::kThreshold:
+          return QuantizeRule<kType, static_cast<int>(Rule::kThreshold)>(q);
+        case Rule::kRelative:
+          return QuantizeRule<kType, static_cast<int>(Rule::kRelative)>(q);
+        case Rule::kTopK:
+          return QuantizeRule<kType, static_cast<int>(Rule::kTopK)>(q);
       }
     }
-    return Launch<Kernel>(q.m, threads, Kernel::kShared, q);
+    return QuantizeLaunch<QuantizeKernel<kType, kVector, 0, -1>>(q);
   }
 
-  template <Type kType, Rule kRule>
-  const char* QuantizeHeld(const QuantizeParams& q, int threads) {
-    using Kernel = QuantizeKernel<kType, true, kHeldGroups, static_cast<int>(kRule)>;
-    return Launch<Kernel>(q.m, threads, Kernel::kShared, q);
+  template <Type kType, int kRule>
+  const char* QuantizeRule(const QuantizeParams& q) {
+    if constexpr (kType != Type::kF32) {
+      using Kernel = QuantizeKernel<kType, true, kHeldGroups, kRule>;
+      if (Kernel::kMaxThreads * 8 * kHeldGroups >= q.stride) return QuantizeLaunch<Kernel>(q);
+    }
+#ifdef JAXINT8_HAS_WGMMA
+    using Kernel = QuantizeKernel<kType, true, kStaged, kRule>;
+    const int64_t shared = Kernel::kShared + q.k * Bytes(kType);
+    if (wgmma_ && shared <= kStagedMost) return QuantizeLaunch<Kernel>(q, shared);
+#endif
+    return QuantizeLaunch<QuantizeKernel<kType, true, 0, -1>>(q);
+  }
+
+  template <typename Kernel>
+  const char* QuantizeLaunch(const QuantizeParams& q, int64_t shared = Kernel::kShared) {
+    int threads = 64;
+    while (threads < Kernel::kMaxThreads && threads * 8 * kHeldGroups < q.stride) threads *= 2;
+    return Launch<Kernel>(q.m, threads, shared, q);
   }
 
   Epilogue MakeEpilogue() const {
@@ -310,27 +319,27 @@ class Call {
   const char* Gemv() {
     switch (p_.type) {
       case Type::kF32:
-        return p_.m == 1 ? GemvRule<Type::kF32, 1>() : GemvRule<Type::kF32, 2>();
+        return GemvRule<Type::kF32>();
       case Type::kBF16:
-        return p_.m == 1 ? GemvRule<Type::kBF16, 1>() : GemvRule<Type::kBF16, 2>();
+        return GemvRule<Type::kBF16>();
       case Type::kF16:
-        return p_.m == 1 ? GemvRule<Type::kF16, 1>() : GemvRule<Type::kF16, 2>();
+        return GemvRule<Type::kF16>();
       default:
         return "x: expected float32, bfloat16 or float16";
     }
   }
 
-  template <Type kType, int kRows>
+  template <Type kType>
   const char* GemvRule() {
     switch (p_.options.rule) {
       case Rule::kNone:
-        return GemvWith<GemvKernel<kType, static_cast<int>(Rule::kNone), kRows>>(kRows);
+        return p_.m == 1 ? GemvWith<GemvKernel<kType, 0, 1>>(1) : GemvWith<GemvKernel<kType, 0, 2>>(2);
       case Rule::kThreshold:
-        return GemvWith<GemvKernel<kType, static_cast<int>(Rule::kThreshold), kRows>>(kRows);
+        return GemvWith<GemvKernel<kType, static_cast<int>(Rule::kThreshold), 1>>(1);
       case Rule::kRelative:
-        return GemvWith<GemvKernel<kType, static_cast<int>(Rule::kRelative), kRows>>(kRows);
+        return GemvWith<GemvKernel<kType, static_cast<int>(Rule::kRelative), 1>>(1);
       default:
-        return GemvWith<GemvKernel<kType, static_cast<int>(Rule::kTopK), kRows>>(kRows);
+        return GemvWith<GemvKernel<kType, static_cast<int>(Rule::kTopK), 1>>(1);
     }
   }
 
@@ -382,7 +391,6 @@ class Call {
     s.m = p_.m;
     s.n = p_.n;
     s.k = p_.k;
-    s.cluster = ChooseCluster(p_.n, p_.k, multiprocessors_);
     s.weights_first = follows_ && !plan_.align_w;
     s.epilogue = MakeEpilogue();
     const int rows = p_.m <= 32 ? 32 : p_.m <= 64 ? 64 : 128;
@@ -391,11 +399,12 @@ class Call {
     if (hi) JAXINT8_TRY(MakeTileMap(&s.hi, hi, p_.m, p_.k, stride, rows));
     if (rows == 32) return hi ? SwappedWith<SwappedKernel<32, true>>(s) : SwappedWith<SwappedKernel<32, false>>(s);
     if (rows == 64) return hi ? SwappedWith<SwappedKernel<64, true>>(s) : SwappedWith<SwappedKernel<64, false>>(s);
-    return hi ? SwappedWith<SwappedKernel<128, true>>(s) : SwappedWith<SwappedKernel<128, false>>(s);
+    return SwappedWith<SwappedKernel<128, true>>(s);
   }
 
   template <typename Kernel>
-  const char* SwappedWith(const SwappedParams& s) {
+  const char* SwappedWith(SwappedParams& s) {
+    s.cluster = ChooseCluster(p_.n, p_.k, multiprocessors_, Kernel::kMinBlocks);
     const bool overlapped = follows_;
     follows_ = true;
     return cuda::Launch<Kernel>(stream_, (p_.n + 127) / 128 * s.cluster, Kernel::kMaxThreads, Kernel::kShared, s,

@@ -18,7 +18,8 @@ inline constexpr int64_t kStreamM = 16;
 // row after the other, so that more rows are sooner done by a kernel of their own.
 inline constexpr int64_t kFusedM = 2;
 inline constexpr int64_t kFusedActivations = 16384;
-// The same on Hopper (gemv.h), if the activations leave shared memory for two pieces of weights for each warp.
+// The same on Hopper (gemv.h), if the activations leave shared memory for two pieces of weights for each warp. With a
+// rule one row: two of them one after the other take longer than a kernel of their own.
 inline constexpr int64_t kGemvM = 2;
 // Codes in the workspace: rows padded with zeros to a multiple of this.
 inline constexpr int64_t kCodeAlign = 256;
@@ -75,38 +76,48 @@ inline int ChooseWgmma(int64_t m, int64_t n, int64_t multiprocessors) {
   return best;
 }
 
-// Up to this many rows Hopper's product has the weights in the place of the rows (swapped.h).
-inline constexpr int64_t kSwappedM = 128;
+// Up to this many rows Hopper's product has the weights in the place of the rows (swapped.h), with outliers and
+// without: measured on an H200.
+inline constexpr int64_t kSwappedM = 128, kSwappedPlainM = 64;
 
-// Blocks that share the k of 128 outputs there: enough for all multiprocessors, with two steps of k for each. Larger
-// clusters than pairs do not fill the chip, whose multiprocessors come in groups that are no multiple of four.
-inline int ChooseCluster(int64_t n, int64_t k, int64_t multiprocessors) {
+// Blocks that share the k of 128 outputs there, with four steps of k for each at least. Where only one block fits on a
+// multiprocessor, clusters larger than pairs do not fill the chip, whose multiprocessors come in groups that are no
+// multiple of four.
+inline int ChooseCluster(int64_t n, int64_t k, int64_t multiprocessors, int fit) {
   const int64_t tiles = (n + 127) / 128, steps = (k + 127) / 128;
   int cluster = 1;
-  while (cluster < 8 && 2 * cluster * tiles * (cluster > 1 ? 3 : 2) <= 2 * multiprocessors && 4 * cluster <= steps) {
+  while (cluster < (fit > 1 ? 8 : 2) && 2 * cluster * tiles * 2 <= (1 + fit) * multiprocessors &&
+         4 * cluster <= steps) {
     cluster *= 2;
   }
   return cluster;
 }
 
-// How gemv.h copies weights: equal pieces of a row, as many at once as fit, but no more than a warp has in all its
-// rows.
+// Shared memory that a block may have, and what a block needs that still quantises on the same multiprocessor.
+inline constexpr int64_t kSharedMost = 227 * 1024, kSharedQuantize = 4 * kScratchWords + 1024;
+
+// How gemv.h copies weights: equal pieces of a row, such that the most bytes are on their way, but no more pieces than
+// a warp has in all its rows.
 struct GemvShape {
   int piece, depth;  // depth 0: it does not fit
   int64_t shared;
 };
 inline GemvShape ChooseGemv(int rows, int64_t k, int64_t row_bytes, int64_t rows_of_warp) {
-  GemvShape s{};
-  const int64_t pieces = (k + kGemvPiece - 1) / kGemvPiece;
-  s.piece = static_cast<int>(RoundUp((k + pieces - 1) / pieces, 512));
-  const int64_t all = rows_of_warp * pieces;
-  for (int depth = 1; depth <= kGemvDepth && (depth <= 2 || depth <= all); ++depth) {
-    const int64_t bytes = MakeGemvLayout(rows, row_bytes, k, s.piece, depth).bytes;
-    if (bytes > kGemvSharedMost) break;
-    s.depth = depth;
-    s.shared = bytes;
+  GemvShape best{};
+  int64_t most = 0;
+  for (int64_t pieces = (k + kGemvPiece - 1) / kGemvPiece; pieces <= 4 * k / kGemvPiece + 1; ++pieces) {
+    const int piece = static_cast<int>(RoundUp((k + pieces - 1) / pieces, 512));
+    for (int depth = 2; depth <= kGemvDepth; ++depth) {
+      const int64_t shared = MakeGemvLayout(rows, row_bytes, k, piece, depth).bytes;
+      if (shared > kSharedMost) break;
+      const int64_t ahead = int64_t{piece} * depth < rows_of_warp * k ? int64_t{piece} * depth : rows_of_warp * k;
+      if (ahead > most) {
+        best = {piece, depth, shared};
+        most = ahead;
+      }
+    }
   }
-  return s;
+  return best;
 }
 
 // How skinny.h cuts a product: the groups of 16 outputs of a block at once, all alike, and as many steps of a warp as
@@ -122,7 +133,7 @@ inline SkinnyShape ChooseSkinny(int tiles, bool high, int64_t n, int64_t k, int6
   const int64_t steps = turns * (((k + kBoxK - 1) / kBoxK + kSkinnyWarps - 1) / kSkinnyWarps);
   for (int depth = 1; depth <= kSkinnyDepth && depth <= steps; ++depth) {
     const int64_t bytes = MakeSkinnyLayout(tiles, high, s.groups, depth).bytes;
-    if (bytes > kGemvSharedMost) break;
+    if (bytes + kSharedQuantize > kSharedMost) break;
     s.depth = depth;
     s.shared = bytes;
   }
@@ -171,8 +182,8 @@ inline Plan MakePlan(const Problem& p, bool hopper) {
   plan.stream = !quantize && few && p.path != Path::kTiled && p.path != Path::kWgmma;
   plan.stride = quantize ? p.k : RoundUp(p.k, kCodeAlign);
   plan.gemv = hopper && linear && (p.path == Path::kAuto || p.path == Path::kWgmma) && p.k % 16 == 0 && p.k > 0 &&
-              p.m <= kGemvM &&
-              ChooseGemv(static_cast<int>(p.m), p.k, p.k * (p.type == Type::kF32 ? 4 : 2), 2).depth >= 2;
+              p.m <= (plan.has_rule ? 1 : kGemvM) &&
+              ChooseGemv(static_cast<int>(p.m), p.k, p.k * (p.type == Type::kF32 ? 4 : 2), 2).depth > 0;
   plan.skinny = hopper && !quantize && !plan.gemv && (p.path == Path::kAuto || p.path == Path::kWgmma) &&
                 p.k % 16 == 0 && p.k > 0 && p.m <= kStreamM;
   plan.stream = (plan.stream && !plan.skinny) || plan.gemv;

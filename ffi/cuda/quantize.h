@@ -3,6 +3,7 @@
 #define JAXINT8_FFI_CUDA_QUANTIZE_H_
 
 #include "device.h"
+#include "hopper.h"
 #include "int8.h"
 #include "rows.h"
 
@@ -25,6 +26,9 @@ struct QuantizeParams {
 // Rows of 16-bit elements are held in registers if this many times eight per thread suffice; more would not fit beside
 // the rest.
 inline constexpr int kHeldGroups = 2;
+// In the place of that number: Hopper's copy engine brings the row to shared memory, as much as needs no permission.
+inline constexpr int kStaged = -1;
+inline constexpr int64_t kStagedMost = 48 * 1024;
 
 // One block per row.
 template <Type kType, bool kVector, int kHeld, int kRule>
@@ -32,7 +36,8 @@ struct QuantizeKernel {
   using Params = QuantizeParams;
   static constexpr int kMaxThreads = kHeld > 0 ? 256 : 512;
   static constexpr int kMinBlocks = kHeld > 0 ? 3 : 2;
-  static constexpr int64_t kShared = 4 * kScratchWords;
+  // Without a staged row, which lies behind this.
+  static constexpr int64_t kShared = 4 * kScratchWords + (kHeld == kStaged ? 128 : 0);
 
   static JAXINT8_DEVICE void Run(const Params& p) {
     WaitForPreviousKernel();
@@ -40,8 +45,25 @@ struct QuantizeKernel {
     const int64_t i = BlockIndex();
     const Ptr<uint32_t> scratch = Cast<uint32_t>(SharedMemory());
     int turn = 0;
-    RowBlock<kType, kVector, kHeld, kRule> row(p.x + i * p.k * RowReader<kType, kVector>::kBytes, p.k, p.options,
-                                               scratch, &turn);
+    Ptr<const uint8_t> x = p.x + i * p.k * RowReader<kType, kVector>::kBytes;
+    if constexpr (kHeld == kStaged) {
+#ifdef JAXINT8_HOPPER
+      const auto bytes = static_cast<uint32_t>(p.k) * RowReader<kType, kVector>::kBytes;
+      const uint32_t barrier = SharedAddress(SharedMemory() + 4 * kScratchWords);
+      if (ThreadIndex() == 0) {
+        InitBarrier(barrier, 1);
+        FenceBarrierInit();
+        ArriveExpecting(barrier, bytes);
+        CopyBytes(SharedAddress(SharedMemory() + kShared), Cast<const int8_t>(x), bytes, barrier);
+      }
+      Barrier();
+      WaitBarrier(barrier, 0);
+      x = SharedMemory() + kShared;
+#else
+      return;
+#endif
+    }
+    RowBlock<kType, kVector, (kHeld > 0 ? kHeld : 0), kRule> row(x, p.k, p.options, scratch, &turn);
     if (p.marking) {
       row.Mark(p.marks);
       return;

@@ -54,7 +54,7 @@ struct Selection {
   int last;
   uint32_t sure = 0;
   JAXINT8_DEVICE bool Has(uint32_t magnitude, int column) const {
-    return magnitude > threshold || (magnitude == threshold && column <= last);
+    return (magnitude > threshold) | ((magnitude == threshold) & (column <= last));
   }
 };
 
@@ -155,6 +155,16 @@ class RowBlock {
     } else {
 #pragma unroll 1
       for (int i = 8 * ThreadIndex(); i < end; i += 8 * BlockThreads()) {
+        if constexpr (kVector && !kAgain) {
+          typename Reader::Raw raw{};
+          if (i < row_.k) raw = row_.ReadRaw(i);
+          body(i, Reader::LargestOf(raw), [&raw] {
+            Values values;
+            Reader::Widen(raw, values.v);
+            return values;
+          });
+          continue;
+        }
         Values values{};
         if (i < row_.k) row_.Read(i, values.v);
         uint32_t largest = 0;
@@ -236,13 +246,10 @@ class RowBlock {
       t.count += static_cast<uint32_t>(PopulationCount(mask));
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
-        const uint32_t a = Magnitude(e.v[j]);
-        if (mask >> j & 1) {
-          t.outlier = a > t.outlier ? a : t.outlier;
-          if (a < selection.sure) t.count |= kUnsure;
-        } else {
-          t.rest = a > t.rest ? a : t.rest;
-        }
+        const uint32_t a = Magnitude(e.v[j]), out = 0u - (mask >> j & 1);  // all bits or none: a warp takes both ways
+        t.outlier = (a & out) > t.outlier ? a & out : t.outlier;
+        t.rest = (a & ~out) > t.rest ? a & ~out : t.rest;
+        t.count |= out & (a < selection.sure ? kUnsure : 0);
       }
     });
     const int lane = ThreadIndex() % 32, warp = ThreadIndex() / 32, warps = BlockThreads() / 32;
@@ -464,7 +471,7 @@ class RowBlock {
 #pragma unroll
           for (int j = 0; j < 8; ++j) {
             const auto code = static_cast<int32_t>(lo[j] - kMagicBits);
-            hi[j] = mask >> j & 1 ? static_cast<uint32_t>((code + 64) >> 7) : 0;
+            hi[j] = static_cast<uint32_t>((code + 64) >> 7) & (0u - (mask >> j & 1));
             high |= static_cast<uint32_t>(hi[j] != 0) << j;
             lo[j] -= hi[j] << 7;
           }

@@ -1,9 +1,10 @@
 // The product for some tens of rows on Hopper (sm_90a): as in wgmma.h, but with the weights in the place of the rows,
 // 128 of them to a block, and all activations in that of the columns, so that few rows cost few products.
 //
-// One thread of the first warpgroup keeps kStages stages of shared memory filled, beginning with the weights while the
-// activations are still being quantised; the other two multiply. The blocks of a cluster share the k of a tile, so that
-// also a narrow layer keeps all multiprocessors reading, and add their sums through each other's shared memory.
+// Two warpgroups multiply; one thread beside them keeps kStages stages of shared memory filled, beginning with the
+// weights while the activations are still being quantised. The blocks of a cluster share the k of a tile, so that also
+// a narrow layer keeps all multiprocessors reading, and add their sums through each other's shared memory. Up to 64
+// rows two blocks fit on a multiprocessor: a second tile is on its way while the first ends.
 //
 // High parts (kHigh) are multiplied in full, with sums of their own: reading the weights takes longer than both.
 #ifndef JAXINT8_FFI_CUDA_SWAPPED_H_
@@ -27,11 +28,11 @@ class SwappedKernel {
  public:
   using Params = SwappedParams;
   static constexpr int kTileM = 128, kTileK = 128;
-  static constexpr int kMaxThreads = 3 * 128;
-  static constexpr int kMinBlocks = 1;
+  static constexpr int kMaxThreads = 2 * 128 + 32;
+  static constexpr int kMinBlocks = kTileN <= 64 ? 2 : 1;
   static constexpr int kBytesW = kTileM * kTileK, kBytesX = kTileN * kTileK;
   static constexpr int kStageBytes = kBytesW + kBytesX * (kHigh ? 2 : 1);
-  static constexpr int kStages = 196608 / kStageBytes < 8 ? 196608 / kStageBytes : 8;
+  static constexpr int kStages = (kMinBlocks > 1 ? 106496 : 196608) / kStageBytes;
   // Stages first, in 1024-byte units; then two barriers per stage.
   static constexpr int64_t kShared = 1024 + kStages * (kStageBytes + 16);
 
@@ -82,13 +83,11 @@ class SwappedKernel {
       FenceBarrierInit();
     }
     Barrier();
-    if (ThreadIndex() < 128) {
-      GiveRegisters<40>();
-      if (ThreadIndex() == 0) Produce();
+    if (ThreadIndex() >= 2 * 128) {
+      if (ThreadIndex() == 2 * 128) Produce();
       WarpBarrier();                                 // all lanes together again
       for (int i = 0; i < 3; ++i) ClusterBarrier();  // those of AddBlocks
     } else {
-      TakeRegisters<232>();
       WaitForPreviousKernel();
       const Tile tile = MyTile();
       int32_t c[kSums];
@@ -126,7 +125,7 @@ class SwappedKernel {
 
   // c = the sums of this block's steps. One stage's products run while the next are issued.
   JAXINT8_DEVICE void Multiply(int32_t (&c)[kSums], int steps) const {
-    const uint32_t rows = static_cast<uint32_t>(ThreadIndex() / 128 - 1) * 64 * kTileK;
+    const uint32_t rows = static_cast<uint32_t>(ThreadIndex() / 128) * 64 * kTileK;
     int32_t high[kHigh ? kSums : 1];
     int stage = 0, last = 0;
     uint32_t parity = 0, add = 0;
@@ -173,7 +172,7 @@ class SwappedKernel {
 
   // Adds the sums of the blocks of the cluster, each its share of the rows of x, and stores the outputs.
   JAXINT8_DEVICE void AddBlocks(const int32_t (&c)[kSums], const Tile& tile) const {
-    const int thread = ThreadIndex() - 128, lane = thread % 32, g = lane / 4, t = lane % 4;
+    const int thread = ThreadIndex(), lane = thread % 32, g = lane / 4, t = lane % 4;
     const Epilogue& e = p_.epilogue;
     Columns columns;
     columns.first = 4 * lane;
@@ -224,7 +223,7 @@ class SwappedKernel {
     const int64_t left = p_.m - tile.m;
     const int rows = left < kTileN ? static_cast<int>(left) : kTileN;
 #pragma unroll 1
-    for (int row = static_cast<int>(rank_) * 8 + ThreadIndex() / 32 - 4; row < rows; row += 8 * kBlocks) {
+    for (int row = static_cast<int>(rank_) * 8 + ThreadIndex() / 32; row < rows; row += 8 * kBlocks) {
       Word4 parts[kBlocks];
 #pragma unroll
       for (int block = 0; block < kBlocks; ++block) {
