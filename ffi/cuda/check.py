@@ -3,9 +3,9 @@
     python ffi/cuda/check.py build/cuda/.../launch.cu.o [...]
 
 Prints one line per kernel and exits with status 1 if a kernel spills, uses the stack, wants more shared memory than a
-block may have, lacks the matrix instructions that it is made of, or waits for each of them (the assembler serialises
-wgmma, and only mentions it: C7510 to C7519, where the registers of one are touched before it has been waited for). Needs cuobjdump and nvdisasm (CUDA toolkit, or the
-wheels nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm).
+block may have, lacks the matrix instructions that it is made of, or waits for each of them: the assembler serialises
+wgmma where the registers of one are touched before it has been waited for, and only mentions it (C7510 to C7519).
+Needs cuobjdump and nvdisasm (CUDA toolkit, or the wheels nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm).
 """
 
 import argparse
@@ -71,11 +71,11 @@ def readable(symbol: str) -> str:
     match = re.search(r"\d([A-Z][A-Za-z]*Kernel)(.*)EEvN?T", symbol)
     if match is None:
         return symbol
-    arguments = re.findall(r"L(?:NS0_4TypeE(\d)|([ilb])(\d+))E", match[2])
+    arguments = re.findall(r"L(?:NS0_4TypeE(\d)|([ilb])(n?\d+))E", match[2])
     return (
         match[1]
         + "<"
-        + ", ".join(TYPES.get(t, t) if t else value for t, _, value in arguments)
+        + ", ".join(TYPES.get(t, t) if t else value.replace("n", "-") for t, _, value in arguments)
         + ">"
     )
 
