@@ -36,12 +36,15 @@ void GatherGroups(const Block& b, int64_t j, int64_t rows, uint8_t* panel) {
   const HiPlan& plan = *b.plan;
   int64_t whole = plan.groups;  // the last group may be cut off by the end of the row
   if (plan.group[whole - 1] * 4 + 4 > b.k) --whole;
-  for (const int64_t end = j + rows; j < end; ++j) {
-    const int8_t* w = b.w + j * b.k;
-    uint8_t* out = panel + j * 4;
-    for (int64_t g = 0; g < whole; ++g, out += kBlockN * 4) std::memcpy(out, w + int64_t{plan.group[g]} * 4, 4);
-    if (whole < plan.groups) {
-      for (int64_t t = int64_t{plan.group[whole]} * 4, i = 0; t + i < b.k; ++i) out[i] = static_cast<uint8_t>(w[t + i]);
+  for (int64_t g = 0; g < whole; ++g) {
+    const int8_t* w = b.w + j * b.k + int64_t{plan.group[g]} * 4;
+    uint8_t* out = panel + (g * kBlockN + j) * 4;
+    for (int64_t i = 0; i < rows; ++i, w += b.k) std::memcpy(out + i * 4, w, 4);
+  }
+  if (whole < plan.groups) {
+    const int64_t column = int64_t{plan.group[whole]} * 4;
+    for (int64_t i = j; i < j + rows; ++i) {
+      std::memcpy(panel + (whole * kBlockN + i) * 4, b.w + i * b.k + column, static_cast<size_t>(b.k - column));
     }
   }
 }
@@ -226,7 +229,7 @@ void Multiply(const Block& b) {
   if (b.k == 0 || (b.m <= 2 && (b.plan || !b.with_hi))) return MultiplyDots(b);
   if (b.m <= kSmallM && (b.plan || !b.with_hi)) {
     const int64_t groups = b.plan ? b.plan->groups : 0;
-    if (b.m * 77 + 64 * groups <= (b.m <= 16 ? 38 : 18) * b.k / 10) return MultiplyDots(b);
+    if (b.m * 77 + 94 * groups <= (b.m <= 16 ? 38 : 18) * b.k / 10) return MultiplyDots(b);
   }
   MultiplyTiled(b);
 }

@@ -60,6 +60,8 @@ struct ThreadScratch {
   Buffer values, index, codes, outliers, magnitude, columns, mask;
   Buffer rung, c, extra, gathered;
   std::vector<int32_t> slots;
+  uint64_t columns_job = 0;  // whose columns and mask these are
+  int64_t columns_count = 0;
 
   RowScratch Rows(int64_t k) {
     k = RoundUp(k, 64);
@@ -226,25 +228,26 @@ void Job::MarkColumns(int64_t item) {
   }
 }
 
+// The columns marked, listed once by each thread.
 Columns Job::ListColumns() const {
+  ThreadScratch& scratch = Scratch();
+  int32_t* list = scratch.columns.Get<int32_t>(p_.k);
+  uint64_t* mask = scratch.mask.Get<uint64_t>(CeilDiv(p_.k, 64));
+  if (scratch.columns_job == id_) return {list, scratch.columns_count, mask};
   const uint8_t* marks = ws_->marks.Get<uint8_t>(p_.k);
-  int32_t* list = Scratch().columns.Get<int32_t>(p_.k);
-  uint64_t* mask = Scratch().mask.Get<uint64_t>(CeilDiv(p_.k, 64));
   int64_t count = 0;
   for (int64_t t = 0; t < p_.k; t += 64) {
     const int64_t end = std::min(p_.k, t + 64);
-    uint64_t bits = 0;
-    if (std::memchr(marks + t, 1, static_cast<size_t>(end - t)) == nullptr) {
-      mask[t / 64] = 0;
-      continue;
-    }
+    mask[t / 64] = 0;
+    if (std::memchr(marks + t, 1, static_cast<size_t>(end - t)) == nullptr) continue;
     for (int64_t j = t; j < end; ++j) {
       if (marks[j] == 0) continue;
       list[count++] = static_cast<int32_t>(j);
-      bits |= uint64_t{1} << (j - t);
+      mask[t / 64] |= uint64_t{1} << (j - t);
     }
-    mask[t / 64] = bits;
   }
+  scratch.columns_job = id_;
+  scratch.columns_count = count;
   return {list, count, mask};
 }
 
