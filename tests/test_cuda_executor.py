@@ -269,8 +269,8 @@ def test_tiled(executor: Executor, shape: tuple[int, int, int]) -> None:
     assert executor.library.executor_worst_bank_conflict() == 1
 
 
-# Every height of the tile of activations, k shared by the blocks of a cluster, pairs of blocks that
-# copy to each other, one of them beyond the rows; gathered tiles that are filled never, once, and within a step.
+# Every height of the tile of activations, k shared by the blocks of a cluster, more tiles than multiprocessors; pairs
+# of blocks that copy to each other, one of them beyond the rows; gathered tiles filled never, once, and within a step.
 @pytest.mark.parametrize("order", range(3))
 @pytest.mark.parametrize(
     ("shape", "rule"),
@@ -278,7 +278,7 @@ def test_tiled(executor: Executor, shape: tuple[int, int, int]) -> None:
         ((20, 1040, 70), None),
         ((17, 333, 130), RelativeThreshold(3.0)),
         ((5, 640, 20), Threshold(0.5, "token")),
-        ((40, 640, 200), TopK(8)),
+        ((40, 640, 400), TopK(8)),
         ((70, 200, 132), Threshold(2.0, "column")),
         ((130, 260, 129), TopK(4)),
         ((300, 400, 260), TopK(3)),

@@ -404,11 +404,12 @@ class Call {
 
   template <typename Kernel>
   const char* SwappedWith(SwappedParams& s) {
-    s.cluster = ChooseCluster(p_.n, p_.k, multiprocessors_, Kernel::kMinBlocks);
+    s.cluster = ChooseCluster(p_.n, p_.k, multiprocessors_);
+    s.stages = ChooseStages(p_.n, multiprocessors_, Kernel::kMinBlocks, Kernel::kStageBytes);
     const bool overlapped = follows_;
     follows_ = true;
-    return cuda::Launch<Kernel>(stream_, (p_.n + 127) / 128 * s.cluster, Kernel::kMaxThreads, Kernel::kShared, s,
-                                overlapped, s.cluster);
+    return cuda::Launch<Kernel>(stream_, (p_.n + 127) / 128 * s.cluster, Kernel::kMaxThreads, Kernel::Shared(s.stages),
+                                s, overlapped, s.cluster);
   }
 
   const char* Wgmma(const TiledParams& t) {

@@ -80,17 +80,22 @@ inline int ChooseWgmma(int64_t m, int64_t n, int64_t multiprocessors) {
 // without: measured on an H200.
 inline constexpr int64_t kSwappedM = 128, kSwappedPlainM = 64;
 
-// Blocks that share the k of 128 outputs there, with four steps of k for each at least. Where only one block fits on a
-// multiprocessor, clusters larger than pairs do not fill the chip, whose multiprocessors come in groups that are no
-// multiple of four.
-inline int ChooseCluster(int64_t n, int64_t k, int64_t multiprocessors, int fit) {
+// Blocks that share the k of 128 outputs there: enough for all multiprocessors, with two steps of k for each. Larger
+// clusters than pairs do not fill the chip, whose multiprocessors come in groups that are no multiple of four.
+inline int ChooseCluster(int64_t n, int64_t k, int64_t multiprocessors) {
   const int64_t tiles = (n + 127) / 128, steps = (k + 127) / 128;
   int cluster = 1;
-  while (cluster < (fit > 1 ? 8 : 2) && 2 * cluster * tiles * 2 <= (1 + fit) * multiprocessors &&
-         4 * cluster <= steps) {
+  while (cluster < 8 && 2 * cluster * tiles * (cluster > 1 ? 3 : 2) <= 2 * multiprocessors && 4 * cluster <= steps) {
     cluster *= 2;
   }
   return cluster;
+}
+
+// And the stages that they keep in shared memory: half of it if there are tiles for two blocks on a multiprocessor.
+inline int ChooseStages(int64_t n, int64_t multiprocessors, int fit, int stage_bytes) {
+  const bool two = fit > 1 && (n + 127) / 128 > multiprocessors;
+  const int stages = (two ? 104 : 192) * 1024 / stage_bytes;
+  return stages < 8 ? stages : 8;
 }
 
 // Shared memory that a block may have, and what a block needs that still quantises on the same multiprocessor.

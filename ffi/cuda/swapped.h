@@ -1,7 +1,7 @@
 // The product for some tens of rows on Hopper (sm_90a): as in wgmma.h, but with the weights in the place of the rows,
 // 128 of them to a block, and all activations in that of the columns, so that few rows cost few products.
 //
-// Two warpgroups multiply; one thread beside them keeps kStages stages of shared memory filled, beginning with the
+// Two warpgroups multiply; one thread beside them keeps some stages of shared memory filled, beginning with the
 // weights while the activations are still being quantised. The blocks of a cluster share the k of a tile, so that also
 // a narrow layer keeps all multiprocessors reading, and add their sums through each other's shared memory. Up to 64
 // rows two blocks fit on a multiprocessor: a second tile is on its way while the first ends.
@@ -19,6 +19,7 @@ struct SwappedParams {
   TileMap w, lo, hi;  // boxes of [128][128] and [kTileN][128]; hi only with high parts
   int64_t m, n, k;
   int cluster;         // blocks that share the k of a tile: 1, 2, 4 or 8; there are as many steps at least
+  int stages;          // in shared memory
   bool weights_first;  // the kernel before this one does not write the weights
   Epilogue epilogue;
 };
@@ -32,9 +33,8 @@ class SwappedKernel {
   static constexpr int kMinBlocks = kTileN <= 64 ? 2 : 1;
   static constexpr int kBytesW = kTileM * kTileK, kBytesX = kTileN * kTileK;
   static constexpr int kStageBytes = kBytesW + kBytesX * (kHigh ? 2 : 1);
-  static constexpr int kStages = (kMinBlocks > 1 ? 106496 : 196608) / kStageBytes;
   // Stages first, in 1024-byte units; then two barriers per stage.
-  static constexpr int64_t kShared = 1024 + kStages * (kStageBytes + 16);
+  static constexpr int64_t Shared(int stages) { return 1024 + stages * (kStageBytes + 16); }
 
   static JAXINT8_DEVICE void Run(const Params& p) {
 #ifdef JAXINT8_HOPPER
@@ -49,15 +49,15 @@ class SwappedKernel {
   static constexpr int kSums = kTileN / 2;  // of a thread: 64 x kTileN in 128 threads
   // The sums of a tile, where the stages were: [kTileN][kSumStride], without bank conflicts.
   static constexpr int kSumStride = kTileM + 4;
-  static_assert(kTileN * kSumStride * 4 <= kStages * kStageBytes);
+  static_assert(kTileN * kSumStride * 4 <= 3 * kStageBytes);  // there are more
 
   JAXINT8_DEVICE explicit SwappedKernel(const Params& p)
       : p_(p),
         rank_(ClusterRank()),
         stages_((SharedAddress(SharedMemory()) + 1023) & ~1023u),
         shared_(SharedMemory() + (stages_ - SharedAddress(SharedMemory()))),
-        full_(stages_ + kStages * kStageBytes),
-        empty_(full_ + 8 * kStages) {}
+        full_(stages_ + p.stages * kStageBytes),
+        empty_(full_ + 8 * p.stages) {}
 
   JAXINT8_DEVICE uint32_t Stage(int stage) const { return stages_ + static_cast<uint32_t>(stage) * kStageBytes; }
 
@@ -76,7 +76,7 @@ class SwappedKernel {
 
   JAXINT8_DEVICE void Work() {
     if (ThreadIndex() == 0) {
-      for (int s = 0; s < kStages; ++s) {
+      for (int s = 0; s < p_.stages; ++s) {
         InitBarrier(full_ + 8 * s, 1);
         InitBarrier(empty_ + 8 * s, 8);  // one arrival of each multiplying warp
       }
@@ -105,7 +105,7 @@ class SwappedKernel {
     const Tile tile = MyTile();
     int early = 0;  // steps whose weights are under way before the activations are there
     if (p_.weights_first) {
-      for (; early < kStages && early < tile.steps; ++early) CopyWeights(tile, early, early);
+      for (; early < p_.stages && early < tile.steps; ++early) CopyWeights(tile, early, early);
     }
     WaitForPreviousKernel();
     FenceAccelerator();
@@ -116,7 +116,7 @@ class SwappedKernel {
       const int32_t k = (tile.first + step) * kTileK;
       CopyTile(&p_.lo, Stage(stage) + kBytesW, full_ + 8 * stage, k, tile.m);
       if constexpr (kHigh) CopyTile(&p_.hi, Stage(stage) + kBytesW + kBytesX, full_ + 8 * stage, k, tile.m);
-      if (++stage == kStages) {
+      if (++stage == p_.stages) {
         stage = 0;
         parity ^= 1;
       }
@@ -150,7 +150,7 @@ class SwappedKernel {
         Release(last);
       }
       last = stage;
-      if (++stage == kStages) {
+      if (++stage == p_.stages) {
         stage = 0;
         parity ^= 1;
       }
