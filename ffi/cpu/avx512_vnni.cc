@@ -39,7 +39,11 @@ void GatherGroups(const Block& b, int64_t j, int64_t rows, uint8_t* panel) {
   for (int64_t g = 0; g < whole; ++g) {
     const int8_t* w = b.w + j * b.k + int64_t{plan.group[g]} * 4;
     uint8_t* out = panel + (g * kBlockN + j) * 4;
-    for (int64_t i = 0; i < rows; ++i, w += b.k) std::memcpy(out + i * 4, w, 4);
+    int64_t i = 0;
+    for (; i + 8 <= rows; i += 8, w += 8 * b.k) {
+      Unroll<8>([&](auto r) ALWAYS_INLINE { std::memcpy(out + (i + r) * 4, w + r * b.k, 4); });
+    }
+    for (; i < rows; ++i, w += b.k) std::memcpy(out + i * 4, w, 4);
   }
   if (whole < plan.groups) {
     const int64_t column = int64_t{plan.group[whole]} * 4;
