@@ -107,15 +107,8 @@ JAXINT8_DEVICE void RoundedQuotients(const float (&v)[8], float divisor, float r
     differ |= shifted[j] ^ Bits(MultiplyAdd(v[j], lower, kMagic));
   }
   if (__builtin_expect(differ == 0, 1)) return;
-#pragma unroll 1
-  for (int i = 0; i < 8; ++i) {  // rare, so rather small than fast: one division in the code
-    float one = v[0];
 #pragma unroll
-    for (int j = 1; j < 8; ++j) one = i == j ? v[j] : one;
-    const uint32_t quotient = kMagicBits + static_cast<uint32_t>(RoundToInt(Divide(one, divisor)));
-#pragma unroll
-    for (int j = 0; j < 8; ++j) shifted[j] = i == j ? quotient : shifted[j];
-  }
+  for (int j = 0; j < 8; ++j) shifted[j] = kMagicBits + static_cast<uint32_t>(RoundToInt(Divide(v[j], divisor)));
 }
 
 }  // namespace jaxint8::cuda

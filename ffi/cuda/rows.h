@@ -246,10 +246,13 @@ class RowBlock {
       t.count += static_cast<uint32_t>(PopulationCount(mask));
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
-        const uint32_t a = Magnitude(e.v[j]), out = 0u - (mask >> j & 1);  // all bits or none: a warp takes both ways
-        t.outlier = (a & out) > t.outlier ? a & out : t.outlier;
-        t.rest = (a & ~out) > t.rest ? a & ~out : t.rest;
-        t.count |= out & (a < selection.sure ? kUnsure : 0);
+        const uint32_t a = Magnitude(e.v[j]);
+        if (mask >> j & 1) {
+          t.outlier = a > t.outlier ? a : t.outlier;
+          if (a < selection.sure) t.count |= kUnsure;
+        } else {
+          t.rest = a > t.rest ? a : t.rest;
+        }
       }
     });
     const int lane = ThreadIndex() % 32, warp = ThreadIndex() / 32, warps = BlockThreads() / 32;
