@@ -188,6 +188,8 @@ ALWAYS_INLINE inline void AddHi(const Row& row, const Panel& panel, int32_t* nex
 // these rows, null if there are no high parts.
 template <int M, int Z>
 void Tile(const Block& b, int64_t first, const Panel& columns, int32_t* next_hi, PackAhead* pack) {
+  // Low tiles take many steps of packing: one before each group of four columns, to mix shuffles with multiplications.
+  constexpr bool kMixed = Z == 4 && M <= 4;
   PackAhead ahead = *pack;
   const Row* rows = b.rows + first;
   int32_t* c = b.c + first * kBlockN;
@@ -205,10 +207,12 @@ void Tile(const Block& b, int64_t first, const Panel& columns, int32_t* next_hi,
   const int8_t* x = b.lo + first * stride + columns.begin;
   const uint8_t* panel = columns.data;
   for (int64_t block = 0; block < blocks; ++block) {
-    if constexpr (Z == 4) {
-      for (int64_t i = 0; i < ahead.quota; ++i) ahead.Step();
-    }
+    int64_t steps = Z == 4 ? ahead.quota : 0;
+    for (; steps > (kMixed ? 16 : 0) && ahead.quota > 0; --steps) ahead.Step();
     for (int g = 0; g < 16; ++g) {
+      if constexpr (kMixed) {
+        if (g < steps && ahead.quota > 0) ahead.Step();
+      }
       __m512i w[Z];
       Unroll<Z>([&](auto z) ALWAYS_INLINE { w[z] = _mm512_load_si512(panel + z * 64); });
       Unroll<M>([&](auto i) ALWAYS_INLINE {
