@@ -2,7 +2,8 @@
 //
 // Every warp has rows of the weights of its own, which the copy engine brings to shared memory in pieces, several
 // ahead: together nearly all of a multiprocessor's shared memory is on its way before the block quantises x, so that
-// the weights arrive while it does. No warp waits for another after that.
+// the weights arrive while it does. No warp waits for another after that. What is asked for first comes first: x goes
+// ahead of the weights, and is kept in shared memory as well.
 //
 // High parts are multiplied in full: reading the weights takes longer than both products.
 #ifndef JAXINT8_FFI_CUDA_GEMV_H_
@@ -18,7 +19,6 @@ namespace jaxint8::cuda {
 struct GemvParams {
   QuantizeParams rows;  // x and the rule
   Ptr<const int8_t> w;  // [n][k], k a multiple of 16
-  int64_t n;
   int k;
   int piece, depth;    // bytes of a row of weights that are copied at once, and how many of these are on their way
   int64_t base, more;  // rows of weights of a warp, and how many warps have one more
@@ -132,6 +132,7 @@ class GemvKernel {
     }
   }
 
+  // Starts the copy of x, by one thread.
   JAXINT8_DEVICE uint32_t XBarrier() const { return barriers_ + 8 * kGemvWarps * kGemvDepth; }
   JAXINT8_DEVICE void CopyX() const {
     const auto bytes = static_cast<uint32_t>(kRows * kBytes * p_.k);

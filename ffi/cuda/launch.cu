@@ -349,7 +349,6 @@ class Call {
     GemvParams g{};
     g.rows = Rows();
     g.w = Weights();
-    g.n = p_.n;
     g.k = static_cast<int>(p_.k);
     g.base = p_.n / warps;
     g.more = p_.n % warps;
