@@ -78,8 +78,12 @@ def grow_cache(cache: KVCache, capacity: int) -> KVCache:
 
 
 def capacity_for(length: int) -> int:
-    """Returns the capacity of a cache that must hold ``length`` slots."""
-    return rounded_length(length, SMALLEST_CAPACITY)
+    """Returns the capacity of a cache that must hold ``length`` slots: four for each power of two.
+
+    Every step reads what is beyond ``length`` in vain.
+    """
+    step = max(SMALLEST_CAPACITY // 2, (1 << (length - 1).bit_length()) // 8)
+    return max(SMALLEST_CAPACITY, -(-length // step) * step)
 
 
 def rounded_length(length: int, smallest: int) -> int:

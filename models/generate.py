@@ -207,7 +207,10 @@ def stream_tokens(
         "placement": placement,
     }
     draw = Draw.of(sampling)
-    capacity = capacity_for(tokens.shape[1] + 1)
+    # The last token drawn is never stored. Room for half as much as the prompt, if that is wanted:
+    # a row may end at any token.
+    wanted = capacity_for(total - 1)
+    capacity = min(wanted, capacity_for(tokens.shape[1] * 3 // 2))
     keys = row_keys(prompts, seed)
     if placement is not None:
         tokens, start = placement.fill_rows(tokens), placement.fill_rows(start)
@@ -220,7 +223,7 @@ def stream_tokens(
         # The cache holds all but the last token drawn.
         used = tokens.shape[1] + made - 1
         if used == capacity:
-            capacity = min(2 * capacity, capacity_for(total))
+            capacity = min(2 * capacity, wanted)
             state = _grow(state, capacity=capacity)
         steps = min(chunk, max_new_tokens - made, capacity - used)
         state, new = _decode(params, state, jnp.int32(steps), draw, **how)

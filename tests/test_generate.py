@@ -237,6 +237,7 @@ def test_lengths() -> None:
     assert all(n <= p < max(33, 1.5 * n) for n, p in enumerate(lengths, 1))
     assert sorted(set(lengths)) == [32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048]
     assert [capacity_for(n) for n in (1, 128, 129, 192, 193, 256)] == [128, 128, 192, 192, 256, 256]
+    assert [capacity_for(n) for n in (257, 513, 641, 1024, 1025)] == [320, 640, 768, 1024, 1280]
 
 
 def test_nothing_to_do() -> None:
