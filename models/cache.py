@@ -1,7 +1,7 @@
 """The key-value cache of a decoder: preallocated arrays that a jitted step updates in place.
 
 Attention reads a layer's whole arrays, so a step costs as much as the cache is *long*, not as much
-as it could become: a cache starts small and is regrown to the next power of two when full. Rows of
+as it could become: a cache starts as long as the prompt and grows by a half when full. Rows of
 a batch are aligned at their ends (left padding), so that one scalar says where the next token of
 every row goes.
 """

@@ -45,7 +45,7 @@ class _State:
     keys: jax.Array
 
 
-_STATIC = ("config", "quantization", "placement", "capacity")
+_STATIC = ("config", "quantization", "placement")
 
 
 @functools.partial(jax.jit, static_argnames=_STATIC)
@@ -59,10 +59,10 @@ def _prefill(
     config: DecoderConfig,
     quantization: QuantizationConfig | None,
     placement: Placement | None = None,
-    capacity: int,
 ) -> _State:
     """Runs left-padded prompts int32[b, t] and draws the first token of each row.
 
+    The cache holds t slots, all of them in use, so that this program serves any number of new tokens.
     With a placement, keys are the data of keys: arrays of plain numbers go from host to any mesh.
     """
     keys = keys if placement is None else jax.random.wrap_key_data(keys)
@@ -80,12 +80,10 @@ def _prefill(
     step = jnp.zeros((), jnp.int32)
     token = next_tokens(logits[:, 0], draw, keys, step)
     token = token if placement is None else placement.everywhere(token)
-    return _State(
-        grow_cache(cache, capacity), token, _is_end(token, config), step + jnp.int32(1), keys
-    )
+    return _State(cache, token, _is_end(token, config), step + jnp.int32(1), keys)
 
 
-@functools.partial(jax.jit, static_argnames=_STATIC[:3], donate_argnames="state")
+@functools.partial(jax.jit, static_argnames=_STATIC, donate_argnames="state")
 def _decode(
     params: Params,
     state: _State,
@@ -207,23 +205,21 @@ def stream_tokens(
         "placement": placement,
     }
     draw = Draw.of(sampling)
-    # The last token drawn is never stored. Room for half as much as the prompt, if that is wanted:
-    # a row may end at any token.
-    wanted = capacity_for(total - 1)
-    capacity = min(wanted, capacity_for(tokens.shape[1] * 3 // 2))
     keys = row_keys(prompts, seed)
     if placement is not None:
         tokens, start = placement.fill_rows(tokens), placement.fill_rows(start)
         keys = placement.fill_rows(np.asarray(jax.random.key_data(keys)))
-    state = _prefill(params, tokens, start, draw, keys, capacity=capacity, **how)
+    state = _prefill(params, tokens, start, draw, keys, **how)
     ended = [False] * len(prompts)
     yield _until_end(config, ended, np.asarray(state.token)[: len(prompts), None])
-    made = 1
+    made, capacity = 1, tokens.shape[1]
     while made < max_new_tokens and not all(ended):
         # The cache holds all but the last token drawn.
         used = tokens.shape[1] + made - 1
         if used == capacity:
-            capacity = min(2 * capacity, wanted)
+            # By a half, for rows may end at any token; no further than the last but one, since the
+            # last is never stored.
+            capacity = min(capacity_for(capacity * 3 // 2), capacity_for(total - 1))
             state = _grow(state, capacity=capacity)
         steps = min(chunk, max_new_tokens - made, capacity - used)
         state, new = _decode(params, state, jnp.int32(steps), draw, **how)

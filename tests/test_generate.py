@@ -217,9 +217,8 @@ def test_the_cache_is_updated_in_place() -> None:
     how = {"config": config, "quantization": None}
     draw, keys = Draw.of(Sampling()), row_keys([[1]], 0)
     start = jnp.zeros((1,), jnp.int32)
-    state = generate._prefill(
-        params, jnp.ones((1, 32), jnp.int32), start, draw, keys, capacity=128, **how
-    )
+    state = generate._prefill(params, jnp.ones((1, 32), jnp.int32), start, draw, keys, **how)
+    state = generate._grow(state, capacity=128)
     pointers = [k.unsafe_buffer_pointer() for k in state.cache.keys + state.cache.values]
     for _ in range(3):
         state, _ = generate._decode(params, state, jnp.int32(5), draw, **how)

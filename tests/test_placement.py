@@ -119,7 +119,7 @@ def test_a_step_moves_activations_only():
     how = {"config": config, "quantization": model.quantization, "placement": placement}
     keys = np.zeros((2, 2), np.uint32)
     args = model.params, np.ones((2, 32), np.int32), np.zeros(2, np.int32), draw, keys
-    state = generate._prefill(*args, capacity=128, **how)
+    state = generate._prefill(*args, **how)
     assert state.cache.keys[0].addressable_shards[0].data.shape[:2] == (1, config.kv_heads // 2)
     text = generate._decode.lower(model.params, state, 4, draw, **how).compile().as_text()
     gathered = re.findall(r"= (\w+)\[([\d,]*)\]\S* all-gather\(", text)

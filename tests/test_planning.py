@@ -94,7 +94,6 @@ def compiled_prompt(
         config=config,
         quantization=method,
         placement=placement,
-        capacity=capacity_for(tokens),
     )
     return lowered.compile().memory_analysis()
 
