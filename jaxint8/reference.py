@@ -15,6 +15,26 @@ OUTLIER_CODE_MAX = 127 * 128  # hi <= 127, see quantize_rows
 SUM_OF_CODES_MAX = (2**31 - 1) // CODE_MAX
 SMALLEST_SCALE = np.float32(2.0**-125)
 RMS_LEVELS = 4095
+# Of RMSNorm: magnitudes are rounded to integers of 22 bits, and below 2**-40 they count as zero.
+NORM_EXPONENT = 21
+SMALLEST_NORM = np.float32(2.0**-40)
+SMALLEST_NORM_EPSILON = 2.0**-40
+# Of exp: log2(e); ln(2) as a part with 9 bits, so that its products are exact, and the rest; the polynomial of
+# (exp(r) - 1 - r) / r**2 for abs(r) <= ln(2) / 2, highest power first (Cephes, expf).
+EXP_LOG2E = np.float32(1.44269504088896341)
+EXP_LN2 = (np.float32(0.693359375), np.float32(-2.12194440e-4))
+EXP_POLYNOMIAL = tuple(
+    np.float32(c)
+    for c in (
+        1.9875691500e-4,
+        1.3981999507e-3,
+        8.3334519073e-3,
+        4.1665795894e-2,
+        1.6666665459e-1,
+        5.0000001201e-1,
+    )
+)
+EXP_RANGE = (np.float32(-87), np.float32(88))
 
 
 def quantize(
@@ -150,6 +170,51 @@ def int8_linear(
         if bias is not None:
             y = y + bias.astype(np.float32)[None, :]
         return y.astype(x.dtype)
+
+
+def rms_norm(x: np.ndarray, weight: np.ndarray, epsilon: float) -> np.ndarray:
+    """Returns x.dtype[m, k]: x / sqrt(mean(x**2) + epsilon) * weight, the rows that a layer behind an RMSNorm takes.
+
+    Every float32 operation is rounded on its own. The sum of squares is one of integers, the values rounded to 2**-21
+    of the power of two at or below the row's absmax, so that its bits depend on no order; it errs by less than
+    sqrt(k) * 2**-21 of itself. A row that holds a non-finite value is NaN throughout.
+    """
+    values = x.astype(np.float32)
+    with np.errstate(over="ignore", invalid="ignore"):
+        absmax = np.max(np.abs(values), axis=1, initial=np.float32(0))
+        finite = np.isfinite(absmax)
+        usable = finite & (absmax >= SMALLEST_NORM)
+        exponent = np.frexp(np.where(usable, absmax, np.float32(1)))[1] - 1
+        unit = np.ldexp(np.float32(1), exponent - NORM_EXPONENT).astype(np.float32)
+        inverse = np.ldexp(np.float32(1), NORM_EXPONENT - exponent).astype(np.float32)
+        steps = np.rint(np.where(usable[:, None], values, 0) * inverse[:, None]).astype(np.int64)
+        mean = np.sum(steps * steps, axis=1).astype(np.float32) / np.float32(max(x.shape[1], 1))
+        root = np.sqrt((mean * unit) * unit + np.float32(epsilon))
+        scale = np.where(finite, np.float32(1) / root, np.float32(np.nan))
+        return ((values * scale[:, None]) * weight.astype(np.float32)[None, :]).astype(x.dtype)
+
+
+def exp(x: np.ndarray) -> np.ndarray:
+    """Returns exp(x) of float32 within EXP_RANGE, to 1.5 units in the last place, each operation rounded on its own."""
+    power = np.rint(x * EXP_LOG2E)
+    r = (x - power * EXP_LN2[0]) - power * EXP_LN2[1]
+    p = np.full_like(r, EXP_POLYNOMIAL[0])
+    for coefficient in EXP_POLYNOMIAL[1:]:
+        p = p * r + coefficient
+    y = (p * (r * r) + r) + np.float32(1)
+    return (y.view(np.int32) + (power.astype(np.int32) << 23)).view(np.float32)
+
+
+def silu_gate(x: np.ndarray) -> np.ndarray:
+    """Returns x.dtype[m, k] of x[m, 2 * k]: silu(gate) * up, the first half of the columns being the gate.
+
+    silu(g) = g / (1 + exp(-g)), every float32 operation rounded on its own; see `exp`.
+    """
+    gate, up = np.split(x.astype(np.float32), 2, axis=1)
+    with np.errstate(over="ignore", invalid="ignore"):
+        bounded = np.clip(np.where(np.isnan(gate), 0, -gate).astype(np.float32), *EXP_RANGE)
+        share = np.float32(1) / (np.float32(1) + exp(bounded))
+        return ((gate * share) * up).astype(x.dtype)
 
 
 def quantize_zeropoint(
