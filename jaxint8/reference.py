@@ -195,7 +195,7 @@ def rms_norm(x: np.ndarray, weight: np.ndarray, epsilon: float) -> np.ndarray:
 
 
 def exp(x: np.ndarray) -> np.ndarray:
-    """Returns exp(x) of float32 within EXP_RANGE, to 1.5 units in the last place, each operation rounded on its own."""
+    """Exponentiates float32 within EXP_RANGE, to one unit in the last place, each operation rounded on its own."""
     power = np.rint(x * EXP_LOG2E)
     r = (x - power * EXP_LN2[0]) - power * EXP_LN2[1]
     p = np.full_like(r, EXP_POLYNOMIAL[0])
