@@ -19,12 +19,14 @@ import jaxlib.version
 import numpy as np
 
 from jaxint8.outliers import OutlierRule, RelativeThreshold, Threshold, TopK
+from jaxint8.prologue import Prologue, RMSNorm, SiluGate, width
 
 Arithmetic = Literal["int15", "float"]
 Platform = Literal["cpu", "cuda"]
 
 _AUTOMATIC = -1
 _RULES = {type(None): 0, Threshold: 1, RelativeThreshold: 2, TopK: 3}
+_PROLOGUES = {type(None): 0, RMSNorm: 1, SiluGate: 2}
 _BUILD_HINT = "build it with `make setup` or `pip install --no-build-isolation .`"
 
 
@@ -155,6 +157,17 @@ def _attributes(
     }
 
 
+def _prologue_attributes(prologue: Prologue | None) -> dict[str, np.generic | int]:
+    if type(prologue) not in _PROLOGUES:
+        raise TypeError(
+            f"prologue: expected RMSNorm, SiluGate or None, got {type(prologue).__name__}"
+        )
+    return {
+        "prologue": int(_PROLOGUES[type(prologue)]),
+        "epsilon": np.float32(getattr(prologue, "epsilon", 0.0)),
+    }
+
+
 def _call(
     target: str,
     results: tuple[jax.ShapeDtypeStruct, ...],
@@ -170,7 +183,7 @@ def _call(
     if platform == "cuda" and _cuda is not None:
         options = {
             name: int(attributes[name])
-            for name in ("rule", "column_scope", "rung")
+            for name in ("rule", "column_scope", "rung", "prologue")
             if name in attributes
         }
         size = _cuda.workspace_bytes(target, *shape, **options)
@@ -222,12 +235,39 @@ def product(
     return _call("jaxint8_product", results, (a, codes), (m, k, n), attributes, platform)[0]
 
 
+def enter(
+    x: jax.Array,
+    norm: jax.Array | None,
+    prologue: Prologue,
+    *,
+    rung: str | None = None,
+    platform: Platform = "cpu",
+) -> jax.Array:
+    """Returns x.dtype[m, k], the rows behind a prologue, to the bit as `reference` gives them.
+
+    Args:
+      x: float32, bfloat16 or float16[m, k], or [m, 2 * k] for a `SiluGate`.
+      norm: float32[k] for an `RMSNorm`, else None.
+      prologue: what to apply.
+      rung: the instruction set to use, one of `available_rungs()`; None for the best.
+      platform: whose kernel to call: the platform that the computation is compiled for.
+    """
+    m, k = x.shape[0], x.shape[1] // width(1, prologue)
+    norm = jnp.zeros((0,), jnp.float32) if norm is None else norm
+    attributes = {"rung": _rung_index(rung, platform), **_prologue_attributes(prologue)}
+    results = (jax.ShapeDtypeStruct((m, k), x.dtype),)
+    return _call("jaxint8_prologue", results, (x, norm), (m, k, 0), attributes, platform)[0]
+
+
 def linear(
     x: jax.Array,
     codes: jax.Array,
     scale: jax.Array,
     bias: jax.Array | None = None,
+    norm: jax.Array | None = None,
+    residual: jax.Array | None = None,
     *,
+    prologue: Prologue | None = None,
     rule: OutlierRule | None = None,
     arithmetic: Arithmetic = "int15",
     rung: str | None = None,
@@ -235,11 +275,17 @@ def linear(
 ) -> jax.Array:
     """The whole layer in one call: row scales, outliers, codes, integer product, scales, bias, one rounding.
 
+    And, where asked for, what stands before and behind it: ``residual + linear(prologue(x))``, with the roundings that
+    separate operations would have.
+
     Args:
-      x: float32, bfloat16 or float16[m, k].
+      x: float32, bfloat16 or float16[m, k], or [m, 2 * k] for a `SiluGate`.
       codes: int8[n, k]; -128 is legal.
       scale: float32[n].
       bias: float32[n] or None.
+      norm: float32[k], the weight of an `RMSNorm`, else None.
+      residual: x.dtype[m, n] or None.
+      prologue: what x goes through first, or None.
       rule: an outlier rule or None.
       arithmetic: "int15", or "float" (not on CUDA).
       rung: the instruction set to use, one of `available_rungs()`, or on CUDA one of `paths()`; None for the best.
@@ -250,8 +296,12 @@ def linear(
     """
     if bias is None:
         bias = jnp.zeros((0,), jnp.float32)
-    (m, k), n = x.shape, codes.shape[0]
+    if norm is None:
+        norm = jnp.zeros((0,), jnp.float32)
+    if residual is None:
+        residual = jnp.zeros((0, 0), x.dtype)
+    m, (n, k) = x.shape[0], codes.shape
     results = (jax.ShapeDtypeStruct((m, n), x.dtype),)
-    attributes = _attributes(rule, arithmetic, rung, platform)
-    operands = (x, codes, scale, bias)
+    attributes = _attributes(rule, arithmetic, rung, platform) | _prologue_attributes(prologue)
+    operands = (x, codes, scale, bias, norm, residual)
     return _call("jaxint8_linear", results, operands, (m, k, n), attributes, platform)[0]

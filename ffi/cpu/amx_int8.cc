@@ -144,11 +144,12 @@ bool Supported() { return HasAmxInt8() && kAvx512Vnni.supported(); }
 
 #if defined(JAXINT8_EMULATED_TILES)
 extern const Rung kAmxInt8Emulated;
-const Rung kAmxInt8Emulated = {"amx_int8 emulated", Supported, MarkRow, QuantizeRow, MultiplyAmx, kChunkM,
-                               sizeof(TileScratch)};
+const Rung kAmxInt8Emulated = {"amx_int8 emulated", Supported,   EnterRow, MarkRow,
+                               QuantizeRow,         MultiplyAmx, kChunkM,  sizeof(TileScratch)};
 #else
 extern const Rung kAmxInt8;
-const Rung kAmxInt8 = {"amx_int8", Supported, MarkRow, QuantizeRow, MultiplyAmx, kChunkM, sizeof(TileScratch)};
+const Rung kAmxInt8 = {"amx_int8",  Supported,   EnterRow, MarkRow,
+                       QuantizeRow, MultiplyAmx, kChunkM,  sizeof(TileScratch)};
 #endif
 
 }  // namespace jaxint8::cpu

@@ -94,6 +94,6 @@ void MultiplyAvx2(const Block& b) {
 
 extern const Rung kAvx2;
 const Rung kAvx2 = {
-    "avx2", HasAvx2, MarkRow, QuantizeRow, MultiplyAvx2, /*chunk_m=*/kChunkM, sizeof(TileScratch<Avx2>)};
+    "avx2", HasAvx2, EnterRow, MarkRow, QuantizeRow, MultiplyAvx2, /*chunk_m=*/kChunkM, sizeof(TileScratch<Avx2>)};
 
 }  // namespace jaxint8::cpu

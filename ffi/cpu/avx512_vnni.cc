@@ -241,6 +241,7 @@ void Multiply(const Block& b) {
 }  // namespace
 
 extern const Rung kAvx512Vnni;
-const Rung kAvx512Vnni = {"avx512_vnni", Supported, MarkRow, QuantizeRow, Multiply, kChunkM, sizeof(TileScratch)};
+const Rung kAvx512Vnni = {"avx512_vnni", Supported, EnterRow, MarkRow,
+                          QuantizeRow,   Multiply,  kChunkM,  sizeof(TileScratch)};
 
 }  // namespace jaxint8::cpu

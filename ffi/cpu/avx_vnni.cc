@@ -61,6 +61,7 @@ bool HasAvx512VlVnni() { return __builtin_cpu_supports("avx512vl") && __builtin_
 extern const Rung kAvxVnniEvex;
 const Rung kAvxVnniEvex = {"avx_vnni as EVEX",
                            HasAvx512VlVnni,
+                           EnterRow,
                            MarkRow,
                            QuantizeRow,
                            Multiply<AvxVnni>,
@@ -68,8 +69,14 @@ const Rung kAvxVnniEvex = {"avx_vnni as EVEX",
                            sizeof(TileScratch<AvxVnni>)};
 #else
 extern const Rung kAvxVnni;
-const Rung kAvxVnni = {
-    "avx_vnni", HasAvxVnni, MarkRow, QuantizeRow, Multiply<AvxVnni>, /*chunk_m=*/kChunkM, sizeof(TileScratch<AvxVnni>)};
+const Rung kAvxVnni = {"avx_vnni",
+                       HasAvxVnni,
+                       EnterRow,
+                       MarkRow,
+                       QuantizeRow,
+                       Multiply<AvxVnni>,
+                       /*chunk_m=*/kChunkM,
+                       sizeof(TileScratch<AvxVnni>)};
 #endif
 
 }  // namespace jaxint8::cpu

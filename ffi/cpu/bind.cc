@@ -59,6 +59,23 @@ ffi::Error DecodeRows(const ffi::AnyBuffer& x, Problem* p) {
   return ffi::Error::Success();
 }
 
+// What stands before the layer, from its attributes and the weights of its norm; `k` is that of x until here.
+ffi::Error DecodePrologue(int64_t prologue, float epsilon, const ffi::BufferR1<ffi::F32>& norm, Problem* p) {
+  if (prologue < 0 || prologue > 2) return ffi::Error::InvalidArgument("prologue: expected 0..2");
+  p->prologue.kind = static_cast<Prologue::Kind>(prologue);
+  if (p->prologue.kind == Prologue::Kind::kSiluGate) {
+    if (p->k % 2 != 0) return ffi::Error::InvalidArgument("x: expected a gate and as many columns again");
+    p->k /= 2;
+  }
+  const bool normed = p->prologue.kind == Prologue::Kind::kRmsNorm;
+  if (norm.dimensions()[0] != (normed ? p->k : 0)) {
+    return ffi::Error::InvalidArgument("norm: expected float32[k], or [0] without an RMSNorm");
+  }
+  p->prologue.epsilon = epsilon;
+  p->prologue.norm = normed ? norm.typed_data() : nullptr;
+  return ffi::Error::Success();
+}
+
 ffi::Error Run(const Problem& problem, ffi::ThreadPool& pool) {
   Job job(problem);
   const bool ok = RunJob(job, pool.num_threads(), [&pool](auto task) { pool.Schedule(std::move(task)); });
@@ -105,11 +122,13 @@ ffi::Error Product(ffi::ThreadPool pool, ffi::BufferR2<ffi::S8> a, ffi::BufferR2
 }
 
 ffi::Error Linear(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::BufferR2<ffi::S8> w, ffi::BufferR1<ffi::F32> w_scale,
-                  ffi::BufferR1<ffi::F32> bias, ffi::Result<ffi::AnyBuffer> y, int64_t rule, int64_t column_scope,
-                  float value, int64_t topk, int64_t float_outliers, int64_t rung) {
+                  ffi::BufferR1<ffi::F32> bias, ffi::BufferR1<ffi::F32> norm, ffi::AnyBuffer residual,
+                  ffi::Result<ffi::AnyBuffer> y, int64_t rule, int64_t column_scope, float value, int64_t topk,
+                  int64_t float_outliers, int64_t rung, int64_t prologue, float epsilon) {
   Problem p{};
   p.kind = Problem::Kind::kLinear;
   if (ffi::Error e = DecodeRows(x, &p); e.failure()) return e;
+  if (ffi::Error e = DecodePrologue(prologue, epsilon, norm, &p); e.failure()) return e;
   if (ffi::Error e = Decode({rule, column_scope, topk, float_outliers, rung, value}, &p); e.failure()) return e;
   p.n = w.dimensions()[0];
   const int64_t bias_length = bias.dimensions()[0];
@@ -121,7 +140,27 @@ ffi::Error Linear(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::BufferR2<ffi::S8>
   }
   p.w = w.typed_data();
   p.w_scale = w_scale.typed_data();
+  const bool adds = residual.element_count() != 0;
+  if (adds && (!Is(residual.dimensions(), p.m, p.n) || residual.element_type() != x.element_type())) {
+    return ffi::Error::InvalidArgument("residual: expected [m, n] of the dtype of x, or [0, 0]");
+  }
   p.bias = bias_length == 0 ? nullptr : bias.typed_data();
+  p.residual = adds ? residual.untyped_data() : nullptr;
+  p.y = y->untyped_data();
+  return Run(p, pool);
+}
+
+ffi::Error Enter(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::BufferR1<ffi::F32> norm, ffi::Result<ffi::AnyBuffer> y,
+                 int64_t rung, int64_t prologue, float epsilon) {
+  Problem p{};
+  p.kind = Problem::Kind::kPrologue;
+  if (ffi::Error e = DecodeRows(x, &p); e.failure()) return e;
+  if (ffi::Error e = DecodePrologue(prologue, epsilon, norm, &p); e.failure()) return e;
+  if (ffi::Error e = Decode({0, 0, 0, 0, rung, 0}, &p); e.failure()) return e;
+  if (prologue == 0) return ffi::Error::InvalidArgument("prologue: expected one");
+  if (!Is(y->dimensions(), p.m, p.k) || y->element_type() != x.element_type()) {
+    return ffi::Error::InvalidArgument("y: expected [m, k] of the dtype of x");
+  }
   p.y = y->untyped_data();
   return Run(p, pool);
 }
@@ -155,13 +194,27 @@ XLA_FFI_DEFINE_HANDLER(kLinear, Linear,
                            .Arg<ffi::BufferR2<ffi::S8>>()
                            .Arg<ffi::BufferR1<ffi::F32>>()
                            .Arg<ffi::BufferR1<ffi::F32>>()
+                           .Arg<ffi::BufferR1<ffi::F32>>()
+                           .Arg<ffi::AnyBuffer>()
                            .Ret<ffi::AnyBuffer>()
                            .Attr<int64_t>("rule")
                            .Attr<int64_t>("column_scope")
                            .Attr<float>("value")
                            .Attr<int64_t>("topk")
                            .Attr<int64_t>("float_outliers")
-                           .Attr<int64_t>("rung"));
+                           .Attr<int64_t>("rung")
+                           .Attr<int64_t>("prologue")
+                           .Attr<float>("epsilon"));
+
+XLA_FFI_DEFINE_HANDLER(kEnter, Enter,
+                       ffi::Ffi::Bind()
+                           .Ctx<ffi::ThreadPool>()
+                           .Arg<ffi::AnyBuffer>()
+                           .Arg<ffi::BufferR1<ffi::F32>>()
+                           .Ret<ffi::AnyBuffer>()
+                           .Attr<int64_t>("rung")
+                           .Attr<int64_t>("prologue")
+                           .Attr<float>("epsilon"));
 
 template <typename Handler>
 py::capsule Capsule(Handler* handler) {
@@ -173,6 +226,7 @@ py::dict Registrations() {
   targets["jaxint8_quantize"] = Capsule(kQuantize);
   targets["jaxint8_product"] = Capsule(kProduct);
   targets["jaxint8_linear"] = Capsule(kLinear);
+  targets["jaxint8_prologue"] = Capsule(kEnter);
   return targets;
 }
 

@@ -33,6 +33,13 @@ struct Options {
   int64_t topk = 0;             // of kTopK, >= 1
 };
 
+// What a row goes through before it is quantised; see jaxint8/prologue.py.
+struct Prologue {
+  enum class Kind : int32_t { kNone, kRmsNorm, kSiluGate } kind = Kind::kNone;
+  float epsilon = 0;            // of kRmsNorm
+  const float* norm = nullptr;  // of kRmsNorm: [k]
+};
+
 struct Outlier {
   int32_t column;
   int32_t hi;   // high part of the code; 0 with float_outliers
@@ -68,15 +75,17 @@ struct HiPlan {
   const int8_t* hi = {};      // dense: [k rounded up to 64], zero where not an outlier
 };
 
-// y[i][j] = round((float(c[i][j]) * rows[i].scale) * w_scale[j] (+ extra[i][j]) (+ bias[j])) for j < n.
+// y[i][j] = round((float(c[i][j]) * rows[i].scale) * w_scale[j] (+ extra[i][j]) (+ bias[j])) for j < n; with a residual
+// round(residual[i][j] + that).
 struct Epilogue {
   Type type;
   const int32_t* c;  // [m][kBlockN]
   const Row* rows;   // [m]
   int64_t n;         // at most kBlockN
   const float* w_scale;
-  const float* extra;  // [m][kBlockN] or null
-  const float* bias;   // [n] or null
+  const float* extra;    // [m][kBlockN] or null
+  const float* bias;     // [n] or null
+  const void* residual;  // of the type and stride of y, or null; may be y itself
   void* y;
   int64_t stride;  // elements between rows of y
 };
@@ -121,6 +130,8 @@ struct Columns {
 struct Rung {
   const char* name;
   bool (*supported)();
+  // Writes the row [k] of the same type that stands behind a prologue (not kNone; of kSiluGate, x is [2 * k]).
+  void (*enter)(const Prologue&, Type, const void* x, int64_t k, void* row);
   // Sets marks[j] = 1 for each outlier of one row (column scope; relaxed atomic stores of the same value).
   void (*mark)(const Options&, Type, const void* x, int64_t k, const RowScratch&, uint8_t* marks);
   // Quantises one row into lo[k] and returns scale, sum and count; the outliers stand in the scratch. With column scope
@@ -141,16 +152,18 @@ const Rung* FindRung(int64_t index);
 
 // What to compute. Pointers may be null where a size is 0; buffers need no alignment.
 struct Problem {
-  enum class Kind { kQuantize, kProduct, kLinear } kind;
+  enum class Kind { kQuantize, kProduct, kLinear, kPrologue } kind;
   const Rung* rung;
   Options options;
-  Type type;  // of x, and of y in kLinear
+  Prologue prologue;  // kLinear, kPrologue
+  Type type;          // of x, and of y in kLinear and kPrologue
   int64_t m, k, n;
-  const void* x;         // [m][k]; int8 in kProduct
+  const void* x;         // [m][k]; int8 in kProduct; with kSiluGate [m][2 * k]
   const int8_t* w;       // [n][k]; not in kQuantize
   const float* w_scale;  // [n]; kLinear
   const float* bias;     // [n] or null; kLinear
-  void* y;               // [m][n]; int32 in kProduct
+  const void* residual;  // [m][n] or null; kLinear
+  void* y;               // [m][n]; int32 in kProduct; [m][k] in kPrologue
   int8_t* lo;            // kQuantize: [m][k]
   int8_t* hi;            // kQuantize: [m][k]
   float* row_scale;      // kQuantize: [m]
@@ -181,8 +194,10 @@ class Job {
   void Run(int phase, int64_t item);
 
  private:
+  const void* RowOf(int64_t i, bool keeps);
   void MarkColumns(int64_t item);
   void QuantizeRows(int64_t item);
+  void EnterRows(int64_t item);
   void CopyRows(int64_t item);
   void PlanHi();
   void UnionOfGroups();

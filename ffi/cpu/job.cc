@@ -57,7 +57,7 @@ class Buffer {
 
 // Buffers of one thread; used within one item, never across.
 struct ThreadScratch {
-  Buffer values, index, codes, outliers, magnitude, columns, mask;
+  Buffer values, index, codes, outliers, magnitude, columns, mask, entered;
   Buffer rung, c, extra, gathered;
   std::vector<int32_t> slots;
   uint64_t columns_job = 0;  // whose columns and mask these are
@@ -111,7 +111,7 @@ uint32_t SelectLargest(uint32_t* magnitudes, int64_t n, int64_t count) {
 }
 
 struct Workspace {
-  Buffer lo, marks;
+  Buffer lo, marks, entered;
   std::vector<Row> rows;
   // Per item of the quantising phase: the outliers of its rows, one after the other.
   struct Lists {
@@ -127,7 +127,7 @@ struct Workspace {
   std::vector<int32_t> rank, groups, slots;
 
   size_t bytes() const {
-    size_t total = lo.size() + marks.size() + rows.capacity() * sizeof(Row);
+    size_t total = lo.size() + marks.size() + entered.size() + rows.capacity() * sizeof(Row);
     for (const Lists& list : lists) {
       total += list.outliers.capacity() * sizeof(Outlier) + list.words.capacity() * sizeof(HiWord);
     }
@@ -170,8 +170,8 @@ void Release(Workspace* workspace) {
 }  // namespace
 
 Job::Job(const Problem& problem) : p_(problem), ws_(Acquire()), id_(NextId()) {
-  const bool multiplies = p_.kind != Problem::Kind::kQuantize;
-  const bool quantizes = p_.kind != Problem::Kind::kProduct;
+  const bool multiplies = p_.kind == Problem::Kind::kProduct || p_.kind == Problem::Kind::kLinear;
+  const bool quantizes = p_.kind == Problem::Kind::kQuantize || p_.kind == Problem::Kind::kLinear;
   if (p_.m == 0 || (multiplies && p_.n == 0)) return;
   // One row has no neighbours to share columns with.
   if (p_.m == 1) p_.options.column_scope = false;
@@ -179,13 +179,16 @@ Job::Job(const Problem& problem) : p_(problem), ws_(Acquire()), id_(NextId()) {
   rows_per_item_ = CeilDiv(p_.m, std::clamp<int64_t>(CeilDiv(p_.m * p_.k, 4096), 1, 64));
   const int64_t row_items = CeilDiv(p_.m, rows_per_item_);
   const double values = static_cast<double>(p_.m) * static_cast<double>(p_.k);
+  // What a prologue adds: a gate's exponentials and division, or a norm's passes.
+  const double before = p_.prologue.kind == Prologue::Kind::kNone ? 0 : 0.5 * values;
   if (quantizes && p_.options.column_scope) {
     items_[0] = row_items;
-    cost_[0] = values * 0.15;
+    cost_[0] = values * 0.15 + before;
+    if (before > 0) ws_->entered.Get<char>(p_.m * p_.k * TypeSize(p_.type));
     std::memset(ws_->marks.Get<uint8_t>(p_.k), 0, static_cast<size_t>(p_.k));
   }
   items_[1] = row_items;
-  cost_[1] = values * 0.25;
+  cost_[1] = values * 0.25 + before;
   if (ws_->lists.size() < static_cast<size_t>(row_items)) ws_->lists.resize(row_items);
   if (!multiplies) return;
 
@@ -211,6 +214,7 @@ void Job::Run(int phase, int64_t item) {
     case 0:
       return MarkColumns(item);
     case 1:
+      if (p_.kind == Problem::Kind::kPrologue) return EnterRows(item);
       return p_.kind == Problem::Kind::kProduct ? CopyRows(item) : QuantizeRows(item);
     case 2:
       return PlanHi();
@@ -219,12 +223,39 @@ void Job::Run(int phase, int64_t item) {
   }
 }
 
+// Row i as it is quantised. Behind a prologue it lies in a buffer of this thread, or, where columns are marked, in one
+// of the job, written by the pass that marks them (keeps) and read by the next.
+const void* Job::RowOf(int64_t i, bool keeps) {
+  const int64_t bytes = p_.k * TypeSize(p_.type);
+  const auto* x = static_cast<const char*>(p_.x);
+  if (p_.prologue.kind == Prologue::Kind::kNone) return x + i * bytes;
+  char* row = nullptr;
+  if (p_.options.column_scope) {
+    row = ws_->entered.Get<char>(0) + i * bytes;
+    if (!keeps) return row;
+  } else {
+    row = Scratch().entered.Get<char>(bytes);
+  }
+  const int64_t wide = p_.prologue.kind == Prologue::Kind::kSiluGate ? 2 * bytes : bytes;
+  p_.rung->enter(p_.prologue, p_.type, x + i * wide, p_.k, row);
+  return row;
+}
+
+void Job::EnterRows(int64_t item) {
+  const int64_t bytes = p_.k * TypeSize(p_.type);
+  const int64_t wide = p_.prologue.kind == Prologue::Kind::kSiluGate ? 2 * bytes : bytes;
+  const int64_t end = std::min(p_.m, (item + 1) * rows_per_item_);
+  for (int64_t i = item * rows_per_item_; i < end; ++i) {
+    const auto* x = static_cast<const char*>(p_.x) + i * wide;
+    p_.rung->enter(p_.prologue, p_.type, x, p_.k, static_cast<char*>(p_.y) + i * bytes);
+  }
+}
+
 void Job::MarkColumns(int64_t item) {
   const RowScratch scratch = Scratch().Rows(p_.k);
   const int64_t end = std::min(p_.m, (item + 1) * rows_per_item_);
   for (int64_t i = item * rows_per_item_; i < end; ++i) {
-    const auto* x = static_cast<const char*>(p_.x) + i * p_.k * TypeSize(p_.type);
-    p_.rung->mark(p_.options, p_.type, x, p_.k, scratch, ws_->marks.Get<uint8_t>(p_.k));
+    p_.rung->mark(p_.options, p_.type, RowOf(i, true), p_.k, scratch, ws_->marks.Get<uint8_t>(p_.k));
   }
 }
 
@@ -260,7 +291,7 @@ void Job::QuantizeRows(int64_t item) {
   lists.words.clear();
   const int64_t begin = item * rows_per_item_, end = std::min(p_.m, begin + rows_per_item_);
   for (int64_t i = begin; i < end; ++i) {
-    const auto* x = static_cast<const char*>(p_.x) + i * p_.k * TypeSize(p_.type);
+    const void* x = RowOf(i, false);
     int8_t* lo = rows_only ? p_.lo + i * p_.k : ws_->lo.Get<int8_t>(0) + i * ws_->stride;
     const Row row = p_.rung->quantize(p_.options, p_.type, x, p_.k, columns, scratch, lo);
     if (rows_only) {
@@ -399,7 +430,9 @@ void Job::Multiply(int64_t item) {
     e.w_scale = p_.w_scale + j0;
     e.extra = p_.options.float_outliers ? FloatOutliers(b, e.w_scale) : nullptr;
     e.bias = p_.bias ? p_.bias + j0 : nullptr;
-    e.y = static_cast<char*>(p_.y) + (i0 * p_.n + j0) * TypeSize(p_.type);
+    const int64_t at = (i0 * p_.n + j0) * TypeSize(p_.type);
+    e.residual = p_.residual ? static_cast<const char*>(p_.residual) + at : nullptr;
+    e.y = static_cast<char*>(p_.y) + at;
     e.stride = p_.n;
     b.epilogue = &e;
     return p_.rung->block(b);

@@ -53,6 +53,7 @@ struct NeonDotprod : Neon {
 extern const Rung kNeonDotprod;
 const Rung kNeonDotprod = {"neon_dotprod",
                            HasDotprod,
+                           EnterRow,
                            MarkRow,
                            QuantizeRow,
                            Multiply<NeonDotprod>,

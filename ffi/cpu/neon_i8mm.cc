@@ -72,7 +72,13 @@ struct NeonI8mm : Neon {
 }  // namespace
 
 extern const Rung kNeonI8mm;
-const Rung kNeonI8mm = {
-    "neon_i8mm", HasI8mm, MarkRow, QuantizeRow, Multiply<NeonI8mm>, /*chunk_m=*/kChunkM, sizeof(TileScratch<NeonI8mm>)};
+const Rung kNeonI8mm = {"neon_i8mm",
+                        HasI8mm,
+                        EnterRow,
+                        MarkRow,
+                        QuantizeRow,
+                        Multiply<NeonI8mm>,
+                        /*chunk_m=*/kChunkM,
+                        sizeof(TileScratch<NeonI8mm>)};
 
 }  // namespace jaxint8::cpu

@@ -9,7 +9,9 @@
 #include <cstring>
 
 #include "int8.h"
+#include "prologue.h"
 #include "row_math.h"
+#include "unroll.h"
 
 #if defined(__AVX2__)
 #include <immintrin.h>
@@ -270,33 +272,40 @@ Row QuantizeRow(const Options& options, Type type, const void* data, int64_t k, 
 }
 
 // The epilogue; the compiler makes one loop of each combination of the null pointers.
-template <typename Store>
-void FinishRow(const int32_t* c, int64_t n, float scale, const float* w_scale, const float* extra, const float* bias,
-               Store store) {
-  for (int64_t j = 0; j < n; ++j) {
-    float y = (static_cast<float>(c[j]) * scale) * w_scale[j];
-    if (extra) y += extra[j];
-    if (bias) y += bias[j];
-    store(j, y);
+template <class E>
+void FinishAs(const Epilogue& e, int64_t begin, int64_t end) {
+  const auto* residual = static_cast<const typename E::Element*>(e.residual);
+  for (int64_t i = begin; i < end; ++i) {
+    const int32_t* c = e.c + i * kBlockN;
+    const float* extra = e.extra ? e.extra + i * kBlockN : nullptr;
+    const float* w_scale = e.w_scale;
+    const float* bias = e.bias;
+    const float scale = e.rows[i].scale;
+    auto* out = static_cast<typename E::Element*>(e.y) + i * e.stride;
+    const int64_t n = e.n;
+    const auto value = [=](int64_t j) ALWAYS_INLINE {
+      float y = (static_cast<float>(c[j]) * scale) * w_scale[j];
+      if (extra) y += extra[j];
+      if (bias) y += bias[j];
+      return y;
+    };
+    if (residual == nullptr) {
+      for (int64_t j = 0; j < n; ++j) out[j] = E::Put(value(j));
+    } else {
+      const auto* before = residual + i * e.stride;
+      for (int64_t j = 0; j < n; ++j) out[j] = E::Put(E::Get(before[j]) + E::Get(E::Put(value(j))));
+    }
   }
 }
 
 void Finish(const Epilogue& e, int64_t begin, int64_t end) {
-  for (int64_t i = begin; i < end; ++i) {
-    const int32_t* c = e.c + i * kBlockN;
-    const float* extra = e.extra ? e.extra + i * kBlockN : nullptr;
-    const float scale = e.rows[i].scale;
-    if (e.type == Type::kF32) {
-      float* y = static_cast<float*>(e.y) + i * e.stride;
-      FinishRow(c, e.n, scale, e.w_scale, extra, e.bias, [=](int64_t j, float v) { y[j] = v; });
-    } else {
-      uint16_t* y = static_cast<uint16_t*>(e.y) + i * e.stride;
-      if (e.type == Type::kBF16) {
-        FinishRow(c, e.n, scale, e.w_scale, extra, e.bias, [=](int64_t j, float v) { y[j] = FloatToBFloat(v); });
-      } else {
-        FinishRow(c, e.n, scale, e.w_scale, extra, e.bias, [=](int64_t j, float v) { y[j] = FloatToHalf(v); });
-      }
-    }
+  switch (e.type) {
+    case Type::kBF16:
+      return FinishAs<BFloats>(e, begin, end);
+    case Type::kF16:
+      return FinishAs<Halves>(e, begin, end);
+    default:
+      return FinishAs<Floats>(e, begin, end);
   }
 }
 

@@ -8,6 +8,7 @@
 #include <immintrin.h>
 
 #include "int8.h"
+#include "prologue.h"
 #include "row_math.h"
 #include "unroll.h"
 
@@ -369,6 +370,15 @@ inline void StoreFloats(__m512 y, void* out, int64_t i, __mmask16 mask) {
   }
 }
 
+// The value that StoreFloats would store.
+template <Type kType>
+inline __m512 RoundFloats(__m512 y) {
+  if constexpr (kType == Type::kF32) return y;
+  alignas(32) uint16_t half[16];
+  StoreFloats<kType>(y, half, 0, 0xffff);
+  return LoadFloats<kType>(half, 0, 0xffff);
+}
+
 // Registers of 16 outputs each keep their scales and biases over all rows.
 template <Type kType>
 inline void FinishAs(const Epilogue& e, int64_t begin, int64_t end) {
@@ -386,24 +396,30 @@ inline void FinishAs(const Epilogue& e, int64_t begin, int64_t end) {
   const Row* rows = e.rows;
   const bool add_bias = e.bias != nullptr;
   char* y = static_cast<char*>(e.y) + begin * step;
-  for (int64_t i = begin; i < end; ++i, y += step, c += kBlockN) {
+  const char* residual = e.residual ? static_cast<const char*>(e.residual) + begin * step : nullptr;
+  for (int64_t i = begin; i < end; ++i, y += step, residual += residual ? step : 0, c += kBlockN) {
     const __m512 scale = _mm512_set1_ps(rows[i].scale);
     Unroll<4>([&](auto z) ALWAYS_INLINE {
       const __m512 sum = _mm512_cvtepi32_ps(_mm512_load_si512(c + z * 16));
       __m512 v = _mm512_mul_ps(_mm512_mul_ps(sum, scale), w_scale[z]);
       if (extra) v = _mm512_add_ps(v, _mm512_loadu_ps(extra + i * kBlockN + z * 16));
       if (add_bias) v = _mm512_add_ps(v, bias[z]);
+      if (residual)
+        v = _mm512_add_ps(LoadFloats<kType>(residual, mask[z] ? z * 16 : 0, mask[z]), RoundFloats<kType>(v));
       StoreFloats<kType>(v, y, z * 16, mask[z]);
     });
   }
 }
 
-// Asks for the lines of y that Finish will write: they come while the tile is multiplied.
+// Asks for the lines of y and of the residual that Finish will need: they come while the tile is multiplied.
 inline void FetchOutputs(const Epilogue& e, int64_t begin, int64_t end) {
   const int64_t size = e.type == Type::kF32 ? 4 : 2;
   for (int64_t i = begin; i < end; ++i) {
     const char* y = static_cast<const char*>(e.y) + i * e.stride * size;
     for (int64_t j = 0; j < e.n * size; j += 64) __builtin_prefetch(y + j, 1);
+    if (e.residual == nullptr || e.residual == e.y) continue;
+    const char* residual = static_cast<const char*>(e.residual) + i * e.stride * size;
+    for (int64_t j = 0; j < e.n * size; j += 64) __builtin_prefetch(residual + j);
   }
 }
 

@@ -31,6 +31,7 @@ void MultiplyBlock(const Block& b) {
 }  // namespace
 
 extern const Rung kScalar;
-const Rung kScalar = {"scalar", Supported, MarkRow, QuantizeRow, MultiplyBlock, /*chunk_m=*/256, /*scratch_bytes=*/0};
+const Rung kScalar = {"scalar",    Supported,     EnterRow,        MarkRow,
+                      QuantizeRow, MultiplyBlock, /*chunk_m=*/256, /*scratch_bytes=*/0};
 
 }  // namespace jaxint8::cpu
