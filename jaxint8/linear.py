@@ -4,23 +4,24 @@ The public function checks its arguments, folds the leading axes into rows, pick
 derivative at the float edge: through a rounding, automatic differentiation would silently give zero.
 """
 
+import dataclasses
 import functools
 import math
-from collections.abc import Callable
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxint8 import kernels, reference
+from jaxint8 import kernels
+from jaxint8.dispatch import Implementation, Layer, Operands, entered, integer_product, one_device
 from jaxint8.outliers import OutlierRule, as_rule, is_token_scope
 from jaxint8.partition import Partition, partition_of
-from jaxint8.portable import Multiply, finish, xla_linear, xla_product
+from jaxint8.portable import finish, xla_linear
+from jaxint8.prologue import enter
 from jaxint8.quantize import Arithmetic, QuantizedMatrix, validate
-from jaxint8.shards import Shards, vary_like
+from jaxint8.shards import Shards
 
-Implementation = Literal["cuda", "cpu", "xla", "reference"]
 Reduction = Literal["exact", "fast"]
 FLOATS = (jnp.float32, jnp.bfloat16, jnp.float16)
 
@@ -76,7 +77,6 @@ def int8_linear(
     """
     rule = as_rule(outliers)
     arithmetic = _check(x, w, bias, outlier_arithmetic, implementation)
-    k, n = w.shape
     if bias is not None:
         bias = bias.astype(jnp.float32)
     if partition is None:
@@ -86,14 +86,43 @@ def int8_linear(
     if partition is not None:
         if implementation == "reference":
             raise ValueError("implementation: 'reference' runs on one device, not on a partition")
-        partition.check(x.shape, n)
+        partition.check(x.shape, w.shape[1])
         x = partition.place(x)
-        how = (rule, arithmetic, implementation, partition, reduction)
-        return _traced_once(x, w.codes, w.scale, bias, *how)
-    m = math.prod(x.shape[:-1])
-    how = (rule, arithmetic, implementation, None, reduction)
-    y = _traced_once(x.reshape(m, k), w.codes, w.scale, bias, *how)
+    layer = Layer(rule, arithmetic, implementation)
+    return linear(Operands(x, w.codes, w.scale, bias), layer, partition, reduction)
+
+
+def linear(
+    operands: Operands,
+    layer: Layer,
+    partition: Partition | None = None,
+    reduction: Reduction = "exact",
+) -> jax.Array:
+    """Computes ``residual + int8_linear(prologue(x))``, as one call where there is a kernel. Nothing is checked.
+
+    Args:
+      operands: x and residual with any leading axes.
+      layer: what is computed. With a partition there may be no prologue and no residual.
+      partition: how x and the weights lie on a mesh, or None.
+      reduction: see `int8_linear`.
+
+    Returns:
+      x.dtype[..., n]; differentiable in x, bias, norm and residual.
+    """
+    x, n = operands.x, operands.codes.shape[0]
+    if partition is not None:
+        return _traced_once(operands, layer, partition, reduction)
+    y = _traced_once(_folded(operands), layer, None, reduction)
     return y.reshape(*x.shape[:-1], n)
+
+
+def _folded(operands: Operands) -> Operands:
+    """The same with all but the last axis of x and residual as one."""
+    m = math.prod(operands.x.shape[:-1])
+    residual = operands.residual
+    if residual is not None:
+        residual = residual.reshape(m, residual.shape[-1])
+    return operands._replace(x=operands.x.reshape(m, operands.x.shape[-1]), residual=residual)
 
 
 def _check(
@@ -133,112 +162,84 @@ def _check(
     return arithmetic or "int15"
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7, 8))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
 def _linear(
-    x: jax.Array,
-    codes: jax.Array,
-    scale: jax.Array,
-    bias: jax.Array | None,
-    rule: OutlierRule | None,
-    arithmetic: Arithmetic,
-    implementation: Implementation | None,
-    partition: Partition | None,
-    reduction: Reduction,
+    operands: Operands, layer: Layer, partition: Partition | None, reduction: Reduction
 ) -> jax.Array:
     """x.dtype[m, n] from x float[m, k]; the float edge at which the derivative is set."""
     if partition is None:
-        return _one_device(x, codes, scale, bias, rule, arithmetic, implementation)
-
-    how = {"rule": rule, "arithmetic": arithmetic, "implementation": implementation}
-    local = functools.partial(local_linear, **how, shards=partition.shards, reduction=reduction)
+        return one_device(operands, layer)
 
     def part(*arrays: jax.Array) -> jax.Array:
-        return partition.same_everywhere(local(*arrays))
+        local = Operands(*arrays)
+        return partition.same_everywhere(
+            local_linear(local, layer, shards=partition.shards, reduction=reduction)
+        )
 
+    x, codes, scale, bias, _, _ = operands
     specs = (partition.x_spec(x.ndim), partition.codes_spec, partition.n_spec, partition.n_spec)
     return partition.map(part, specs, partition.y_spec(x.ndim))(x, codes, scale, bias)
 
 
-def _one_device(
-    x: jax.Array,
-    codes: jax.Array,
-    scale: jax.Array,
-    bias: jax.Array | None,
-    rule: OutlierRule | None,
-    arithmetic: Arithmetic,
-    implementation: Implementation | None,
-) -> jax.Array:
-    portable = functools.partial(xla_linear, rule=rule, arithmetic=arithmetic)
-    if implementation == "xla":
-        return portable(x, codes, scale, bias)
-    if implementation == "reference":
-        return _reference_linear(x, codes, scale, bias, rule, arithmetic)
-    if implementation == "cuda" and arithmetic == "float":
-        return portable(x, codes, scale, bias)  # has no CUDA kernel
-    if implementation is not None:
-        return _compiled(rule, arithmetic, implementation)(x, codes, scale, bias)
-    platforms = {
-        platform: _compiled(rule, arithmetic, platform)
-        for platform in kernels.platforms()
-        if not (platform == "cuda" and arithmetic == "float")
-    }
-    return jax.lax.platform_dependent(x, codes, scale, bias, default=portable, **platforms)
-
-
 def local_linear(
-    x: jax.Array,
-    codes: jax.Array,
-    scale: jax.Array,
-    bias: jax.Array | None,
-    *,
-    rule: OutlierRule | None,
-    arithmetic: Arithmetic,
-    implementation: Implementation | None,
-    shards: Shards,
-    reduction: Reduction = "exact",
+    operands: Operands, layer: Layer, *, shards: Shards, reduction: Reduction = "exact"
 ) -> jax.Array:
-    """What one device of a partition computes, inside a `jax.shard_map`: its part of `int8_linear`.
+    """What one device of a partition computes, inside a `jax.shard_map`: its part of `linear`.
 
     Where whole rows are here and no other device has a say in their outliers, that is the fused kernel. Else the
     statistics are made by all devices together, and the kernel multiplies codes.
 
     Args:
-      x: float[..., k]; these rows and columns.
-      codes: int8[n, k]; these output channels and columns.
-      scale: float32[n], of these output channels.
-      bias: float32[n] or None, of these output channels.
-      rule: the outlier rule, or None.
-      arithmetic: how outliers are carried out; "float" adds them in the order of the columns, device by device.
-      implementation: "cuda", "cpu", "xla" or None.
+      operands: these rows, columns and output channels; x and residual with any leading axes. Where columns are split
+        and a prologue is a norm, they would not be enough: such a norm stands outside.
+      layer: what is computed; "float" outliers are added in the order of the columns, device by device.
       shards: what of the whole x this is.
       reduction: "exact" or "fast", see `int8_linear`.
 
     Returns:
       x.dtype[..., n], the same on all devices over which columns are split.
     """
-    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-    whole = Shards(rows=shards.rows)
-    if not shards.columns and (not shards.rows or is_token_scope(rule)) and shards.k is None:
-        y = _one_device(rows, codes, scale, bias, rule, arithmetic, implementation)
-    elif reduction == "fast" and shards.columns:
-        part = functools.partial(local_linear, rule=rule, arithmetic=arithmetic, shards=whole)
-        y = part(rows, codes, scale, None, implementation=implementation)
-        y = finish(jax.lax.psum(y, shards.columns).astype(jnp.float32), bias, x.dtype)
+    folded = _folded(operands)
+    y = _local(folded, layer, shards, reduction)
+    return y.reshape(*operands.x.shape[:-1], operands.codes.shape[0])
+
+
+def _local(operands: Operands, layer: Layer, shards: Shards, reduction: Reduction) -> jax.Array:
+    """`local_linear` of x[m, k]."""
+    token_scope = not shards.rows or is_token_scope(layer.rule)
+    if not shards.columns and token_scope and shards.k is None:
+        return one_device(operands, layer)
+    rows = entered(operands, layer)
+    inner = dataclasses.replace(layer, prologue=None)
+    _, codes, scale, bias, _, residual = operands
+    if reduction == "fast" and shards.columns:
+        part = Operands(rows, codes, scale)
+        y = _local(part, inner, Shards(rows=shards.rows), "exact")
+        y = finish(jax.lax.psum(y, shards.columns).astype(jnp.float32), bias, rows.dtype)
     else:
-        how = {"rule": rule, "arithmetic": arithmetic, "shards": shards}
-        multiply = functools.partial(integer_product, implementation=implementation)
+        multiply = functools.partial(integer_product, implementation=layer.implementation)
+        how = {"rule": layer.rule, "arithmetic": layer.arithmetic, "shards": shards}
         y = xla_linear(rows, codes, scale, bias, **how, multiply=multiply)
-    return y.reshape(*x.shape[:-1], codes.shape[0])
+    return y if residual is None else residual + y
 
 
-def _linear_forward(x, codes, scale, bias, *how):
-    empty = jnp.zeros((0,), x.dtype)  # carries the dtype of dx
-    return _linear(x, codes, scale, bias, *how), (codes, scale, bias, empty)
+def _linear_forward(
+    operands: Operands, layer: Layer, partition: Partition | None, reduction: Reduction
+) -> tuple[jax.Array, Operands]:
+    # Without a prologue only the dtype of x is needed again.
+    x = operands.x if layer.prologue is not None else jnp.zeros((0,), operands.x.dtype)
+    return _linear(operands, layer, partition, reduction), operands._replace(x=x)
 
 
-def _linear_backward(rule, arithmetic, implementation, partition, reduction, residuals, g):
-    del rule, arithmetic, implementation, reduction
-    codes, scale, bias, empty = residuals
+def _linear_backward(
+    layer: Layer,
+    partition: Partition | None,
+    reduction: Reduction,
+    operands: Operands,
+    gradient: jax.Array,
+) -> tuple[Operands]:
+    del reduction
+    x, codes, scale, bias, norm, residual = operands
 
     def part(
         g: jax.Array, codes: jax.Array, scale: jax.Array
@@ -255,106 +256,23 @@ def _linear_backward(rule, arithmetic, implementation, partition, reduction, res
             dx = jax.lax.psum(dx, partition.n_axes) if partition.n_axes else dx
             if dbias is not None and partition.row_axes:
                 dbias = jax.lax.psum(dbias, partition.row_axes)
-        return dx.astype(empty.dtype), dbias
+        return dx.astype(x.dtype), dbias
 
     if partition is not None:
-        specs = (partition.y_spec(g.ndim), partition.codes_spec, partition.n_spec)
-        part = partition.map(part, specs, (partition.x_spec(g.ndim), partition.n_spec))
-    dx, dbias = part(g, codes, scale)
-    return dx, np.zeros(codes.shape, jax.dtypes.float0), jnp.zeros_like(scale), dbias
+        specs = (partition.y_spec(gradient.ndim), partition.codes_spec, partition.n_spec)
+        part = partition.map(part, specs, (partition.x_spec(gradient.ndim), partition.n_spec))
+    dx, dbias = part(gradient, codes, scale)
+    dnorm = None
+    if layer.prologue is not None:
+        _, pull = jax.vjp(functools.partial(enter, prologue=layer.prologue), x, norm)
+        dx, dnorm = pull(dx)
+    nothing = np.zeros(codes.shape, jax.dtypes.float0)
+    dresidual = None if residual is None else gradient
+    return (Operands(dx, nothing, jnp.zeros_like(scale), dbias, dnorm, dresidual),)  # pyright: ignore[reportArgumentType] (float0 is NumPy's)
 
 
 _linear.defvjp(_linear_forward, _linear_backward)
 
 # Layers of one shape share a trace and a lowering: with many layers that is seconds, and a call outside of jit is a
 # call of what has been compiled.
-_traced_once = jax.jit(_linear, static_argnums=(4, 5, 6, 7, 8))
-
-
-@functools.cache
-def _compiled(
-    rule: OutlierRule | None, arithmetic: Arithmetic, platform: kernels.Platform
-) -> Callable[..., jax.Array]:
-    """The kernel as a function that vmap folds into rows, where a row's result does not depend on the others."""
-
-    @jax.custom_batching.custom_vmap
-    def call(x: jax.Array, codes: jax.Array, scale: jax.Array, bias: jax.Array | None) -> jax.Array:
-        y = kernels.linear(
-            x, codes, scale, bias, rule=rule, arithmetic=arithmetic, platform=platform
-        )
-        return vary_like(y, *jax.tree.leaves((x, codes, scale, bias)))
-
-    @call.def_vmap
-    def _(
-        size: int,
-        batched: list[bool],
-        x: jax.Array,
-        codes: jax.Array,
-        scale: jax.Array,
-        bias: jax.Array | None,
-    ) -> tuple[jax.Array, bool]:
-        if is_token_scope(rule) and not any(jax.tree.leaves(batched[1:])):
-            _, m, k = x.shape
-            y = call(x.reshape(size * m, k), codes, scale, bias)
-            return y.reshape(size, m, codes.shape[0]), True
-        args = (x, codes, scale, bias)
-        mapped = [a for a, b in zip(args, batched, strict=True) if b is True]
-
-        def one(part: list[jax.Array]) -> jax.Array:
-            parts = iter(part)
-            return call(
-                *(next(parts) if b is True else a for a, b in zip(args, batched, strict=True))
-            )
-
-        return jax.lax.map(one, mapped), True
-
-    return call
-
-
-def integer_product(
-    a: jax.Array, codes: jax.Array, *, implementation: Implementation | None
-) -> jax.Array:
-    """A `Multiply` by the kernels."""
-    if implementation == "xla":
-        return xla_product(a, codes)
-    if implementation is not None:
-        return _compiled_product(implementation)(a, codes)
-    platforms = {platform: _compiled_product(platform) for platform in kernels.platforms()}
-    return jax.lax.platform_dependent(a, codes, default=xla_product, **platforms)
-
-
-@functools.cache
-def _compiled_product(platform: kernels.Platform) -> Multiply:
-    """The kernel as a function that vmap folds into rows."""
-
-    @jax.custom_batching.custom_vmap
-    def call(a: jax.Array, codes: jax.Array) -> jax.Array:
-        return vary_like(kernels.product(a, codes, platform=platform), a, codes)
-
-    @call.def_vmap
-    def _(size: int, batched: list[bool], a: jax.Array, codes: jax.Array) -> tuple[jax.Array, bool]:
-        if not batched[1]:
-            _, m, k = a.shape
-            return call(a.reshape(size * m, k), codes).reshape(size, m, codes.shape[0]), True
-        if batched[0]:
-            return jax.lax.map(lambda both: call(*both), (a, codes)), True
-        return jax.lax.map(lambda one: call(a, one), codes), True
-
-    return call
-
-
-def _reference_linear(
-    x: jax.Array,
-    codes: jax.Array,
-    scale: jax.Array,
-    bias: jax.Array | None,
-    rule: OutlierRule | None,
-    arithmetic: Arithmetic,
-) -> jax.Array:
-    def call(x, codes, scale, bias):
-        x, codes, scale = np.asarray(x), np.asarray(codes), np.asarray(scale)
-        bias = None if bias is None else np.asarray(bias)
-        return reference.int8_linear(x, codes, scale, bias, rule, arithmetic)
-
-    shape = jax.ShapeDtypeStruct((x.shape[0], codes.shape[0]), x.dtype)
-    return jax.pure_callback(call, shape, x, codes, scale, bias, vmap_method="sequential")
+_traced_once = jax.jit(_linear, static_argnums=(1, 2, 3))

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from jaxint8.linear import Implementation, int8_linear
+from jaxint8.dispatch import Implementation
+from jaxint8.linear import int8_linear
 from jaxint8.outliers import OutlierRule
 from jaxint8.partition import Partition
 from jaxint8.quantize import Arithmetic, QuantizedMatrix, quantize

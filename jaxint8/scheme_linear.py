@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from jaxint8.linear import Implementation, int8_linear, integer_product
+from jaxint8.dispatch import Implementation, integer_product
+from jaxint8.linear import int8_linear
 from jaxint8.outliers import as_rule, outlier_mask
 from jaxint8.portable import finish
 from jaxint8.quantize import QuantizedMatrix, quantize, quantize_rows

@@ -12,7 +12,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from jaxint8.linear import Implementation, integer_product
+from jaxint8.dispatch import Implementation, integer_product
 from jaxint8.outliers import divide, finite_rows
 from jaxint8.quantize import CODE_MAX, usable_scale
 
