@@ -21,14 +21,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jaxint8 import QuantizedMatrix
-from jaxint8.linear import local_linear
 from jaxint8.models.attention import (
     alibi_bias,
     alibi_slopes,
@@ -41,20 +39,12 @@ from jaxint8.models.attention import (
 from jaxint8.models.cache import KVCache
 from jaxint8.models.config import DecoderConfig, QuantizationConfig
 from jaxint8.models.head import rescore
+from jaxint8.models.linear import activate, apply_norm, as_prologue, linear
 from jaxint8.models.placement import Placement
 from jaxint8.models.product import product
 from jaxint8.models.split import ALONE, Split
-from jaxint8.outliers import as_rule
-from jaxint8.scheme_linear import SchemeMatrix, scheme_linear
 
 Params = Mapping[str, Any]
-
-_ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "silu": jax.nn.silu,
-    "relu": jax.nn.relu,
-    "gelu": functools.partial(jax.nn.gelu, approximate=False),
-    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
-}
 
 
 def forward(
@@ -147,13 +137,15 @@ def _forward(
         at = _place(config, params, tokens, cache, split)
         x = at.only_tokens(x)
         if "project_in" in params:
-            x = _linear(x, params["project_in"], quantization, split)
+            x = linear(x, params["project_in"], quantization, split)
         if config.positions == "learned":
             x += jnp.take(
                 params["positions"], at.positions + config.position_offset, axis=0, mode="clip"
             )
         if config.embedding_norm:
-            x = at.only_tokens(_norm(config, x, params["embedding_norm"]))
+            x = apply_norm(config, x, params["embedding_norm"])
+        if config.embedding_norm or config.positions == "learned":
+            x = at.only_tokens(x)
         keys, values = [], []
         for index, layer in enumerate(params["layers"]):
             stored = None if cache is None else (cache.keys[index], cache.values[index])
@@ -166,12 +158,12 @@ def _forward(
                 keys.append(stored[0])
                 values.append(stored[1])
         if config.final_norm:
-            x = _norm(config, x, params.get("final_norm", {}))
+            x = apply_norm(config, x, params.get("final_norm", {}))
         x = at.only_tokens(x)
         if last_only:
             x = x[:, -1:]
         if "project_out" in params:
-            x = _linear(x, params["project_out"], quantization, split)
+            x = linear(x, params["project_out"], quantization, split)
         if cache is not None:
             length = cache.length + tokens.shape[1]
             cache = dataclasses.replace(cache, keys=keys, values=values, length=length)
@@ -240,17 +232,11 @@ def _layer(
     quantization: QuantizationConfig | None,
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
     """Attention, then MLP, each with its norm before it or (post-norm) after the sum."""
-    attention_norm, mlp_norm = (
-        functools.partial(_norm, config, layer=layer.get(name, {}))
-        for name in ("attention_norm", "mlp_norm")
-    )
-    y = attention_norm(x) if config.norm_first else x
-    y, stored = _attention(config, layer, at.only_tokens(y), at, stored, quantization)
-    x += y
-    x = x if config.norm_first else attention_norm(x)
-    y = mlp_norm(x) if config.norm_first else x
-    x += _mlp(config, layer, at.only_tokens(y), at, quantization)
-    return x if config.norm_first else mlp_norm(x), stored
+    attention_norm, mlp_norm = layer.get("attention_norm", {}), layer.get("mlp_norm", {})
+    x, stored = _attention(config, layer, x, at, stored, quantization, attention_norm)
+    x = x if config.norm_first else apply_norm(config, x, attention_norm)
+    x = _mlp(config, layer, x, at, quantization, mlp_norm)
+    return x if config.norm_first else apply_norm(config, x, mlp_norm), stored
 
 
 # Layers of one shape are traced once and called; XLA sees through the call.
@@ -266,7 +252,7 @@ def _traced_with_inputs(
     stored: tuple[jax.Array, jax.Array] | None,
     quantization: QuantizationConfig | None,
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None, dict[str, jax.Array]]:
-    """A layer, and what enters its linear layers; `_linear` calls the taps while it is traced."""
+    """A layer, and what enters its linear layers; `linear` calls the taps while it is traced."""
     inputs: dict[str, jax.Array] = {}
     tapped = {
         name: {**node, "tap": functools.partial(inputs.__setitem__, name)}
@@ -276,6 +262,25 @@ def _traced_with_inputs(
     return x, stored, inputs
 
 
+def _enters(
+    config: DecoderConfig, layer: Params, x: jax.Array, at: _Place, norm: Params
+) -> tuple[jax.Array, dict[str, Any]]:
+    """What enters the first linear layer behind a norm: x, and the prologue that is still to do.
+
+    Zeros are put into rows of padding, unless they hold zeros already: in a layer of no biases
+    nothing else comes of zeros.
+    """
+    prologue, weight = as_prologue(config, norm) if config.norm_first else (None, None)
+    if config.norm_first and prologue is None:
+        return at.only_tokens(apply_norm(config, x, norm)), {}
+    x = at.only_tokens(x) if _has_biases(layer) else x
+    return x, {"prologue": prologue, "norm": weight}
+
+
+def _has_biases(layer: Params) -> bool:
+    return any("bias" in node for node in layer.values())
+
+
 def _attention(
     config: DecoderConfig,
     layer: Params,
@@ -283,11 +288,14 @@ def _attention(
     at: _Place,
     stored: tuple[jax.Array, jax.Array] | None,
     quantization: QuantizationConfig | None,
+    norm: Params,
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
-    """Self-attention of x[b, t, hidden] to itself, or to a cache that it is first added to."""
+    """Adds self-attention to x[b, t, hidden]: to itself, or to a cache that it is first added to."""
     b, t, _ = x.shape
+    y, before = _enters(config, layer, x, at, norm)
     # Heads of q, then those of k, then those of v.
-    fused = _linear(x, layer["qkv"], quantization, at.split).reshape(b, t, -1, config.head_dim)
+    fused = linear(y, layer["qkv"], quantization, at.split, **before)
+    fused = fused.reshape(b, t, -1, config.head_dim)
     turning = config.heads + config.kv_heads
     turned = fused[:, :, :turning]
     if at.rope is not None:
@@ -304,7 +312,7 @@ def _attention(
         key, value = jnp.transpose(stored[0], (0, 3, 1, 2)), jnp.swapaxes(stored[1], 1, 2)
         y = attend(query, key, value, at.mask, at.bias)
     y = at.only_tokens(y.reshape(b, t, config.query_size))
-    return _linear(y, layer["out"], quantization, at.split, "out"), stored
+    return linear(y, layer["out"], quantization, at.split, "out", residual=x), stored
 
 
 def _mlp(
@@ -313,13 +321,14 @@ def _mlp(
     x: jax.Array,
     at: _Place,
     quantization: QuantizationConfig | None,
+    norm: Params,
 ) -> jax.Array:
-    y = _linear(x, layer["up"], quantization, at.split).astype(jnp.float32)
-    activation = _ACTIVATIONS[config.activation]
-    gate = activation(y[..., : config.mlp_size])
-    y = gate * y[..., config.mlp_size :] if config.gated else gate
-    y = at.only_tokens(y.astype(x.dtype))
-    return _linear(y, layer["down"], quantization, at.split, "down")
+    """Adds the MLP to x[b, t, hidden]."""
+    y, before = _enters(config, layer, x, at, norm)
+    y = linear(y, layer["up"], quantization, at.split, **before)
+    y, prologue = activate(config, y)
+    y = at.only_tokens(y) if _has_biases(layer) else y
+    return linear(y, layer["down"], quantization, at.split, "down", prologue=prologue, residual=x)
 
 
 def _logits(
@@ -334,7 +343,7 @@ def _logits(
     table = params["embedding"] if config.tied_embeddings else params["lm_head"]["weight"]
     if "int8_head" in params:
         # In float32, for in bfloat16 the best logits would often be equal.
-        logits = _linear(x.astype(jnp.float32), params["int8_head"], quantization, split)
+        logits = linear(x.astype(jnp.float32), params["int8_head"], quantization, split)
     else:
         logits = product(x, table)
     if not last_only:
@@ -342,55 +351,3 @@ def _logits(
     logits = split.whole_vocabulary(logits)
     take = functools.partial(split.take, table)
     return rescore(logits, x, take) if "int8_head" in params else logits
-
-
-def _linear(
-    x: jax.Array,
-    layer: Params,
-    quantization: QuantizationConfig | None,
-    split: Split,
-    module: str | None = None,
-) -> jax.Array:
-    """x[..., k] times a weight [n, k] of either kind, plus its bias if any; x.dtype[..., n].
-
-    Modules with a name are those that many devices split along k (see `Split`).
-    """
-    if "tap" in layer:  # see observe.py
-        layer["tap"](x)
-    weight, bias = layer["weight"], layer.get("bias")
-    bias = None if bias is None else bias.astype(jnp.float32)
-    if isinstance(weight, QuantizedMatrix | SchemeMatrix):
-        how = quantization or QuantizationConfig()
-        if split:
-            assert isinstance(weight, QuantizedMatrix)  # others are refused when loading
-            return local_linear(
-                x,
-                weight.codes,
-                weight.scale,
-                bias,
-                rule=as_rule(how.outliers),
-                arithmetic=how.outlier_arithmetic or "int15",
-                implementation=how.implementation,
-                shards=split.shards(module),
-                reduction=how.reduction,
-            )
-        return scheme_linear(x, weight, bias, scheme=how, implementation=how.implementation)
-    if bias is None and not split:
-        return product(x, weight, x.dtype)
-    y = split.sum(product(x, weight), module)
-    y = y if bias is None else y + bias[None, None]
-    return y.astype(x.dtype)
-
-
-def _norm(config: DecoderConfig, x: jax.Array, layer: Params) -> jax.Array:
-    """Normalises the last axis in float32; x.dtype of the same shape."""
-    y = x.astype(jnp.float32)
-    if config.norm == "layer":
-        y -= jnp.mean(y, axis=-1, keepdims=True)
-    # A layer norm's variance is the mean square of what is left.
-    y *= jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + config.norm_epsilon)
-    if "weight" in layer:
-        y *= layer["weight"].astype(jnp.float32)[None, None]
-    if "bias" in layer:
-        y += layer["bias"].astype(jnp.float32)[None, None]
-    return y.astype(x.dtype)
