@@ -103,76 +103,53 @@ struct Part {
 // How far ahead weights are fetched, in bytes.
 constexpr int64_t kFetchAhead = 8 << 10;
 
-// c[M][j..] (+)= dot products with rows of weights; the first part of the columns sets c. Memory is read as one stream,
-// which the processor then fetches ahead by itself: one or two rows of activations take one row of weights after the
-// other (8 at once are read at half the speed from memory: 10 against 19 GB/s on one core). More rows take four at
-// once, for fewer loads of codes (five rows take two: there are 32 registers), and fetch what follows in the order in
-// which it lies.
-template <int M, bool kDense>
+// c[M][j..] (+)= dot products with rows of weights; the first part of the columns sets c. Four rows of weights at once,
+// for fewer loads of codes (with five rows two: there are 32 registers), and what follows is fetched in the order in
+// which it lies, as one stream: eight rows at once are read at half the speed from memory.
+template <int M>
 void Dots(const Block& b, const Part& part) {
-  constexpr int N = M <= 2 ? 1 : M <= 4 ? 4 : 2;
-  // Chains of sums, to hide the latency of a multiplication.
-  constexpr int U = M == 1 ? 4 : M == 2 ? 2 : 1;
+  constexpr int N = M <= 4 ? 4 : 2;
   const __m512i flip = _mm512_set1_epi8(static_cast<char>(0x80));
   const int64_t k = b.k, stride = b.stride, whole = part.end / 64 * 64;
   const __mmask64 rest = FirstBytes(part.end - whole);
   const int8_t* x = b.lo + part.i * stride;
-  const int8_t* hi = kDense ? b.plan->hi : nullptr;
   for (int64_t first = part.j; first < part.j_end; first += 4) {
     alignas(64) int32_t sums[4][M][16];
     for (int r = 0; r < 4; r += N) {
       const int8_t* w[N];  // beyond the last row: that one again
       Unroll<N>([&](auto j) ALWAYS_INLINE { w[j] = b.w + (first + r + j < b.n ? first + r + j : b.n - 1) * k; });
       const int8_t* fetch = w[0] + kFetchAhead;
-      __m512i acc[U][N][M], high[kDense ? U : 1][N][M];
-      Unroll<U * N * M>([&](auto i) ALWAYS_INLINE {
-        acc[i / (N * M)][i / M % N][i % M] = _mm512_setzero_si512();
-        if constexpr (kDense) high[i / (N * M)][i / M % N][i % M] = _mm512_setzero_si512();
-      });
-      const auto step = [&](auto u, int64_t t, auto load) ALWAYS_INLINE {
+      __m512i acc[N][M];
+      Unroll<N * M>([&](auto i) ALWAYS_INLINE { acc[i / M][i % M] = _mm512_setzero_si512(); });
+      const auto step = [&](int64_t t, auto load) ALWAYS_INLINE {
         __m512i weights[N];
         Unroll<N>([&](auto j) ALWAYS_INLINE { weights[j] = _mm512_xor_si512(load(w[j] + t), flip); });
-        if constexpr (N > 1) {
-          if (part.fetches) {
-            Unroll<N>([&](auto j) ALWAYS_INLINE { _mm_prefetch(fetch + j * 64, _MM_HINT_T1); });
-            fetch += N * 64;
-          }
+        if (part.fetches) {
+          Unroll<N>([&](auto j) ALWAYS_INLINE { _mm_prefetch(fetch + j * 64, _MM_HINT_T1); });
+          fetch += N * 64;
         }
         Unroll<M>([&](auto i) ALWAYS_INLINE {
           __m512i codes = _mm512_load_si512(x + i * stride + t);
           // Once into a register: each multiplication would load it by itself.
           if constexpr (N == 2) asm("" : "+v"(codes));
-          Unroll<N>([&](auto j) ALWAYS_INLINE { acc[u][j][i] = _mm512_dpbusd_epi32(acc[u][j][i], weights[j], codes); });
-          if constexpr (kDense) {
-            const __m512i codes_hi = _mm512_load_si512(hi + t);
-            Unroll<N>([&](auto j)
-                          ALWAYS_INLINE { high[u][j][i] = _mm512_dpbusd_epi32(high[u][j][i], weights[j], codes_hi); });
-          }
+          Unroll<N>([&](auto j) ALWAYS_INLINE { acc[j][i] = _mm512_dpbusd_epi32(acc[j][i], weights[j], codes); });
         });
       };
       const auto load = [](const int8_t* from) ALWAYS_INLINE { return _mm512_loadu_si512(from); };
-      constexpr std::integral_constant<int, 0> kFirst{};
       // The rest comes first: after the loop it would make the compiler hold every sum twice.
       if (rest) {
-        step(kFirst, whole, [&](const int8_t* from) ALWAYS_INLINE { return _mm512_maskz_loadu_epi8(rest, from); });
+        step(whole, [&](const int8_t* from) ALWAYS_INLINE { return _mm512_maskz_loadu_epi8(rest, from); });
       }
       int64_t t = part.begin;
-      constexpr int V = U > 1 ? U : 2;
-      for (; (whole - t) % (64 * V) != 0; t += 64) step(kFirst, t, load);
-      for (; t < whole; t += 64 * V) {
-        Unroll<V>([&](auto v) ALWAYS_INLINE { step(std::integral_constant<int, v % U>{}, t + v * 64, load); });
+      if ((whole - t) % 128 != 0) {
+        step(t, load);
+        t += 64;
       }
-      Unroll<N * M>([&](auto i) ALWAYS_INLINE {
-        constexpr int kJ = i / M, kI = i % M;
-        Unroll<U - 1>([&](auto u)
-                          ALWAYS_INLINE { acc[0][kJ][kI] = _mm512_add_epi32(acc[0][kJ][kI], acc[u + 1][kJ][kI]); });
-        if constexpr (kDense) {
-          Unroll<U - 1>(
-              [&](auto u) ALWAYS_INLINE { high[0][kJ][kI] = _mm512_add_epi32(high[0][kJ][kI], high[u + 1][kJ][kI]); });
-          acc[0][kJ][kI] = _mm512_add_epi32(acc[0][kJ][kI], _mm512_slli_epi32(high[0][kJ][kI], 7));
-        }
-        _mm512_store_si512(sums[r + kJ][kI], acc[0][kJ][kI]);
-      });
+      for (; t < whole; t += 128) {
+        step(t, load);
+        step(t + 64, load);
+      }
+      Unroll<N * M>([&](auto i) ALWAYS_INLINE { _mm512_store_si512(sums[r + i / M][i % M], acc[i / M][i % M]); });
     }
     Unroll<M>([&](auto i) ALWAYS_INLINE {
       auto* out = reinterpret_cast<__m128i*>(b.c + (part.i + i) * kBlockN + first);
@@ -181,31 +158,106 @@ void Dots(const Block& b, const Part& part) {
       const __m128i before = part.begin > 0 ? _mm_load_si128(out) : _mm_set1_epi32(Correction(b.rows[part.i + i]));
       _mm_store_si128(out, _mm_add_epi32(before, four));
     });
-    if constexpr (M == 1 && !kDense) {
-      if (b.m == 1 && b.with_hi && part.end == b.k && b.rows[0].words > 0) {
-        const int8_t* w[4];
-        Unroll<4>([&](auto j) ALWAYS_INLINE { w[j] = b.w + (first + j < b.n ? first + j : b.n - 1) * k; });
-        AddHiSingle(b.rows[0], w, b.c + first);
+  }
+}
+
+// The same for one or two rows of activations and whole rows of weights. U: chains of sums. With one chain a row of
+// weights is so few instructions that the processor works on several at once: from the second-level cache 64 rows of
+// 576 take 0.26 us, with four chains 0.31; only long rows need more than one. kRest: k is no multiple of 64.
+template <int M, int U, bool kRest, bool kDense>
+void DotsOfWholeRows(const Block& b, int64_t j, int64_t j_end) {
+  static_assert(M == 1 || !kDense, "several rows of activations share a plan of groups");
+  const __m512i flip = _mm512_set1_epi8(static_cast<char>(0x80));
+  const int64_t k = b.k, whole = k / 64 * 64, first_chunk = whole % (64 * U);
+  const __mmask64 rest = FirstBytes(k - whole);
+  const int8_t* hi = kDense ? b.plan->hi : nullptr;
+  for (int64_t first = j; first < j_end; first += 4) {
+    const int8_t* w[4];  // beyond the last row: that one again
+    Unroll<4>([&](auto r) ALWAYS_INLINE { w[r] = b.w + (first + r < b.n ? first + r : b.n - 1) * k; });
+    __m512i sums[M][4];
+    Unroll<4>([&](auto r) ALWAYS_INLINE {
+      __m512i acc[U][M], high[U];
+      Unroll<U * M>([&](auto i) ALWAYS_INLINE { acc[i / M][i % M] = _mm512_setzero_si512(); });
+      if constexpr (kDense) Unroll<U>([&](auto u) ALWAYS_INLINE { high[u] = _mm512_setzero_si512(); });
+      const auto step = [&](auto u, int64_t t, __m512i line) ALWAYS_INLINE {
+        _mm_prefetch(w[r] + t + kFetchAhead, _MM_HINT_T0);
+        const __m512i weights = _mm512_xor_si512(line, flip);
+        Unroll<M>([&](auto i) ALWAYS_INLINE {
+          acc[u][i] = _mm512_dpbusd_epi32(acc[u][i], weights, _mm512_load_si512(b.lo + i * b.stride + t));
+        });
+        if constexpr (kDense) high[u] = _mm512_dpbusd_epi32(high[u], weights, _mm512_load_si512(hi + t));
+      };
+      constexpr std::integral_constant<int, 0> kFirst{};
+      if constexpr (kRest) step(kFirst, whole, _mm512_maskz_loadu_epi8(rest, w[r] + whole));
+      int64_t t = 0;
+      for (; t < first_chunk; t += 64) step(kFirst, t, _mm512_loadu_si512(w[r] + t));
+      for (; t < whole; t += 64 * U) {
+        Unroll<U>([&](auto u) ALWAYS_INLINE { step(u, t + u * 64, _mm512_loadu_si512(w[r] + t + u * 64)); });
       }
+      Unroll<M>([&](auto i) ALWAYS_INLINE {
+        sums[i][r] = acc[0][i];
+        Unroll<U - 1>([&](auto u) ALWAYS_INLINE { sums[i][r] = _mm512_add_epi32(sums[i][r], acc[u + 1][i]); });
+      });
+      if constexpr (kDense) {
+        Unroll<U - 1>([&](auto u) ALWAYS_INLINE { high[0] = _mm512_add_epi32(high[0], high[u + 1]); });
+        sums[0][r] = _mm512_add_epi32(sums[0][r], _mm512_slli_epi32(high[0], 7));
+      }
+    });
+    Unroll<M>([&](auto i) ALWAYS_INLINE {
+      const __m128i four = Sum4(sums[i][0], sums[i][1], sums[i][2], sums[i][3]);
+      const __m128i before = _mm_set1_epi32(Correction(b.rows[i]));
+      _mm_store_si128(reinterpret_cast<__m128i*>(b.c + i * kBlockN + first), _mm_add_epi32(before, four));
+    });
+    if constexpr (M == 1 && !kDense) {
+      if (b.with_hi && b.rows[0].words > 0) AddHiSingle(b.rows[0], w, b.c + first);
     }
   }
 }
 
+// Of so many columns: 16 multiplications one after the other take no longer than the other instructions of the row.
+constexpr int64_t kShortRow = 1024;
+
+template <int M, bool kDense>
+void DotsOfFewRows(const Block& b, int64_t j, int64_t j_end) {
+  constexpr int U = M == 1 ? 4 : 2;
+  const bool few = b.k <= kShortRow;
+  if (b.k % 64 == 0) {
+    return (few ? DotsOfWholeRows<M, 1, false, kDense> : DotsOfWholeRows<M, U, false, kDense>)(b, j, j_end);
+  }
+  return (few ? DotsOfWholeRows<M, 1, true, kDense> : DotsOfWholeRows<M, U, true, kDense>)(b, j, j_end);
+}
+
 using DotsFunction = void (*)(const Block&, const Part&);
 constexpr int kDotsM = 5;  // alone; two teams of five are slower than three
-constexpr DotsFunction kDots[kDotsM] = {Dots<1, false>, Dots<2, false>, Dots<3, false>, Dots<4, false>, Dots<5, false>};
+constexpr DotsFunction kDots[kDotsM] = {Dots<1>, Dots<2>, Dots<3>, Dots<4>, Dots<5>};
 // Activations of a team that should stay in the L1 cache (32 KiB at least) while weights stream by: 4 rows of 6144.
 constexpr int64_t kDotsBytes = 24 << 10;
+
+// Rows of weights that GatherGroups still finds in the L1 cache: half of it, a multiple of 8.
+int64_t TurnOf(const Block& b) { return ((16 << 10) / (b.k + 1) / 8 + 1) * 8; }
+
+// One row or two: the weights are read once, in the order in which they lie.
+void MultiplyFewRows(const Block& b) {
+  const bool gathers = b.plan && b.m == 2 && b.plan->groups > 0, dense = b.plan && b.plan->dense;
+  const int64_t turn = gathers ? TurnOf(b) : kBlockN;
+  uint8_t* const panel = reinterpret_cast<TileScratch*>(b.scratch)->panels[0];
+  for (int64_t j = 0; j < b.n; j += turn) {
+    const int64_t end = j + turn < b.n ? j + turn : b.n;
+    (dense ? DotsOfFewRows<1, true> : b.m == 1 ? DotsOfFewRows<1, false> : DotsOfFewRows<2, false>)(b, j, end);
+    if (gathers) GatherGroups(b, j, end - j, panel);
+  }
+  if (gathers) AddHiGroups(b, panel);
+  if (b.epilogue) Finish(*b.epilogue, 0, b.m);
+}
 
 // Small m: the weights are read once, in the order in which they lie, or nearly. Teams of up to 4 rows of activations
 // (or 5) take turns over a few rows of weights, at most half of the L1 cache.
 void MultiplyDots(const Block& b) {
-  const bool dense = b.plan && b.plan->dense;
   const int64_t teams = b.m <= kDotsM ? 1 : (b.m + 3) / 4;
   const int64_t most = (b.m + teams - 1) / teams;
-  const int64_t width = kDotsBytes / (dense ? 2 * most : most) / 64 * 64;
-  const bool gathers = b.plan && b.m > 1 && b.plan->groups > 0;
-  const int64_t turn = teams == 1 && !gathers ? kBlockN : ((16 << 10) / (b.k + 1) / 8 + 1) * 8;
+  const int64_t width = kDotsBytes / most / 64 * 64;
+  const bool gathers = b.plan && b.plan->groups > 0;
+  const int64_t turn = teams == 1 && !gathers ? kBlockN : TurnOf(b);
   uint8_t* const panel = reinterpret_cast<TileScratch*>(b.scratch)->panels[0];
   int64_t begin = 0;
   do {
@@ -214,7 +266,7 @@ void MultiplyDots(const Block& b) {
       Part part{0, j, j + turn < b.n ? j + turn : b.n, begin, end, end - begin == b.k};
       for (int64_t team = 0; team < teams; ++team) {
         const int64_t size = b.m / teams + (team < b.m % teams);
-        (dense ? Dots<1, true> : kDots[size - 1])(b, part);
+        kDots[size - 1](b, part);
         part.i += size;
         part.fetches = false;  // the first team has
       }
@@ -230,7 +282,7 @@ void MultiplyDots(const Block& b) {
 // products: 1.2 * k and 77 per row (sums over lanes), 64 for each group of high parts. Tiles: 5 * k, for 16 rows and
 // less the packing does not hide behind them, else 3 * k. Two rows and less are a matter of reading the weights.
 void Multiply(const Block& b) {
-  if (b.k == 0 || (b.m <= 2 && (b.plan || !b.with_hi))) return MultiplyDots(b);
+  if (b.k == 0 || (b.m <= 2 && (b.plan || !b.with_hi))) return b.m <= 2 ? MultiplyFewRows(b) : MultiplyDots(b);
   if (b.m <= kSmallM && (b.plan || !b.with_hi)) {
     const int64_t groups = b.plan ? b.plan->groups : 0;
     if (b.m * 77 + 94 * groups <= (b.m <= 16 ? 38 : 18) * b.k / 10) return MultiplyDots(b);
