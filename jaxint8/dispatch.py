@@ -131,10 +131,10 @@ def _compiled(layer: Layer, platform: kernels.Platform) -> Callable[[Operands], 
             if residual is not None:
                 if not flags.residual:
                     residual = jnp.broadcast_to(residual[None], (size, *residual.shape))
-                residual = residual.reshape(size * m, -1)
-            x = operands.x.reshape(size * m, -1)
+                residual = residual.reshape(size * m, residual.shape[-1])
+            x = operands.x.reshape(size * m, operands.x.shape[-1])
             y = call(operands._replace(x=x, residual=residual))
-            return y.reshape(size, m, -1), True
+            return y.reshape(size, m, y.shape[-1]), True
         leaves, tree = jax.tree.flatten(operands)
         mapped = jax.tree.leaves(flags)
 

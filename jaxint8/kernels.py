@@ -172,11 +172,11 @@ def _call(
     target: str,
     results: tuple[jax.ShapeDtypeStruct, ...],
     operands: tuple[jax.Array, ...],
-    shape: tuple[int, int, int],
+    shape: tuple[int, ...],
     attributes: Mapping[str, np.generic | int],
     platform: Platform,
 ) -> Sequence[jax.Array]:
-    """Makes the FFI call for ``shape`` (m, k, n).
+    """Makes the FFI call for ``shape``, (m, k, n) or of a block (m, k, h, 2 * f).
 
     On CUDA there is one result more, scratch memory: an allocation inside the call could not be part of a CUDA graph.
     """
@@ -305,3 +305,48 @@ def linear(
     attributes = _attributes(rule, arithmetic, rung, platform) | _prologue_attributes(prologue)
     operands = (x, codes, scale, bias, norm, residual)
     return _call("jaxint8_linear", results, operands, (m, k, n), attributes, platform)[0]
+
+
+def mlp_block(
+    x: jax.Array,
+    residual: jax.Array,
+    norm: jax.Array,
+    out: Sequence[jax.Array | None],
+    up: Sequence[jax.Array | None],
+    down: Sequence[jax.Array | None],
+    *,
+    prologue: Prologue,
+    rule: OutlierRule | None = None,
+    arithmetic: Arithmetic = "int15",
+    rung: str | None = None,
+    platform: Platform = "cpu",
+) -> jax.Array:
+    """Three layers in one call; see `jaxint8.block.Block` for the function.
+
+    Args:
+      x: float32, bfloat16 or float16[m, k].
+      residual: x.dtype[m, h].
+      norm: float32[h].
+      out: codes int8[h, k], scale float32[h], bias float32[h] or None.
+      up: likewise for int8[2 * f, h].
+      down: likewise for int8[h, f].
+      prologue: the `RMSNorm` before ``up``.
+      rule: an outlier rule or None.
+      arithmetic: "int15", or "float" (not on CUDA).
+      rung: as for `linear`.
+      platform: whose kernel to call: the platform that the computation is compiled for.
+
+    Returns:
+      x.dtype[m, h], to the bit what three calls of `linear` give.
+    """
+    operands = [x, residual, norm]
+    for codes, scale, bias in (out, up, down):
+        assert codes is not None and scale is not None
+        operands += [codes, scale, jnp.zeros((0,), jnp.float32) if bias is None else bias]
+    (m, k), wide = x.shape, operands[6].shape[0]
+    stream = jax.ShapeDtypeStruct(residual.shape, x.dtype)
+    results = (stream, stream, jax.ShapeDtypeStruct((m, wide), x.dtype))
+    attributes = _attributes(rule, arithmetic, rung, platform)
+    attributes["epsilon"] = _prologue_attributes(prologue)["epsilon"]
+    shape = (m, k, residual.shape[1], wide)
+    return _call("jaxint8_mlp_block", results, tuple(operands), shape, attributes, platform)[0]

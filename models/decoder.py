@@ -39,7 +39,7 @@ from jaxint8.models.attention import (
 from jaxint8.models.cache import KVCache
 from jaxint8.models.config import DecoderConfig, QuantizationConfig
 from jaxint8.models.head import rescore
-from jaxint8.models.linear import activate, apply_norm, as_prologue, linear
+from jaxint8.models.linear import activate, apply_norm, as_prologue, block, linear
 from jaxint8.models.placement import Placement
 from jaxint8.models.product import product
 from jaxint8.models.split import ALONE, Split
@@ -233,7 +233,13 @@ def _layer(
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
     """Attention, then MLP, each with its norm before it or (post-norm) after the sum."""
     attention_norm, mlp_norm = layer.get("attention_norm", {}), layer.get("mlp_norm", {})
-    x, stored = _attention(config, layer, x, at, stored, quantization, attention_norm)
+    y, stored = _attention(config, layer, x, at, stored, quantization, attention_norm)
+    # Only in a layer of no biases are the rows of padding zeros all the way.
+    if at.valid is None or not _has_biases(layer):
+        done = block(config, layer, y, x, quantization, at.split)
+        if done is not None:
+            return done, stored
+    x = linear(y, layer["out"], quantization, at.split, "out", residual=x)
     x = x if config.norm_first else apply_norm(config, x, attention_norm)
     x = _mlp(config, layer, x, at, quantization, mlp_norm)
     return x if config.norm_first else apply_norm(config, x, mlp_norm), stored
@@ -290,7 +296,7 @@ def _attention(
     quantization: QuantizationConfig | None,
     norm: Params,
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
-    """Adds self-attention to x[b, t, hidden]: to itself, or to a cache that it is first added to."""
+    """Attention of x[b, t, hidden] to itself, or to a cache that it is added to; before ``out``."""
     b, t, _ = x.shape
     y, before = _enters(config, layer, x, at, norm)
     # Heads of q, then those of k, then those of v.
@@ -311,8 +317,7 @@ def _attention(
     else:
         key, value = jnp.transpose(stored[0], (0, 3, 1, 2)), jnp.swapaxes(stored[1], 1, 2)
         y = attend(query, key, value, at.mask, at.bias)
-    y = at.only_tokens(y.reshape(b, t, config.query_size))
-    return linear(y, layer["out"], quantization, at.split, "out", residual=x), stored
+    return at.only_tokens(y.reshape(b, t, config.query_size)), stored
 
 
 def _mlp(

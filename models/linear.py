@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxint8 import QuantizedMatrix
+from jaxint8.block import Block, Weights, mlp_block
 from jaxint8.dispatch import Layer, Operands, entered
 from jaxint8.linear import linear as int8_linear
 from jaxint8.linear import local_linear
@@ -96,6 +97,44 @@ def _tapped(
     tap(rows)
     rest = Layer(kernel.rule, kernel.arithmetic, kernel.implementation)
     return operands._replace(x=rows, norm=None), rest
+
+
+def block(
+    config: DecoderConfig,
+    layer: Mapping[str, Any],
+    x: jax.Array,
+    residual: jax.Array,
+    quantization: QuantizationConfig | None,
+    split: Split,
+) -> jax.Array | None:
+    """What follows attention in a layer as one call, or None if it has to be done step by step.
+
+    Args:
+        config: the architecture.
+        layer: out, mlp_norm, up and down.
+        x: float[b, t, query_size], what attention gave.
+        residual: x.dtype[b, t, hidden].
+        quantization: how int8 weights are carried out.
+        split: what other devices do.
+
+    """
+    nodes = [layer[name] for name in ("out", "up", "down")]
+    prologue, norm = as_prologue(config, layer.get("mlp_norm", {}))
+    how = quantization or QuantizationConfig()
+    if split or norm is None or not config.norm_first or not how.native:
+        return None
+    if not config.gated or config.activation != "silu" or any("tap" in node for node in nodes):
+        return None
+    if not all(isinstance(node["weight"], QuantizedMatrix) for node in nodes):
+        return None
+    weights = []
+    for node in nodes:
+        bias = node.get("bias")
+        bias = None if bias is None else bias.astype(jnp.float32)
+        weights.append(Weights(node["weight"].codes, node["weight"].scale, bias))
+    arithmetic = how.outlier_arithmetic or "int15"
+    kernel = Layer(as_rule(how.outliers), arithmetic, how.implementation, prologue)
+    return mlp_block(Block(x, residual, norm.astype(jnp.float32), *weights), kernel)
 
 
 def as_prologue(

@@ -1,6 +1,7 @@
 // The Python extension jaxint8._cpu: decodes FFI calls into Jobs and runs them on XLA's own thread pool. No arithmetic.
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
 #include <string>
 #include <utility>
 
@@ -79,6 +80,14 @@ ffi::Error DecodePrologue(int64_t prologue, float epsilon, const ffi::BufferR1<f
 ffi::Error Run(const Problem& problem, ffi::ThreadPool& pool) {
   Job job(problem);
   const bool ok = RunJob(job, pool.num_threads(), [&pool](auto task) { pool.Schedule(std::move(task)); });
+  return ok ? ffi::Error::Success() : ffi::Error(ffi::ErrorCode::kResourceExhausted, "jaxint8: out of memory");
+}
+
+// Three layers of one call, each of which reads what the one before it wrote.
+ffi::Error RunAll(const Problem (&problems)[3], ffi::ThreadPool& pool) {
+  Job first(problems[0]), second(problems[1]), third(problems[2]);
+  Job* const jobs[] = {&first, &second, &third};
+  const bool ok = RunJobs(jobs, 3, pool.num_threads(), [&pool](auto task) { pool.Schedule(std::move(task)); });
   return ok ? ffi::Error::Success() : ffi::Error(ffi::ErrorCode::kResourceExhausted, "jaxint8: out of memory");
 }
 
@@ -165,6 +174,62 @@ ffi::Error Enter(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::BufferR1<ffi::F32>
   return Run(p, pool);
 }
 
+// Weights, scales and bias of one layer of a block.
+ffi::Error DecodeWeights(const ffi::BufferR2<ffi::S8>& w, const ffi::BufferR1<ffi::F32>& w_scale,
+                         const ffi::BufferR1<ffi::F32>& bias, Problem* p) {
+  p->n = w.dimensions()[0];
+  const int64_t bias_length = bias.dimensions()[0];
+  if (!Is(w.dimensions(), p->n, p->k) || w_scale.dimensions()[0] != p->n || (bias_length != 0 && bias_length != p->n)) {
+    return ffi::Error::InvalidArgument("codes, scale, bias: expected int8[n, k], float32[n], float32[n] or [0]");
+  }
+  p->w = w.typed_data();
+  p->w_scale = w_scale.typed_data();
+  p->bias = bias_length == 0 ? nullptr : bias.typed_data();
+  return ffi::Error::Success();
+}
+
+// attended = residual + out(x); gated = up(RMSNorm(attended)); y = attended + down(SiluGate(gated)).
+ffi::Error MlpBlock(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer residual, ffi::BufferR1<ffi::F32> norm,
+                    ffi::BufferR2<ffi::S8> out_w, ffi::BufferR1<ffi::F32> out_scale, ffi::BufferR1<ffi::F32> out_bias,
+                    ffi::BufferR2<ffi::S8> up_w, ffi::BufferR1<ffi::F32> up_scale, ffi::BufferR1<ffi::F32> up_bias,
+                    ffi::BufferR2<ffi::S8> down_w, ffi::BufferR1<ffi::F32> down_scale,
+                    ffi::BufferR1<ffi::F32> down_bias, ffi::Result<ffi::AnyBuffer> y,
+                    ffi::Result<ffi::AnyBuffer> attended, ffi::Result<ffi::AnyBuffer> gated, int64_t rule,
+                    int64_t column_scope, float value, int64_t topk, int64_t float_outliers, int64_t rung,
+                    float epsilon) {
+  Problem out{};
+  out.kind = Problem::Kind::kLinear;
+  if (ffi::Error e = DecodeRows(x, &out); e.failure()) return e;
+  const int64_t k = out.k;
+  out.k = std::max({out.k, out_w.dimensions()[0], down_w.dimensions()[1]});  // the largest is within bounds
+  if (ffi::Error e = Decode({rule, column_scope, topk, float_outliers, rung, value}, &out); e.failure()) return e;
+  out.k = k;
+  Problem up = out, down = out;
+  if (ffi::Error e = DecodeWeights(out_w, out_scale, out_bias, &out); e.failure()) return e;
+  up.k = out.n;
+  if (ffi::Error e = DecodeWeights(up_w, up_scale, up_bias, &up); e.failure()) return e;
+  down.k = up.n / 2;
+  if (ffi::Error e = DecodeWeights(down_w, down_scale, down_bias, &down); e.failure()) return e;
+  if (up.n % 2 != 0 || down.n != out.n || norm.dimensions()[0] != up.k) {
+    return ffi::Error::InvalidArgument("norm, out, up, down: expected a block of h, [h, k], [2 * f, h], [h, f]");
+  }
+  if (!Is(residual.dimensions(), out.m, out.n) || !Is(y->dimensions(), out.m, out.n) ||
+      !Is(attended->dimensions(), out.m, out.n) || !Is(gated->dimensions(), out.m, up.n) ||
+      residual.element_type() != x.element_type() || y->element_type() != x.element_type() ||
+      attended->element_type() != x.element_type() || gated->element_type() != x.element_type()) {
+    return ffi::Error::InvalidArgument("residual, y: expected [m, h] of the dtype of x");
+  }
+  out.residual = residual.untyped_data();
+  up.prologue = {Prologue::Kind::kRmsNorm, epsilon, norm.typed_data()};
+  down.prologue.kind = Prologue::Kind::kSiluGate;
+  out.y = attended->untyped_data();
+  up.x = down.residual = out.y;
+  up.y = gated->untyped_data();
+  down.x = up.y;
+  down.y = y->untyped_data();
+  return RunAll({out, up, down}, pool);
+}
+
 XLA_FFI_DEFINE_HANDLER(kQuantize, Quantize,
                        ffi::Ffi::Bind()
                            .Ctx<ffi::ThreadPool>()
@@ -216,6 +281,32 @@ XLA_FFI_DEFINE_HANDLER(kEnter, Enter,
                            .Attr<int64_t>("prologue")
                            .Attr<float>("epsilon"));
 
+XLA_FFI_DEFINE_HANDLER(kMlpBlock, MlpBlock,
+                       ffi::Ffi::Bind()
+                           .Ctx<ffi::ThreadPool>()
+                           .Arg<ffi::AnyBuffer>()
+                           .Arg<ffi::AnyBuffer>()
+                           .Arg<ffi::BufferR1<ffi::F32>>()
+                           .Arg<ffi::BufferR2<ffi::S8>>()
+                           .Arg<ffi::BufferR1<ffi::F32>>()
+                           .Arg<ffi::BufferR1<ffi::F32>>()
+                           .Arg<ffi::BufferR2<ffi::S8>>()
+                           .Arg<ffi::BufferR1<ffi::F32>>()
+                           .Arg<ffi::BufferR1<ffi::F32>>()
+                           .Arg<ffi::BufferR2<ffi::S8>>()
+                           .Arg<ffi::BufferR1<ffi::F32>>()
+                           .Arg<ffi::BufferR1<ffi::F32>>()
+                           .Ret<ffi::AnyBuffer>()
+                           .Ret<ffi::AnyBuffer>()
+                           .Ret<ffi::AnyBuffer>()
+                           .Attr<int64_t>("rule")
+                           .Attr<int64_t>("column_scope")
+                           .Attr<float>("value")
+                           .Attr<int64_t>("topk")
+                           .Attr<int64_t>("float_outliers")
+                           .Attr<int64_t>("rung")
+                           .Attr<float>("epsilon"));
+
 template <typename Handler>
 py::capsule Capsule(Handler* handler) {
   return py::capsule(reinterpret_cast<void*>(handler));
@@ -227,6 +318,7 @@ py::dict Registrations() {
   targets["jaxint8_product"] = Capsule(kProduct);
   targets["jaxint8_linear"] = Capsule(kLinear);
   targets["jaxint8_prologue"] = Capsule(kEnter);
+  targets["jaxint8_mlp_block"] = Capsule(kMlpBlock);
   return targets;
 }
 

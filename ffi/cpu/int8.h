@@ -20,6 +20,8 @@ inline constexpr int64_t kMaxK = ((int64_t{1} << 31) - 1) / (127 * 127);
 inline constexpr int64_t kBlockN = 64;
 // Up to this many rows a product may be a bundle of dot products that streams the weights; above, it is tiled.
 inline constexpr int64_t kSmallM = 24;
+// Weights that a waiting thread fetches at most: a part of any second-level cache, and what comes in some microseconds.
+inline constexpr int64_t kFetchBytes = 96 << 10;
 
 enum class Type : int32_t { kF32, kBF16, kF16, kS32 };
 enum class Rule : int32_t { kNone, kThreshold, kRelative, kTopK };
@@ -191,6 +193,9 @@ class Job {
   int64_t lane(int64_t thread) const {
     return items_[kPhases - 1] / threads_ * thread + std::min(thread, items_[kPhases - 1] % threads_);
   }
+  // The weights that a thread reads first, and how many of them are worth fetching ahead: none of a large product,
+  // which takes longer to multiply than to read.
+  const int8_t* WeightsOf(int64_t thread, int64_t* bytes) const;
   void Run(int phase, int64_t item);
 
  private:
@@ -211,6 +216,7 @@ class Job {
   int64_t items_[kPhases] = {};
   double cost_[kPhases] = {};
   int64_t rows_per_item_ = 1;
+  bool plans_ = false;  // whether high parts are planned: in a phase of their own, or with the one item that quantises
   int64_t chunk_m_ = 1, chunks_ = 1;
   int64_t threads_ = 1;
   uint64_t id_;

@@ -196,7 +196,8 @@ Job::Job(const Problem& problem) : p_(problem), ws_(Acquire()), id_(NextId()) {
   // One cache line more than needed: rows at a stride of 4096 would all fall into the same set of the L1 cache.
   ws_->stride = RoundUp(p_.k, 64) + 64;
   ws_->lo.Get<int8_t>(p_.m * ws_->stride);
-  if (quantizes && p_.options.rule != Rule::kNone && !p_.options.float_outliers && p_.m <= kSmallM) items_[2] = 1;
+  plans_ = quantizes && p_.options.rule != Rule::kNone && !p_.options.float_outliers && p_.m <= kSmallM;
+  items_[2] = plans_ && row_items > 1;
   const int64_t blocks = CeilDiv(p_.n, kBlockN);
   chunks_ = CeilDiv(p_.m, p_.rung->chunk_m);
   chunk_m_ = CeilDiv(p_.m, chunks_);
@@ -207,6 +208,14 @@ Job::Job(const Problem& problem) : p_(problem), ws_(Acquire()), id_(NextId()) {
 }
 
 Job::~Job() { Release(ws_); }
+
+const int8_t* Job::WeightsOf(int64_t thread, int64_t* bytes) const {
+  *bytes = 0;
+  if (p_.m > kSmallM || items_[kPhases - 1] == 0) return nullptr;
+  const int64_t begin = lane(thread) * kBlockN, end = std::min(p_.n, lane(thread + 1) * kBlockN);
+  *bytes = std::min(kFetchBytes, std::max<int64_t>(0, end - begin) * p_.k);
+  return p_.w + begin * p_.k;
+}
 
 void Job::Run(int phase, int64_t item) {
   const ScopedFloatState state;
@@ -327,6 +336,7 @@ void Job::QuantizeRows(int64_t item) {
     outlier += row.count;
     word += row.words;
   }
+  if (plans_ && items_[1] == 1) PlanHi();
 }
 
 void Job::CopyRows(int64_t item) {
@@ -345,8 +355,8 @@ void Job::PlanHi() {
   Workspace& ws = *ws_;
   ws.plan = HiPlan{};
   if (p_.m == 1) {
-    // Dense: a multiplication per 64 columns more. Else: one and a load per outlier.
-    if (ws.rows[0].words <= HiPlan::kMaxGroups && ws.rows[0].count * 80 <= p_.k) return;
+    // Dense: an instruction more per 64 columns, and some at the end of a row. Else: four per outlier.
+    if (ws.rows[0].words <= HiPlan::kMaxGroups && ws.rows[0].count * 200 <= p_.k + 200) return;
     const int64_t width = RoundUp(p_.k, 64);
     int8_t* hi = ws.hi.Get<int8_t>(width);
     std::memset(hi, 0, static_cast<size_t>(width));
@@ -413,7 +423,7 @@ void Job::Multiply(int64_t item) {
   b.lo = ws_->lo.Get<int8_t>(0) + i0 * ws_->stride;
   b.rows = ws_->rows.data() + i0;
   b.with_hi = p_.kind == Problem::Kind::kLinear && p_.options.rule != Rule::kNone && !p_.options.float_outliers;
-  b.plan = items_[2] && ws_->plan.groups <= HiPlan::kMaxGroups ? &ws_->plan : nullptr;
+  b.plan = plans_ && ws_->plan.groups <= HiPlan::kMaxGroups ? &ws_->plan : nullptr;
   b.w = p_.w + j0 * p_.k;
   b.job = id_;
   const int64_t j_next = (item + 1) / chunks_ * kBlockN;

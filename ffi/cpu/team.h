@@ -1,11 +1,14 @@
-// Runs a Job on the calling thread and on helpers of a thread pool, without ever waiting for the pool.
+// Runs Jobs one after the other on the calling thread and on helpers of a thread pool, without ever waiting for the
+// pool.
 //
 // All helpers are scheduled up front and the caller works like any of them: items are claimed from one counter per
-// phase, in the last phase from one per lane: a thread takes those of its own lane, then what the others have left. At
-// the end of a phase a thread waits only for items that other threads have claimed, which are therefore running; nobody
-// waits for a task that is still in a queue. So a pool of one thread, a caller that is itself a thread of that pool,
-// and helpers that start when all is done are all harmless. Scheduling later, from the last item of a phase, is not an
-// option: the context of an FFI call lives on the caller's stack and is gone once the handler returns.
+// phase, in the last phase of a job from one per lane: a thread takes those of its own lane, then what the others have
+// left. At the end of a phase a thread waits only for items that other threads have claimed, which are therefore
+// running; nobody waits for a task that is still in a queue. So a pool of one thread, a caller that is itself a thread
+// of that pool, and helpers that start when all is done are all harmless. Scheduling later, from the last item of a
+// phase, is not an option: the context of an FFI call lives on the caller's stack and is gone once the handler returns.
+//
+// A thread that waits fetches the weights that it will multiply next, so memory is read while rows are quantised.
 #ifndef JAXINT8_FFI_CPU_TEAM_H_
 #define JAXINT8_FFI_CPU_TEAM_H_
 
@@ -15,6 +18,7 @@
 #include <memory>
 #include <new>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #if defined(__linux__)
@@ -30,22 +34,47 @@ inline constexpr double kNanosecondsPerThread = 6000;
 
 class Team {
  public:
-  Team(Job* job, int64_t threads) : job_(job), lanes_(Job::kPhases - 1 + threads) {
-    for (int phase = 0; phase < Job::kPhases; ++phase) items_[phase] = job->items(phase);
-    for (int phase = 0; phase < kLast; ++phase) lanes_[phase].end = items_[phase];
-    for (int64_t lane = 0; lane < threads; ++lane) {
-      lanes_[kLast + lane].next = job->lane(lane);
-      lanes_[kLast + lane].end = job->lane(lane + 1);
+  Team(Job* const* jobs, int count, int64_t threads) {
+    size_t phases = 0, lanes = 0;
+    for (int j = 0; j < count; ++j) {
+      for (int phase = 0; phase < Job::kPhases; ++phase) {
+        phases += jobs[j]->items(phase) > 0;
+        lanes += phase < kLast ? 1 : static_cast<size_t>(threads);
+      }
+    }
+    phases_ = std::vector<Phase>(phases);
+    lanes_ = std::vector<Lane>(lanes);
+    Phase* next = phases_.data();
+    Lane* lane = lanes_.data();
+    for (int j = 0; j < count; ++j) {
+      for (int phase = 0; phase < Job::kPhases; ++phase) {
+        if (jobs[j]->items(phase) == 0) continue;
+        *next = {jobs[j], phase, jobs[j]->items(phase), lane, phase < kLast ? 1 : threads};
+        if (phase < kLast) {
+          lane->end = next->items;
+        } else {
+          for (int64_t i = 0; i < threads; ++i) {
+            lane[i].next = jobs[j]->lane(i);
+            lane[i].end = jobs[j]->lane(i + 1);
+            lane[i].weights = jobs[j]->WeightsOf(i, &lane[i].bytes);
+          }
+        }
+        lane += next->count;
+        ++next;
+      }
     }
   }
 
-  // Claims items until none is left, phase after phase. The job is touched only while holding an item of it.
+  // Claims items until none is left, phase after phase. A job is touched only while holding an item of it.
   void Work(int64_t own) {
-    for (int phase = 0; phase < Job::kPhases; ++phase) {
-      const int64_t count = phase < kLast ? 1 : static_cast<int64_t>(lanes_.size()) - kLast;
-      for (int64_t i = 0; i < count; ++i) WorkIn(phase, &lanes_[phase + (own + i) % count]);
-      for (int spins = 0; done_[phase].load(std::memory_order_acquire) < items_[phase]; ++spins) {
-        if (spins < 4096) {
+    for (size_t at = 0; at < phases_.size(); ++at) {
+      Phase& phase = phases_[at];
+      for (int64_t i = 0; i < phase.count; ++i) WorkIn(phase, phase.lanes[(own + i) % phase.count]);
+      Fetch fetch = NextWeights(at, own);
+      for (int spins = 0; phase.done.load(std::memory_order_acquire) < phase.items; ++spins) {
+        if (fetch.bytes > 0) {
+          fetch.Line();
+        } else if (spins < 4096) {
           Pause();
         } else {
           std::this_thread::yield();  // whoever holds the item needs this core
@@ -68,30 +97,62 @@ class Team {
   struct alignas(64) Lane {
     std::atomic<int64_t> next{0};
     int64_t end = 0;
+    const int8_t* weights = nullptr;  // what its first items read, and how much of it is worth fetching
+    int64_t bytes = 0;
   };
 
-  void WorkIn(int phase, Lane* lane) {
+  struct Phase {
+    Job* job = nullptr;
+    int phase = 0;
+    int64_t items = 0;
+    Lane* lanes = nullptr;  // one, in the last phase of a job one for each thread
+    int64_t count = 0;
+    alignas(64) std::atomic<int64_t> done{0};
+
+    Phase& operator=(const Phase& other) {
+      job = other.job, phase = other.phase, items = other.items, lanes = other.lanes, count = other.count;
+      return *this;
+    }
+  };
+
+  struct Fetch {
+    const int8_t* weights;
+    int64_t bytes;
+    void Line() {
+      __builtin_prefetch(weights, 0, 2);
+      weights += 64;
+      bytes -= 64;
+    }
+  };
+
+  // Of the multiplication that follows a phase; nothing if it is one itself, unless another job follows.
+  Fetch NextWeights(size_t at, int64_t own) const {
+    for (size_t next = at + 1; next < phases_.size(); ++next) {
+      if (phases_[next].phase == kLast) return {phases_[next].lanes[own].weights, phases_[next].lanes[own].bytes};
+    }
+    return {nullptr, 0};
+  }
+
+  void WorkIn(Phase& phase, Lane& lane) {
     for (;;) {
-      const int64_t item = lane->next.fetch_add(1, std::memory_order_relaxed);
-      if (item >= lane->end) return;
+      const int64_t item = lane.next.fetch_add(1, std::memory_order_relaxed);
+      if (item >= lane.end) return;
       try {
-        job_->Run(phase, item);
+        phase.job->Run(phase.phase, item);
       } catch (const std::bad_alloc&) {
         failed_.store(true, std::memory_order_relaxed);
       }
-      done_[phase].fetch_add(1, std::memory_order_release);
+      phase.done.fetch_add(1, std::memory_order_release);
     }
   }
 
   static constexpr int kLast = Job::kPhases - 1;
-  Job* job_;
-  int64_t items_[Job::kPhases];
-  alignas(64) std::atomic<int64_t> done_[Job::kPhases] = {};
-  std::vector<Lane> lanes_;  // one for each phase but the last, which has one for each thread
+  std::vector<Phase> phases_;  // those that have items
+  std::vector<Lane> lanes_;
   std::atomic<bool> failed_{false};
 };
 
-// Threads that the costliest phase deserves, the caller included.
+// Threads that the costliest phase of a job deserves, the caller included.
 inline int64_t ThreadsFor(const Job& job, int64_t available) {
   static const int64_t cores = std::thread::hardware_concurrency();
   int64_t threads = 1;
@@ -130,17 +191,19 @@ inline void Leave(int processor) {
 #endif
 }
 
-// `schedule(task)` hands a nullary function to the pool. Returns false if memory ran out.
+// Runs jobs, each of which may read what those before it write. `schedule(task)` hands a nullary function to the pool.
+// Returns false if memory ran out.
 template <typename Schedule>
-bool RunJob(Job& job, int64_t available, Schedule&& schedule) {
-  const int64_t threads = std::max<int64_t>(1, ThreadsFor(job, available));
-  job.set_threads(threads);
+bool RunJobs(Job* const* jobs, int count, int64_t available, Schedule&& schedule) {
+  int64_t threads = 1;
+  for (int j = 0; j < count; ++j) threads = std::max(threads, ThreadsFor(*jobs[j], available));
+  for (int j = 0; j < count; ++j) jobs[j]->set_threads(threads);
   if (threads == 1) {
-    Team team(&job, 1);
+    Team team(jobs, count, 1);
     team.Work(0);
     return !team.failed();
   }
-  const auto team = std::make_shared<Team>(&job, threads);
+  const auto team = std::make_shared<Team>(jobs, count, threads);
   for (int64_t lane = 1; lane < threads; ++lane) {
     schedule([team, lane, caller = CurrentProcessor()] {
       Leave(caller);
@@ -149,6 +212,12 @@ bool RunJob(Job& job, int64_t available, Schedule&& schedule) {
   }
   team->Work(0);
   return !team->failed();
+}
+
+template <typename Schedule>
+bool RunJob(Job& job, int64_t available, Schedule&& schedule) {
+  Job* const jobs[] = {&job};
+  return RunJobs(jobs, 1, available, std::forward<Schedule>(schedule));
 }
 
 }  // namespace jaxint8::cpu
