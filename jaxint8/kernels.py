@@ -170,10 +170,11 @@ def _call(
     if platform == "cuda" and _cuda is not None:
         options = {
             name: int(attributes[name])
-            for name in ("rule", "column_scope", "rung")
+            for name in ("rule", "column_scope", "rung", "prologue")
             if name in attributes
         }
-        size = _cuda.workspace_bytes(target, *shape, **options)
+        itemsize = operands[0].dtype.itemsize
+        size = _cuda.workspace_bytes(target, *shape, itemsize=itemsize, **options)
         results = (*results, jax.ShapeDtypeStruct((size,), jnp.uint8))
     call = jax.ffi.ffi_call(target, results, vmap_method="sequential")
     return call(*operands, **attributes)
@@ -254,4 +255,7 @@ def linear(
     results = (jax.ShapeDtypeStruct((m, n), x.dtype),)
     attributes = _attributes(rule, arithmetic, rung, platform)
     operands = (x, codes, scale, bias)
+    if platform == "cuda":
+        operands = (*operands, jnp.zeros((0,), jnp.float32), jnp.zeros((0, 0), x.dtype))
+        attributes |= {"prologue": 0, "epsilon": np.float32(0)}
     return _call("jaxint8_linear", results, operands, (m, k, n), attributes, platform)[0]

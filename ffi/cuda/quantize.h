@@ -10,8 +10,9 @@
 namespace jaxint8::cuda {
 
 struct QuantizeParams {
-  Ptr<const uint8_t> x;  // [m][k]
+  Ptr<const uint8_t> x;  // [m][k], or [m][2 * k] with a gate
   int64_t m, k;
+  PrologueParams prologue;  // only in kernels that hold or stage the row
   Options options;
   bool marking;         // set bits of `marks` instead of writing codes
   Ptr<uint32_t> marks;  // column scope: bit per column
@@ -28,13 +29,22 @@ struct QuantizeParams {
 inline constexpr int kHeldGroups = 2;
 // In the place of that number: Hopper's copy engine brings the row to shared memory, as much as needs no permission.
 inline constexpr int kStaged = -1;
-inline constexpr int64_t kStagedMost = 48 * 1024;
+inline constexpr int64_t kStagedMost = 44 * 1024;  // and as much again for a gate
+
+// How rows of k elements are quantised to codes of that stride: in registers, staged, or read again and again.
+enum class Rows { kHeld, kStaged, kAgain };
+inline constexpr int kHeldThreads = 256;
+inline Rows ChooseRows(Type type, int64_t k, int64_t stride, bool hopper) {
+  if (k % 8 != 0 || stride % 8 != 0) return Rows::kAgain;
+  if (type != Type::kF32 && stride <= kHeldThreads * 8 * kHeldGroups) return Rows::kHeld;
+  return hopper && k * (type == Type::kF32 ? 4 : 2) <= kStagedMost ? Rows::kStaged : Rows::kAgain;
+}
 
 // One block per row.
 template <Type kType, bool kVector, int kHeld, int kRule>
 struct QuantizeKernel {
   using Params = QuantizeParams;
-  static constexpr int kMaxThreads = kHeld > 0 ? 256 : 512;
+  static constexpr int kMaxThreads = kHeld > 0 ? kHeldThreads : 512;
   static constexpr int kMinBlocks = kHeld > 0 ? 3 : 2;
   // Without a staged row, which lies behind this.
   static constexpr int64_t kShared = 4 * kScratchWords + (kHeld == kStaged ? 128 : 0);
@@ -44,11 +54,12 @@ struct QuantizeKernel {
     AllowNextKernel();
     const int64_t i = BlockIndex();
     const Ptr<uint32_t> scratch = Cast<uint32_t>(SharedMemory());
-    int turn = 0;
-    Ptr<const uint8_t> x = p.x + i * p.k * RowReader<kType, kVector>::kBytes;
+    BlockReducer reduce(scratch);
+    const int64_t row_bytes = p.k * RowReader<kType, kVector>::kBytes, rows = RowsOf(p.prologue.kind);
+    Ptr<const uint8_t> x = p.x + i * rows * row_bytes;
     if constexpr (kHeld == kStaged) {
 #ifdef JAXINT8_HOPPER
-      const auto bytes = static_cast<uint32_t>(p.k) * RowReader<kType, kVector>::kBytes;
+      const auto bytes = static_cast<uint32_t>(rows * row_bytes);
       const uint32_t barrier = SharedAddress(SharedMemory() + 4 * kScratchWords);
       if (ThreadIndex() == 0) {
         InitBarrier(barrier, 1);
@@ -58,25 +69,36 @@ struct QuantizeKernel {
       }
       Barrier();
       WaitBarrier(barrier, 0);
-      x = SharedMemory() + kShared;
+      const Ptr<uint8_t> staged = SharedMemory() + kShared;
+      x = staged;
+      if (p.prologue.kind != Prologue::kNone) {
+        const MemoryRow<kType, kVector> in_place{{x, static_cast<int>(p.k)}, staged};
+        ApplyPrologue<kType, kVector>(in_place, x + row_bytes, p.prologue, reduce);
+      }
 #else
       return;
 #endif
     }
-    RowBlock<kType, kVector, (kHeld > 0 ? kHeld : 0), kRule> row(x, p.k, p.options, scratch, &turn);
+    RowBlock<kType, kVector, (kHeld > 0 ? kHeld : 0), kRule> row(x, p.k, p.options, scratch, reduce);
+    if constexpr (kHeld > 0) {
+      if (p.prologue.kind != Prologue::kNone) row.Apply(p.prologue, x + row_bytes);
+    }
     if (p.marking) {
       row.Mark(p.marks);
       return;
     }
-    for (int j = ThreadIndex(); j < kPieceWords; j += BlockThreads()) Store(row.pieces() + j, 0u);
-    RowOutput out{p.lo + i * p.stride, p.hi, p.stride, p.marks, p.used};
+    RowOutput out{p.lo + i * p.stride, p.hi, p.stride, p.marks, p.used, {}};
+    if (p.pieces) {
+      out.pieces = scratch + kPiecesAt;
+      for (int j = ThreadIndex(); j < kPieceWords; j += BlockThreads()) Store(out.pieces + j, 0u);
+    }
     if (p.hi) out.hi = p.hi + i * p.stride;
-    const float scale = row.Quantize(out);  // has a barrier between the zeros above and its first use of the pieces
+    const float scale = row.Quantize(out);
     if (ThreadIndex() == 0) Store(p.row_scale + i, scale);
     if (!p.pieces) return;
     Barrier();
     for (int64_t j = ThreadIndex(); j < p.piece_stride; j += BlockThreads()) {
-      Store(p.pieces + i * p.piece_stride + j, static_cast<uint8_t>(Load(row.pieces() + j / 32) >> (j % 32) & 1));
+      Store(p.pieces + i * p.piece_stride + j, static_cast<uint8_t>(Load(out.pieces + j / 32) >> (j % 32) & 1));
     }
   }
 };

@@ -7,6 +7,10 @@
 
 namespace jaxint8::cuda {
 
+// The magnitude of a float, as its bits: they are in order, infinity and NaN last.
+JAXINT8_DEVICE uint32_t Magnitude(float x) { return Bits(x) & 0x7fffffff; }
+inline constexpr uint32_t kInfinity = 0x7f800000;
+
 // Elements of an activation row, eight at a time. kVector: k is a multiple of 8, so every row is aligned to 16 bytes.
 template <Type kType, bool kVector>
 struct RowReader {
@@ -43,6 +47,27 @@ struct RowReader {
         }
       }
     }
+  }
+
+  // Eight values rounded to the type, as they lie in memory.
+  static JAXINT8_DEVICE Raw Narrow(const float (&v)[8]) {
+    Raw raw;
+#pragma unroll
+    for (int j = 0; j < kWords; ++j) {
+      uint32_t words[4];
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        if constexpr (kType == Type::kF32) {
+          words[e] = Bits(v[4 * j + e]);
+        } else if constexpr (kType == Type::kBF16) {
+          words[e] = FloatsToBFloats(v[2 * e], v[2 * e + 1]);
+        } else {
+          words[e] = FloatsToHalves(v[2 * e], v[2 * e + 1]);
+        }
+      }
+      raw.words[j] = {words[0], words[1], words[2], words[3]};
+    }
+    return raw;
   }
 
   // The largest magnitude of eight elements, as the bits of a float; at least kInfinity if one is not finite.
@@ -84,11 +109,31 @@ struct RowReader {
     }
   }
 
+  // to[i + j] = v[j] rounded to the type, as far as there are elements.
+  JAXINT8_DEVICE void Write(Ptr<uint8_t> to, int i, const float (&v)[8]) const {
+    const Raw raw = Narrow(v);
+    if constexpr (kVector) {
+#pragma unroll
+      for (int j = 0; j < kWords; ++j) StoreAs<Word4>(to + (kBytes * i + 16 * j), raw.words[j]);
+    } else {
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        if (i + j >= k) break;
+        const Word4& w = raw.words[kBytes * j / 16];
+        const int at = kBytes * j / 4 % 4;
+        const uint32_t word = at == 0 ? w.x : at == 1 ? w.y : at == 2 ? w.z : w.w;
+        if constexpr (kType == Type::kF32) {
+          StoreAs<uint32_t>(to + 4 * (i + j), word);
+        } else {
+          StoreAs<uint16_t>(to + 2 * (i + j), static_cast<uint16_t>(word >> (j % 2 * 16)));
+        }
+      }
+    }
+  }
+
   // Bit j is set where i + j is an element.
   JAXINT8_DEVICE uint32_t Valid(int i) const { return kVector || i + 8 <= k ? 0xff : (1u << (k - i)) - 1; }
 };
-
-JAXINT8_DEVICE uint32_t Magnitude(float x) { return Bits(x) & 0x7fffffff; }
 
 // Added to a float below 2^22 in magnitude, this leaves the nearest integer (ties to even) in the low bits.
 inline constexpr float kMagic = 0x1.8p23f;

@@ -7,7 +7,9 @@
 
 #include "device.h"
 #include "int8.h"
+#include "prologue.h"
 #include "reader.h"
+#include "reduce.h"
 
 namespace jaxint8::cuda {
 
@@ -18,14 +20,12 @@ inline constexpr int64_t kSumOfCodesMax = ((int64_t{1} << 31) - 1) / 127;
 // Below this a row counts as zero, so that nothing that flushes subnormals can see another row.
 inline constexpr float kSmallestScale = 0x1p-125f;
 inline constexpr float kRmsLevels = 4095;
-inline constexpr uint32_t kInfinity = 0x7f800000;
 inline constexpr uint32_t kNothing = 0x7fffffff;  // a threshold above every finite magnitude
 // High parts are looked up by pieces of this many columns: pieces without any are skipped.
 inline constexpr int64_t kPiece = 256;
 
 // Shared memory of the row functions, in words.
-inline constexpr int kReduceWords = 2 * 3 * 32;  // two buffers in turn, three values, one word per warp
-inline constexpr int kGroups = 32;               // of threads, whose maxima bound the largest magnitudes
+inline constexpr int kGroups = 32;  // of threads, whose maxima bound the largest magnitudes
 inline constexpr int kCandidates = 256;
 inline constexpr int kBins = 128;
 inline constexpr int kGroupsAt = kReduceWords;
@@ -45,6 +45,7 @@ struct RowOutput {
   int64_t stride;
   Ptr<const uint32_t> marks;  // column scope: bit per column, set where the column is out
   Ptr<uint32_t> used;         // bit per column, set where a high part is not 0; or null
+  Ptr<uint32_t> pieces;       // [kPieceWords], zeroed: bits are set where a piece of columns has high parts; or null
 };
 
 // Which magnitudes of a row are outliers: those above the threshold, and those equal to it up to a column. Whether one
@@ -65,14 +66,21 @@ struct Selection {
 template <Type kType, bool kVector, int kHeld = 0, int kRule = -1, bool kTokens = false>
 class RowBlock {
  public:
-  JAXINT8_DEVICE RowBlock(Ptr<const uint8_t> data, int64_t k, const Options& options, Ptr<uint32_t> scratch, int* turn)
-      : row_{data, static_cast<int>(k)}, options_(options), scratch_(scratch), turn_(turn) {
+  JAXINT8_DEVICE RowBlock(Ptr<const uint8_t> data, int64_t k, const Options& options, Ptr<uint32_t> scratch,
+                          BlockReducer& reduce)
+      : row_{data, static_cast<int>(k)}, options_(options), scratch_(scratch), reduce_(reduce) {
     static_assert(kVector || kHeld == 0);
 #pragma unroll
     for (int c = 0; c < kHeld; ++c) {
       held_[c] = {};
       if (At(c) < k) held_[c] = row_.ReadRaw(At(c));
     }
+  }
+
+  // Does what stands before the layer to the row in registers; `up` is the row beside it, for a gate.
+  JAXINT8_DEVICE void Apply(const PrologueParams& p, Ptr<const uint8_t> up) {
+    static_assert(kHeld > 0);
+    ApplyPrologue<kType, kVector>(HeldRow<kType, kHeld>{row_, held_}, up, p, reduce_);
   }
 
   // Sets the bits of this row's outliers in the marks; rows that are not finite have no say.
@@ -86,8 +94,8 @@ class RowBlock {
     });
   }
 
-  // Writes codes and returns the row scale, NaN if the row is not finite. Bits of `pieces` (in the scratch, zeroed by
-  // the caller) are set where a piece of columns has high parts.
+  // Writes codes and returns the row scale, NaN if the row is not finite. A barrier lies between the call and the first
+  // bit that is set.
   JAXINT8_DEVICE float Quantize(const RowOutput& out) {
     const uint32_t absmax = Measure();
     const bool finite = absmax < kInfinity;
@@ -119,8 +127,6 @@ class RowBlock {
     return finite ? scale : FloatFromBits(0x7fc00000);
   }
 
-  JAXINT8_DEVICE Ptr<uint32_t> pieces() const { return scratch_ + kPiecesAt; }
-
  private:
   using Reader = RowReader<kType, kVector>;
   JAXINT8_DEVICE Rule rule() const { return kRule < 0 ? options_.rule : static_cast<Rule>(kRule); }
@@ -138,11 +144,10 @@ class RowBlock {
   static JAXINT8_DEVICE int At(int c) { return 8 * (ThreadIndex() + c * BlockThreads()); }
 
   // Calls body(i, largest, values) for this thread's groups of eight elements before `end`: values() are the elements,
-  // 0 from k on, `largest` is their largest magnitude. kAgain: reads them again, for rare work that is better small
-  // than fast.
-  template <bool kAgain = false, typename Body>
+  // 0 from k on, `largest` is their largest magnitude.
+  template <typename Body>
   JAXINT8_DEVICE void ForEach(int end, Body body) {
-    if constexpr (kHeld > 0 && !kAgain) {
+    if constexpr (kHeld > 0) {
 #pragma unroll
       for (int c = 0; c < kHeld; ++c) {
         if (At(c) >= end) continue;
@@ -155,7 +160,7 @@ class RowBlock {
     } else {
 #pragma unroll 1
       for (int i = 8 * ThreadIndex(); i < end; i += 8 * BlockThreads()) {
-        if constexpr (kVector && !kAgain) {
+        if constexpr (kVector) {
           typename Reader::Raw raw{};
           if (i < row_.k) raw = row_.ReadRaw(i);
           body(i, Reader::LargestOf(raw), [&raw] {
@@ -192,11 +197,6 @@ class RowBlock {
     if (shifted & ~LoadRelaxed(bits + (i >> 5))) AtomicOr(bits + (i >> 5), shifted);
   }
 
-  JAXINT8_DEVICE Ptr<uint32_t> NextBuffer() {
-    *turn_ ^= 1;
-    return scratch_ + *turn_ * (kReduceWords / 2);
-  }
-
   // Returns the largest magnitude of the row. Leaves that of this thread in own_ and, for a relative rule, the sum of
   // the row's squares in squares_.
   JAXINT8_DEVICE uint32_t Measure() {
@@ -214,7 +214,7 @@ class RowBlock {
       }
     });
     const int lane = ThreadIndex() % 32, warp = ThreadIndex() / 32, warps = BlockThreads() / 32;
-    const Ptr<uint32_t> buffer = NextBuffer();
+    const Ptr<uint32_t> buffer = reduce_.Next();
     const uint32_t largest = WarpMax(own_);
     if (relative) {
       squares_ = WarpSumFloat(Add(even, odd));
@@ -256,7 +256,7 @@ class RowBlock {
       }
     });
     const int lane = ThreadIndex() % 32, warp = ThreadIndex() / 32, warps = BlockThreads() / 32;
-    const Ptr<uint32_t> buffer = NextBuffer();
+    const Ptr<uint32_t> buffer = reduce_.Next();
     t = {WarpSum(t.count), WarpMax(t.rest), WarpMax(t.outlier)};
     if (lane == 0) {
       Store(buffer + warp, t.count);
@@ -267,26 +267,6 @@ class RowBlock {
     const bool has = lane < warps;
     return {WarpSum(has ? Load(buffer + lane) : 0), WarpMax(has ? Load(buffer + 32 + lane) : 0),
             WarpMax(has ? Load(buffer + 64 + lane) : 0)};
-  }
-
-  // Sum over the block; each value must be below 2^51.
-  JAXINT8_DEVICE uint64_t SumWide(uint64_t v) {
-    const int lane = ThreadIndex() % 32, warp = ThreadIndex() / 32, warps = BlockThreads() / 32;
-    const Ptr<uint32_t> buffer = NextBuffer();
-    v = WarpSumWide(v);
-    if (lane == 0) {
-      Store(buffer + warp, static_cast<uint32_t>(v));
-      Store(buffer + 32 + warp, static_cast<uint32_t>(v >> 32));
-    }
-    Barrier();
-    v = 0;
-    if (lane < warps) v = Load(buffer + lane) | static_cast<uint64_t>(Load(buffer + 32 + lane)) << 32;
-    return WarpSumWide(v);
-  }
-
-  static JAXINT8_DEVICE uint64_t WarpSumWide(uint64_t v) {
-    const uint64_t low = WarpSum(static_cast<uint32_t>(v & 0xffffff));
-    return (static_cast<uint64_t>(WarpSum(static_cast<uint32_t>(v >> 24))) << 24) + low;
   }
 
   // exact: with no magnitudes whose selection is not certain.
@@ -320,7 +300,7 @@ class RowBlock {
   JAXINT8_DEVICE uint64_t SumOfSquares(float unit) {
     uint64_t sum = 0;
     const float reciprocal = Divide(1.0f, unit);
-    ForEach<true>(row_.k, [&](int, uint32_t, auto values) {
+    ForEach(row_.k, [&](int, uint32_t, auto values) {
       uint32_t shifted[8];
       RoundedQuotients(values().v, unit, reciprocal, shifted);
       uint32_t part = 0;  // eight squares of 24 bits: no quotient is above 4095, but for its rounding
@@ -328,7 +308,7 @@ class RowBlock {
       for (int j = 0; j < 8; ++j) part += (shifted[j] - kMagicBits) * (shifted[j] - kMagicBits);
       sum += part;
     });
-    return SumWide(sum);
+    return reduce_.Sum(sum);
   }
 
   JAXINT8_DEVICE Selection SelectTopK() {
@@ -415,7 +395,7 @@ class RowBlock {
     for (int shift = 42; shift >= 0; shift -= 7) {
       for (int b = ThreadIndex(); b < kBins; b += BlockThreads()) Store(bins + b, 0u);
       Barrier();
-      ForEach<true>(row_.k, [&](int i, uint32_t, auto values) {
+      ForEach(row_.k, [&](int i, uint32_t, auto values) {
         const Values e = values();
         const uint32_t valid = row_.Valid(i);
 #pragma unroll
@@ -484,7 +464,8 @@ class RowBlock {
       if (out.hi) Write(out.hi, static_cast<int>(out.stride), i, hi);
       if (high) {
         if (out.used) SetBits(out.used, i, high);
-        AtomicOr(pieces() + i / (32 * static_cast<int>(kPiece)), 1u << (i / static_cast<int>(kPiece) % 32));
+        if (out.pieces)
+          AtomicOr(out.pieces + i / (32 * static_cast<int>(kPiece)), 1u << (i / static_cast<int>(kPiece) % 32));
       }
     });
   }
@@ -506,7 +487,7 @@ class RowBlock {
   typename Reader::Raw held_[kHeld > 0 ? kHeld : 1];
   const Options& options_;
   const Ptr<uint32_t> scratch_;
-  int* const turn_;
+  BlockReducer& reduce_;
   uint32_t own_ = 0;
   float squares_ = 0;
 };

@@ -138,17 +138,18 @@ class StreamKernel {
       if (by_column) {
         for (int64_t j = ThreadIndex(); j < (p_.k + 31) / 32; j += BlockThreads()) Store(marks + j, 0u);
       }
-      int turn = 0;
+      BlockReducer reduce(scratch);
       for (int pass = by_column ? 0 : 1; pass < 2; ++pass) {
         for (int64_t i = 0; i < p_.m; ++i) {
           RowBlock<kType, true> row(p_.rows.x + i * p_.k * RowReader<kType, true>::kBytes, p_.k, p_.rows.options,
-                                    scratch, &turn);
+                                    scratch, reduce);
           if (pass == 0) {
             row.Mark(marks);
             continue;
           }
-          const RowOutput out{lo + i * stride_, HasHi(p_) ? hi + i * stride_ : Ptr<int8_t>{}, stride_, marks,
-                              Ptr<uint32_t>{}};
+          const RowOutput out{lo + i * stride_, HasHi(p_) ? hi + i * stride_ : Ptr<int8_t>{},
+                              stride_,          marks,
+                              Ptr<uint32_t>{},  scratch + kPiecesAt};
           const float scale = row.Quantize(out);  // has a barrier before it reads the marks
           if (ThreadIndex() == 0) Store(Cast<float>(shared + layout_.scales) + i, scale);
         }
