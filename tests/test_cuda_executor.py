@@ -541,6 +541,7 @@ PLANTED = [
     ((3, 272, 19), np.float32, TopK(3), STREAM),
     ((3, 272, 19), np.float32, Threshold(2.0, "column"), STREAM),
     ((4, 4112, 17), np.float32, RelativeThreshold(3.0), STREAM),
+    ((3, 240, 9), np.float32, Threshold(1.0, "token"), STREAM),
     ((35, 200, 70), np.float32, Threshold(2.0, "column"), TILED),
     ((20, 328, 66), ml_dtypes.bfloat16, TopK(30), TILED),
     ((18, 168, 9), np.float32, TopK(1), TILED),

@@ -72,6 +72,12 @@ JAXINT8_DEVICE Word4 LoadStreaming(const int8_t* p) {
       : "l"(p));
   return v;
 }
+// The same pointer, as a value that is kept and not computed again.
+template <typename T>
+JAXINT8_DEVICE T* Keep(T* p) {
+  asm volatile("" : "+l"(p));
+  return p;
+}
 template <typename T>
 JAXINT8_DEVICE void Store(T* p, T value) {
   *p = value;

@@ -198,25 +198,25 @@ class GemvKernel {
   }
 
   JAXINT8_DEVICE void Quantize() {
-    using Row = RowBlock<kType, true, 0, kRule, true>;
+    using MyRow = Row<kType, true, kRule>;
     const Ptr<uint8_t> shared = SharedMemory();
     const Ptr<uint32_t> scratch = Cast<uint32_t>(shared + layout_.scratch);
     Barrier();
     WaitBarrier(XBarrier(), 0);
-    BlockReducer reduce(scratch);
+    Team<false> team(scratch);
     if (p_.rows.prologue.kind != Prologue::kNone) {
       PrologueParams prologue = p_.rows.prologue;
       prologue.norm = Cast<const float>(shared + layout_.lo);
 #pragma unroll 1
       for (int i = 0; i < kRows; ++i) {  // all of them before the first codes take their place
         const int at = i * kBytes * p_.k;
-        const MemoryRow<kType, true> in_place{{shared + (layout_.x + at), p_.k}, shared + (layout_.x + at)};
-        ApplyPrologue<kType, true>(in_place, shared + (layout_.lo + at), prologue, reduce);
+        const MemoryRow<kType, true, false> in_place{{shared + (layout_.x + at), p_.k}, shared + (layout_.x + at)};
+        ApplyPrologue(in_place, shared + (layout_.lo + at), prologue, team);
       }
     }
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
-      Row row(shared + layout_.x + i * kBytes * p_.k, p_.k, p_.rows.options, scratch, reduce);
+      MyRow row(shared + layout_.x + i * kBytes * p_.k, p_.k, p_.rows.options, scratch, team);
       RowOutput out{Cast<int8_t>(shared + layout_.lo) + i * p_.k, {}, p_.k, {}, {}, {}};
       if constexpr (kHigh) out.hi = Cast<int8_t>(shared + layout_.hi) + i * p_.k;
       row_scale_[i] = row.Quantize(out);

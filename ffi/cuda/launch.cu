@@ -22,8 +22,6 @@ namespace {
 #define JAXINT8_TRY(step) \
   if (const char* error = (step)) return error
 
-int64_t Bytes(Type type) { return type == Type::kF32 || type == Type::kS32 ? 4 : 2; }
-
 template <Type kValue>
 struct TypeConstant {
   static constexpr Type kType = kValue;
@@ -64,7 +62,7 @@ class Call {
       case Problem::Kind::kLinear:
         return Linear();
       case Problem::Kind::kPrologue:
-        return LaunchPrologue(Rows(), Memory<uint8_t>(p_.y, p_.m * p_.k * Bytes(p_.type)));
+        return LaunchPrologue(Rows(), Memory<uint8_t>(p_.y, p_.m * p_.k * TypeBytes(p_.type)));
     }
     return "unknown kind";
   }
@@ -84,7 +82,7 @@ class Call {
 
   QuantizeParams Rows() const {
     QuantizeParams q{};
-    q.x = Memory<const uint8_t>(p_.x, p_.m * p_.k * Bytes(p_.type) * RowsOf(p_.prologue));
+    q.x = Memory<const uint8_t>(p_.x, p_.m * p_.k * TypeBytes(p_.type) * RowsOf(p_.prologue));
     q.m = p_.m;
     q.k = p_.k;
     q.prologue.kind = p_.kind == Problem::Kind::kQuantize ? Prologue::kNone : p_.prologue;
@@ -101,8 +99,9 @@ class Call {
     const PrologueKernelParams params{q.x, y, q.k, q.prologue};
     return WithType(p_.type, [&](auto type) {
       constexpr Type kType = decltype(type)::kType;
-      return q.k % 8 == 0 ? Launch<PrologueKernel<kType, true>>(q.m, Threads(512, q.k), 4 * kReduceWords, params)
-                          : Launch<PrologueKernel<kType, false>>(q.m, Threads(512, q.k), 4 * kReduceWords, params);
+      const int threads = RowThreads(q.m, q.k);
+      return q.k % 8 == 0 ? Launch<PrologueKernel<kType, true>>(q.m, threads, 4 * kTeamWords, params)
+                          : Launch<PrologueKernel<kType, false>>(q.m, threads, 4 * kTeamWords, params);
     });
   }
 
@@ -128,56 +127,43 @@ class Call {
   const char* LaunchQuantize(const QuantizeParams& q) {
     return WithType(p_.type, [&](auto type) {
       constexpr Type kType = decltype(type)::kType;
-      switch (ChooseRows(kType, q.k, q.stride, wgmma_)) {
-        case Rows::kHeld:
-          if constexpr (kType != Type::kF32) return QuantizeRule<kType, kHeldGroups>(q);
-          break;
-        case Rows::kStaged:
-#ifdef JAXINT8_HAS_WGMMA
-          return QuantizeRule<kType, kStaged>(q, RowsOf(q.prologue.kind) * q.k * Bytes(kType));
-#endif
-        case Rows::kAgain:
-          break;
-      }
-      return q.k % 8 == 0 && q.stride % 8 == 0 ? QuantizeLaunch<QuantizeKernel<kType, true, 0, -1>>(q, 0)
-                                               : QuantizeLaunch<QuantizeKernel<kType, false, 0, -1>>(q, 0);
+      const int64_t staged = StagedBytes(kType, q.k, q.stride, q.prologue.kind);
+      if (staged > 0) return QuantizeRule<kType>(q, staged);
+      return q.k % 8 == 0 && q.stride % 8 == 0 ? QuantizeLaunch<QuantizeKernel<kType, true, false, -1>>(q, 0)
+                                               : QuantizeLaunch<QuantizeKernel<kType, false, false, -1>>(q, 0);
     });
   }
 
-  template <Type kType, int kHeld>
-  const char* QuantizeRule(const QuantizeParams& q, int64_t staged = 0) {
+  template <Type kType>
+  const char* QuantizeRule(const QuantizeParams& q, int64_t staged) {
+    if (q.marking) return QuantizeLaunch<QuantizeKernel<kType, true, true, -1>>(q, staged);
+    if (plan_.by_column) return QuantizeLaunch<QuantizeKernel<kType, true, true, kMarked>>(q, staged);
     switch (q.options.rule) {
       case Rule::kNone:
-        return QuantizeLaunch<QuantizeKernel<kType, true, kHeld, static_cast<int>(Rule::kNone)>>(q, staged);
+        return QuantizeLaunch<QuantizeKernel<kType, true, true, static_cast<int>(Rule::kNone)>>(q, staged);
       case Rule::kThreshold:
-        return QuantizeLaunch<QuantizeKernel<kType, true, kHeld, static_cast<int>(Rule::kThreshold)>>(q, staged);
+        return QuantizeLaunch<QuantizeKernel<kType, true, true, static_cast<int>(Rule::kThreshold)>>(q, staged);
       case Rule::kRelative:
-        return QuantizeLaunch<QuantizeKernel<kType, true, kHeld, static_cast<int>(Rule::kRelative)>>(q, staged);
+        return QuantizeLaunch<QuantizeKernel<kType, true, true, static_cast<int>(Rule::kRelative)>>(q, staged);
       default:
-        return QuantizeLaunch<QuantizeKernel<kType, true, kHeld, static_cast<int>(Rule::kTopK)>>(q, staged);
+        return QuantizeLaunch<QuantizeKernel<kType, true, true, static_cast<int>(Rule::kTopK)>>(q, staged);
     }
   }
 
   template <typename Kernel>
   const char* QuantizeLaunch(const QuantizeParams& q, int64_t staged) {
-    return Launch<Kernel>(q.m, Threads(Kernel::kMaxThreads, q.stride), Kernel::kShared + staged, q);
-  }
-
-  static int Threads(int most, int64_t columns) {
-    int threads = 64;
-    while (threads < most && threads * 8 * kHeldGroups < columns) threads *= 2;
-    return threads;
+    return Launch<Kernel>(q.m, RowThreads(q.m, q.stride), Kernel::kShared + staged, q);
   }
 
   Epilogue MakeEpilogue() const {
     Epilogue e{};
     e.type = p_.kind == Problem::Kind::kProduct ? Type::kS32 : p_.type;
-    e.y = Memory<uint8_t>(p_.y, p_.m * p_.n * Bytes(e.type));
+    e.y = Memory<uint8_t>(p_.y, p_.m * p_.n * TypeBytes(e.type));
     e.n = p_.n;
     if (p_.kind == Problem::Kind::kLinear) {
       e.w_scale = Memory<const float>(p_.w_scale, 4 * p_.n);
       if (p_.bias != nullptr) e.bias = Memory<const float>(p_.bias, 4 * p_.n);
-      if (p_.residual != nullptr) e.residual = Memory<const uint8_t>(p_.residual, p_.m * p_.n * Bytes(e.type));
+      if (p_.residual != nullptr) e.residual = Memory<const uint8_t>(p_.residual, p_.m * p_.n * TypeBytes(e.type));
       if (!plan_.fused) e.row_scale = Scratch<const float>(plan_.row_scale, 4 * p_.m);
     }
     return e;
@@ -215,7 +201,7 @@ class Call {
 #endif
     QuantizeParams q = Rows();
     if (plan_.apart) {
-      const Ptr<uint8_t> rows = Scratch<uint8_t>(plan_.rows, p_.m * p_.k * Bytes(p_.type));
+      const Ptr<uint8_t> rows = Scratch<uint8_t>(plan_.rows, p_.m * p_.k * TypeBytes(p_.type));
       JAXINT8_TRY(LaunchPrologue(q, rows));
       q.x = rows;
       q.prologue.kind = Prologue::kNone;
@@ -361,7 +347,7 @@ class Call {
     g.k = static_cast<int>(p_.k);
     g.base = p_.n / warps;
     g.more = p_.n % warps;
-    const int64_t row_bytes = p_.k * Bytes(p_.type);
+    const int64_t row_bytes = p_.k * TypeBytes(p_.type);
     g.beside = GemvBeside(p_.prologue, rows, row_bytes, p_.k);
     const GemvShape shape = ChooseGemv(rows, p_.k, row_bytes, g.base + (g.more > 0), g.beside);
     g.piece = shape.piece;
@@ -380,7 +366,8 @@ class Call {
     using Kernel = SkinnyKernel<kTiles, kHigh>;
     const int64_t groups = (p_.n + kStreamOutputs - 1) / kStreamOutputs;
     const int64_t blocks = groups < multiprocessors_ ? groups : multiprocessors_;
-    const SkinnyShape shape = ChooseSkinny(kTiles, kHigh, p_.n, p_.k, blocks);
+    const int64_t staged = follows_ ? StagedBytes(p_.type, p_.k, stride, p_.prologue) : 0;
+    const SkinnyShape shape = ChooseSkinny(kTiles, kHigh, p_.n, p_.k, blocks, staged);
     SkinnyParams s{};
     s.m = p_.m;
     s.n = p_.n;

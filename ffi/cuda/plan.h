@@ -98,7 +98,8 @@ inline int ChooseStages(int64_t n, int64_t multiprocessors, int fit, int stage_b
   return stages < 8 ? stages : 8;
 }
 
-// Shared memory that a block may have, and what a block needs that still quantises on the same multiprocessor.
+// Shared memory that a block may have, and what a block needs that still quantises on the same multiprocessor, beside
+// its staged row.
 inline constexpr int64_t kSharedMost = 227 * 1024, kSharedQuantize = 4 * kScratchWords + 1024;
 
 // How gemv.h copies weights: equal pieces of a row, such that the most bytes are on their way, but no more pieces than
@@ -131,14 +132,14 @@ struct SkinnyShape {
   int groups, depth;
   int64_t shared;
 };
-inline SkinnyShape ChooseSkinny(int tiles, bool high, int64_t n, int64_t k, int64_t blocks) {
+inline SkinnyShape ChooseSkinny(int tiles, bool high, int64_t n, int64_t k, int64_t blocks, int64_t staged) {
   const int64_t most = ((n + kStreamOutputs - 1) / kStreamOutputs + blocks - 1) / blocks;  // groups of a block
   const int64_t turns = (most + kSkinnyGroups - 1) / kSkinnyGroups;
   SkinnyShape s{static_cast<int>((most + turns - 1) / turns), 0, 0};
   const int64_t steps = turns * (((k + kBoxK - 1) / kBoxK + kSkinnyWarps - 1) / kSkinnyWarps);
   for (int depth = 1; depth <= kSkinnyDepth && depth <= steps; ++depth) {
     const int64_t bytes = MakeSkinnyLayout(tiles, high, s.groups, depth).bytes;
-    if (bytes + kSharedQuantize > kSharedMost) break;
+    if (bytes + kSharedQuantize + staged > kSharedMost) break;
     s.depth = depth;
     s.shared = bytes;
   }
@@ -189,7 +190,7 @@ inline Plan MakePlan(const Problem& p, bool hopper) {
   plan.stream = !quantize && few && p.path != Path::kTiled && p.path != Path::kWgmma;
   plan.stride = quantize ? p.k : RoundUp(p.k, kCodeAlign);
   const int rows = static_cast<int>(p.m < kGemvM ? p.m : kGemvM);
-  const int64_t row_bytes = p.k * (p.type == Type::kF32 ? 4 : 2);
+  const int64_t row_bytes = p.k * TypeBytes(p.type);
   plan.gemv = hopper && linear && (p.path == Path::kAuto || p.path == Path::kWgmma) && p.k % 16 == 0 && p.k > 0 &&
               p.m <= (plan.has_rule ? 1 : kGemvM) &&
               ChooseGemv(rows, p.k, row_bytes, 2, GemvBeside(p.prologue, rows, row_bytes, p.k)).depth > 0;
@@ -199,7 +200,7 @@ inline Plan MakePlan(const Problem& p, bool hopper) {
   plan.fused =
       plan.gemv || (plan.stream && linear && p.k % 16 == 0 && p.m <= kFusedM && p.m * p.k <= kFusedActivations);
   plan.apart = linear && p.prologue != Prologue::kNone && !plan.gemv &&
-               (plan.fused || ChooseRows(p.type, p.k, plan.stride, hopper && p.path != Path::kTiled) == Rows::kAgain);
+               (plan.fused || StagedBytes(p.type, p.k, plan.stride, p.prologue) == 0);
   plan.align_w = !quantize && !plan.stream && p.k % 16 != 0;
   plan.align_a = p.kind == Problem::Kind::kProduct && (plan.stream || plan.align_w);
 

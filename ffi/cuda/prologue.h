@@ -8,7 +8,7 @@
 #include "device.h"
 #include "int8.h"
 #include "reader.h"
-#include "reduce.h"
+#include "team.h"
 
 namespace jaxint8::cuda {
 
@@ -45,86 +45,54 @@ JAXINT8_DEVICE float SiluGate(float gate, float up) {
   return Multiply(Multiply(gate, Reciprocal(Add(1.0f, Exponential(bounded)))), up);
 }
 
-// A row in memory, each thread's elements eight at a time, written to another place or the same.
-template <Type kType, bool kVector>
+// A row in memory, which is written to another place or the same.
+template <Type kType, bool kVector, bool kWarp>
 struct MemoryRow {
   RowReader<kType, kVector> reader;
   Ptr<uint8_t> to;
-  static constexpr int kAhead = 0;  // groups of eight weights in registers
 
-  // Calls body(i, c, values) for each of this thread's groups, the c-th of them, which may change the values.
+  // Calls body(i, values) for each of this thread's groups of eight, which may change the values.
   template <bool kWrite, typename Body>
-  JAXINT8_DEVICE void ForEach(Body body) {
+  JAXINT8_DEVICE void ForEach(Body body) const {
 #pragma unroll 1
-    for (int i = 8 * ThreadIndex(); i < reader.k; i += 8 * BlockThreads()) {
+    for (int i = 8 * Team<kWarp>::Index(); i < reader.k; i += 8 * Team<kWarp>::Size()) {
       float v[8];
       reader.Read(i, v);
-      body(i, 0, v);
+      body(i, v);
       if constexpr (kWrite) reader.Write(to, i, v);
     }
   }
 };
 
-// A row in registers.
-template <Type kType, int kHeld>
-struct HeldRow {
-  using Reader = RowReader<kType, true>;
-  const Reader& reader;
-  typename Reader::Raw (&held)[kHeld];
-  static constexpr int kAhead = kHeld;
-
-  template <bool kWrite, typename Body>
-  JAXINT8_DEVICE void ForEach(Body body) {
-#pragma unroll
-    for (int c = 0; c < kHeld; ++c) {
-      const int i = 8 * (ThreadIndex() + c * BlockThreads());
-      if (i >= reader.k) continue;
-      float v[8];
-      Reader::Widen(held[c], v);
-      body(i, c, v);
-      if constexpr (kWrite) held[c] = Reader::Narrow(v);
-    }
-  }
-};
-
-template <bool kVector>
-JAXINT8_DEVICE void LoadWeights(Ptr<const float> norm, int k, int i, float (&w)[8]) {
-  if constexpr (kVector) {
-#pragma unroll
-    for (int j = 0; j < 8; j += 4) {
-      const Word4 word = LoadAs<Word4>(norm + (i + j));
-      w[j] = FloatFromBits(word.x);
-      w[j + 1] = FloatFromBits(word.y);
-      w[j + 2] = FloatFromBits(word.z);
-      w[j + 3] = FloatFromBits(word.w);
-    }
-  } else {
-#pragma unroll
-    for (int j = 0; j < 8; ++j) w[j] = i + j < k ? Load(norm + (i + j)) : 0;
-  }
-}
-
-template <bool kVector, typename Row>
-JAXINT8_DEVICE void Normalise(Row& row, const PrologueParams& p, BlockReducer& reduce) {
+// Does the prologue, which is not kNone, to a row; `up` is the row beside it that its gate is for. All threads of the
+// team call it, and each touches its own elements only.
+template <Type kType, bool kVector, bool kWarp>
+JAXINT8_DEVICE void ApplyPrologue(const MemoryRow<kType, kVector, kWarp>& row, Ptr<const uint8_t> up,
+                                  const PrologueParams& p, Team<kWarp>& team) {
   const int k = row.reader.k;
-  float ahead[Row::kAhead > 0 ? Row::kAhead : 1][8];  // on their way while the row is measured
-  if constexpr (Row::kAhead > 0) {
-    row.template ForEach<false>(
-        [&](int i, int c, const float (&)[8]) { LoadWeights<kVector>(p.norm, k, i, ahead[c]); });
+  if (p.kind == Prologue::kSiluGate) {
+    const RowReader<kType, kVector> reader{up, k};
+    row.template ForEach<true>([&](int i, float (&v)[8]) {
+      float u[8];
+      reader.Read(i, u);
+#pragma unroll
+      for (int j = 0; j < 8; ++j) v[j] = SiluGate(v[j], u[j]);
+    });
+    return;
   }
   uint32_t absmax = 0;
-  row.template ForEach<false>([&](int, int, const float (&v)[8]) {
+  row.template ForEach<false>([&](int, const float (&v)[8]) {
 #pragma unroll
     for (int j = 0; j < 8; ++j) absmax = Magnitude(v[j]) > absmax ? Magnitude(v[j]) : absmax;
   });
-  absmax = reduce.Max(absmax);
+  absmax = team.Max(absmax);
   const bool finite = absmax < kInfinity, usable = finite && absmax >= Bits(kSmallestNorm);
   const uint32_t exponent = usable ? absmax >> 23 : 127;
   const float unit = FloatFromBits((exponent - kNormExponent) << 23);
   const float inverse = FloatFromBits((2 * 127 + kNormExponent - exponent) << 23);
   uint64_t sum = 0;
   if (usable) {
-    row.template ForEach<false>([&](int, int, const float (&v)[8]) {
+    row.template ForEach<false>([&](int, const float (&v)[8]) {
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
         const auto steps = static_cast<int32_t>(Bits(MultiplyAdd(v[j], inverse, kMagic)) - kMagicBits);
@@ -132,37 +100,16 @@ JAXINT8_DEVICE void Normalise(Row& row, const PrologueParams& p, BlockReducer& r
       }
     });
   }
-  sum = reduce.Sum(sum);
+  sum = team.template Sum<64>(sum);
   const float mean = Divide(WideToFloat(static_cast<int64_t>(sum)), IntToFloat(k));
   const float root = SquareRoot(Add(Multiply(Multiply(mean, unit), unit), p.epsilon));
   const float scale = finite ? Reciprocal(root) : FloatFromBits(0x7fc00000);
-  row.template ForEach<true>([&](int i, int c, float (&v)[8]) {
+  const RowReader<Type::kF32, kVector> weights{Cast<const uint8_t>(p.norm), k};
+  row.template ForEach<true>([&](int i, float (&v)[8]) {
     float w[8];
-    if constexpr (Row::kAhead > 0) {
-#pragma unroll
-      for (int j = 0; j < 8; ++j) w[j] = ahead[c][j];
-    } else {
-      LoadWeights<kVector>(p.norm, k, i, w);
-    }
+    weights.Read(i, w);
 #pragma unroll
     for (int j = 0; j < 8; ++j) v[j] = Multiply(Multiply(v[j], scale), w[j]);
-  });
-}
-
-// Does the prologue, which is not kNone, to a row; `up` is the row beside it that its gate is for. All threads of the
-// block call it, and each touches its own elements only.
-template <Type kType, bool kVector, typename Row>
-JAXINT8_DEVICE void ApplyPrologue(Row row, Ptr<const uint8_t> up, const PrologueParams& p, BlockReducer& reduce) {
-  if (p.kind == Prologue::kRmsNorm) {
-    Normalise<kVector>(row, p, reduce);
-    return;
-  }
-  const RowReader<kType, kVector> reader{up, row.reader.k};
-  row.template ForEach<true>([&](int i, int, float (&v)[8]) {
-    float u[8];
-    reader.Read(i, u);
-#pragma unroll
-    for (int j = 0; j < 8; ++j) v[j] = SiluGate(v[j], u[j]);
   });
 }
 
@@ -179,16 +126,16 @@ struct PrologueKernel {
   using Params = PrologueKernelParams;
   static constexpr int kMaxThreads = 512;
   static constexpr int kMinBlocks = 2;
-  static constexpr int64_t kShared = 4 * kReduceWords;
+  static constexpr int64_t kShared = 4 * kTeamWords;
 
   static JAXINT8_DEVICE void Run(const Params& p) {
     WaitForPreviousKernel();
     AllowNextKernel();
     const int64_t bytes = p.k * RowReader<kType, kVector>::kBytes, i = BlockIndex();
     const Ptr<const uint8_t> x = p.x + i * bytes * RowsOf(p.prologue.kind);
-    BlockReducer reduce(Cast<uint32_t>(SharedMemory()));
-    const MemoryRow<kType, kVector> row{{x, static_cast<int>(p.k)}, p.y + i * bytes};
-    ApplyPrologue<kType, kVector>(row, x + bytes, p.prologue, reduce);
+    Team<false> team(Cast<uint32_t>(SharedMemory()));
+    const MemoryRow<kType, kVector, false> row{{x, static_cast<int>(p.k)}, p.y + i * bytes};
+    ApplyPrologue(row, x + bytes, p.prologue, team);
   }
 };
 

@@ -34,6 +34,11 @@ struct Ptr {
   explicit operator bool() const { return buffer != nullptr; }
 };
 
+template <typename T>
+Ptr<T> Keep(Ptr<T> p) {
+  return p;
+}
+
 template <typename U, typename T>
 Ptr<U> Cast(Ptr<T> p) {
   return {p.buffer, p.low, p.high, p.offset};
