@@ -186,7 +186,8 @@ def _call(
             for name in ("rule", "column_scope", "rung", "prologue")
             if name in attributes
         }
-        size = _cuda.workspace_bytes(target, *shape, **options)
+        itemsize = operands[0].dtype.itemsize
+        size = _cuda.workspace_bytes(target, *shape, itemsize=itemsize, **options)
         results = (*results, jax.ShapeDtypeStruct((size,), jnp.uint8))
     call = jax.ffi.ffi_call(target, results, vmap_method="sequential")
     return call(*operands, **attributes)

@@ -4,6 +4,7 @@ The last tests plant faults in the kernels, one at each place where there can be
 """
 
 import ctypes
+import dataclasses
 import os
 import pathlib
 import shutil
@@ -21,7 +22,8 @@ from jaxint8 import RelativeThreshold, Threshold, TopK, reference
 SOURCE = pathlib.Path(__file__).parents[1] / "ffi" / "cuda" / "executor" / "module.cc"
 TYPES = {np.dtype(np.float32): 0, np.dtype(ml_dtypes.bfloat16): 1, np.dtype(np.float16): 2}
 RULES = {type(None): 0, Threshold: 1, RelativeThreshold: 2, TopK: 3}
-QUANTIZE, PRODUCT, LINEAR = range(3)
+QUANTIZE, PRODUCT, LINEAR, PROLOGUE = range(4)
+RMS_NORM, SILU_GATE = 1, 2
 AUTO, STREAM, TILED, WGMMA = -1, 0, 1, 2
 SKIP_BARRIER, SHIFT_INDEX, SWAP_FRAGMENT, SKIP_WAIT = range(1, 5)
 
@@ -39,14 +41,37 @@ class Call(ctypes.Structure):
         ),
         ("value", ctypes.c_float),
         ("order", ctypes.c_int32),
+        ("prologue", ctypes.c_int32),
+        ("epsilon", ctypes.c_float),
         *((name, ctypes.c_int64) for name in ("topk", "m", "k", "n", "multiprocessors")),
         *(
             (name, ctypes.c_void_p)
-            for name in ("x", "w", "w_scale", "bias", "y", "lo", "hi", "row_scale", "workspace")
+            for name in (
+                *("x", "w", "w_scale", "bias", "norm", "residual"),
+                *("y", "lo", "hi", "row_scale", "workspace"),
+            )
         ),
         ("workspace_bytes", ctypes.c_int64),
         ("planted_site", ctypes.c_char_p),
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class Around:
+    """What stands before a layer and is added behind it."""
+
+    prologue: int = 0
+    epsilon: float = 0.0
+    norm: np.ndarray | None = None  # float32[k]; of RMS_NORM
+    residual: np.ndarray | None = None  # x.dtype[m, n]
+    in_place: bool = False  # the residual's buffer is that of the result
+
+    def rows(self, x: np.ndarray) -> np.ndarray:
+        """Returns the rows of the layer for its input, by the oracle."""
+        if self.prologue == RMS_NORM:
+            assert self.norm is not None
+            return reference.rms_norm(x, self.norm, self.epsilon)
+        return reference.silu_gate(x) if self.prologue == SILU_GATE else x
 
 
 class ExecutorError(Exception):
@@ -122,18 +147,37 @@ class Executor:
         self._run(Call(kind=PRODUCT, m=m, k=k, n=n, path=path), x=copy(a), w=copy(codes), y=y)
         return y
 
-    def linear(self, case: battery.Case, rule: Any, path: int = AUTO) -> np.ndarray:
+    def linear(
+        self, case: battery.Case, rule: Any, path: int = AUTO, around: Around | None = None
+    ) -> np.ndarray:
         """Returns the layer's output."""
-        (m, k), n = case.x.shape, case.codes.shape[0]
-        y = aligned((m, n), case.x.dtype)
-        call = Call(
-            kind=LINEAR, type=TYPES[case.x.dtype], m=m, k=k, n=n, path=path, **self._options(rule)
+        around = around or Around()
+        m, (n, k) = len(case.x), case.codes.shape
+        call = Call(kind=LINEAR, m=m, k=k, n=n, path=path, **self._options(rule))
+        bias, norm, residual = (
+            None if array is None else copy(array)
+            for array in (case.bias, around.norm, around.residual)
         )
-        bias = None if case.bias is None else copy(case.bias)
-        self._run(
-            call, x=copy(case.x), w=copy(case.codes), w_scale=copy(case.scale), bias=bias, y=y
-        )
+        in_place = around.in_place and residual is not None
+        y = residual if in_place else aligned((m, n), case.x.dtype)
+        arrays = {"w": copy(case.codes), "w_scale": copy(case.scale), "bias": bias}
+        self._run_around(call, case.x, around, norm=norm, residual=residual, y=y, **arrays)
+        assert y is not None
         return y
+
+    def prologue(self, x: np.ndarray, k: int, around: Around) -> np.ndarray:
+        """Returns the rows after what stands before a layer."""
+        y = aligned((len(x), k), x.dtype)
+        norm = None if around.norm is None else copy(around.norm)
+        self._run_around(Call(kind=PROLOGUE, m=len(x), k=k, path=AUTO), x, around, norm=norm, y=y)
+        return y
+
+    def _run_around(
+        self, call: Call, x: np.ndarray, around: Around, **arrays: np.ndarray | None
+    ) -> None:
+        call.type = TYPES[x.dtype]
+        call.prologue, call.epsilon = around.prologue, around.epsilon
+        self._run(call, x=copy(x), **arrays)
 
     def sites(self) -> list[tuple[str, int]]:
         """Returns (place in the source, fault that can be planted there) of the last run."""
@@ -158,10 +202,48 @@ def executor(compiled: Executor) -> Iterator[Executor]:
     compiled.fault, compiled.site, compiled.order = 0, b"", 0
 
 
-def expect_linear(executor: Executor, case: battery.Case, rule: Any, path: int = AUTO) -> None:
-    y = executor.linear(case, rule, path)
-    wanted = reference.int8_linear(case.x, case.codes, case.scale, case.bias, rule)
+def expect_linear(
+    executor: Executor,
+    case: battery.Case,
+    rule: Any,
+    path: int = AUTO,
+    around: Around | None = None,
+) -> None:
+    y = executor.linear(case, rule, path, around)
+    wanted = wanted_linear(case, rule, around or Around())
     np.testing.assert_array_equal(y.astype(np.float32), wanted.astype(np.float32))
+
+
+def wanted_linear(case: battery.Case, rule: Any, around: Around) -> np.ndarray:
+    """Returns the layer by the oracle, with what stands around it."""
+    x = around.rows(case.x)
+    wanted = reference.int8_linear(x, case.codes, case.scale, case.bias, rule)
+    if around.residual is not None:
+        with np.errstate(over="ignore", invalid="ignore"):
+            sums = around.residual.astype(np.float32) + wanted.astype(np.float32)
+            wanted = sums.astype(case.x.dtype)
+    return wanted
+
+
+def make_around(
+    shape: tuple[int, int, int],
+    dtype: type,
+    prologue: int,
+    kind: str = "outliers",
+    residual: bool = True,
+) -> tuple[battery.Case, Around]:
+    """Returns a layer whose input is what its prologue takes, and what stands around it."""
+    m, k, n = shape
+    case = battery.make(shape, dtype, kind)
+    rng = np.random.default_rng([m, k, n, prologue])
+    if prologue == SILU_GATE:
+        gate = battery.make((m, 2 * k, n), dtype, kind).x
+        case = dataclasses.replace(case, x=gate)
+    norm = rng.normal(1, 0.5, k).astype(np.float32) if prologue == RMS_NORM else None
+    added = rng.normal(scale=4, size=(m, n)).astype(dtype) if residual else None
+    if added is not None and kind == "nan" and added.size:
+        added[0, 0], added[-1, -1] = np.nan, np.inf
+    return case, Around(prologue, 1e-5, norm, added, in_place=n % 2 == 0)
 
 
 @pytest.mark.parametrize("rule", battery.RULES, ids=str)
@@ -292,6 +374,104 @@ def test_wgmma(executor: Executor, shape: tuple[int, int, int], rule: Any, order
     expect_linear(executor, battery.make(shape, battery.DTYPES[order]), rule, WGMMA)
 
 
+def expect_prologue(executor: Executor, x: np.ndarray, k: int, around: Around) -> None:
+    wanted = around.rows(x)
+    got = executor.prologue(x, k, around)
+    np.testing.assert_array_equal(got.astype(np.float32), wanted.astype(np.float32))
+
+
+@pytest.mark.parametrize("prologue", [RMS_NORM, SILU_GATE])
+@pytest.mark.parametrize("dtype", battery.DTYPES, ids=lambda d: np.dtype(d).name)
+def test_prologue_alone(executor: Executor, dtype: type, prologue: int) -> None:
+    for number, (m, k) in enumerate(
+        [(0, 5), (2, 0), (1, 1), (3, 3), (5, 130), (3, 1024), (2, 4104)]
+    ):
+        executor.order = number % 3
+        case, around = make_around((m, k, 1), dtype, prologue)
+        expect_prologue(executor, case.x, k, around)
+    for kind in sorted(battery.KINDS):
+        if np.dtype(dtype) == np.float32 or kind not in battery.FLOAT32_ONLY:
+            case, around = make_around((4, 264, 1), dtype, prologue, kind)
+            expect_prologue(executor, case.x, 264, around)
+
+
+def test_norm_of_extremes(executor: Executor) -> None:
+    """Rows at the ends of float32 and around the smallest that counts, steps that round up to a power of two."""
+    rng = np.random.default_rng(3)
+    scales = 2.0 ** np.array([-149, -127, -60, -41, -40, -39, 0, 60, 100, 120])
+    x = (rng.uniform(-1, 1, (len(scales), 96)) * scales[:, None]).astype(np.float32)
+    x[:, 5] = scales  # absmax is a power of two, or just below the next
+    x[::2, 7] = np.nextafter(2 * scales[::2].astype(np.float32), np.float32(0))
+    for epsilon in (1e-5, 2.0**-40, 1.0):
+        norm = rng.normal(size=96).astype(np.float32)
+        expect_prologue(executor, x, 96, Around(RMS_NORM, epsilon, norm))
+
+
+def test_gate_of_extremes(executor: Executor) -> None:
+    """Where exp is bounded, at zeros of both signs, at infinities and NaN, and at the ends of float32."""
+    edges = [0.0, -0.0, 86.9, 87.0, 87.1, 88.0, 89.0, 1e30, 3e38, np.inf, np.nan, 1e-30, 1e-45]
+    gate = np.array(edges + [-e for e in edges], np.float32)
+    gate = np.concatenate([gate, np.random.default_rng(1).normal(0, 30, 262 - len(gate))])
+    up = np.random.default_rng(2).normal(size=(3, 262)) * np.array([[1], [1e-38], [1e38]])
+    x = np.concatenate([np.broadcast_to(gate, up.shape), up], axis=1).astype(np.float32)
+    expect_prologue(executor, x, 262, Around(SILU_GATE))
+
+
+# Rows in registers, staged, and done apart (float32, and k no multiple of 8); the gemv, skinny, swapped and wgmma
+# kernels, the stream, fused and not, and the tiled product, each with a residual in another buffer and in its own.
+@pytest.mark.parametrize("prologue", [0, RMS_NORM, SILU_GATE])
+@pytest.mark.parametrize(
+    ("shape", "path"),
+    [
+        ((1, 272, 34), WGMMA),
+        ((2, 528, 35), WGMMA),
+        ((3, 272, 66), WGMMA),
+        ((12, 144, 37), WGMMA),
+        ((20, 144, 132), WGMMA),
+        ((40, 130, 21), WGMMA),
+        ((130, 72, 264), WGMMA),
+        ((140, 64, 70), WGMMA),
+        ((1, 256, 40), STREAM),
+        ((2, 48, 17), STREAM),
+        ((5, 333, 18), STREAM),
+        ((1, 1, 1), STREAM),
+        ((18, 96, 34), TILED),
+        ((17, 37, 9), TILED),
+        ((0, 16, 4), WGMMA),
+        ((3, 16, 0), WGMMA),
+        ((3, 0, 4), WGMMA),
+    ],
+    ids=str,
+)
+def test_around(executor: Executor, shape: tuple[int, int, int], path: int, prologue: int) -> None:
+    rules = [None, Threshold(2.0, "column"), RelativeThreshold(3.0), TopK(4)]
+    for number, rule in enumerate(rules):
+        executor.order = number % 3
+        case, around = make_around(shape, battery.DTYPES[number % 3], prologue)
+        expect_linear(executor, case, rule, path, around)
+
+
+@pytest.mark.parametrize("prologue", [0, RMS_NORM, SILU_GATE])
+@pytest.mark.parametrize("kind", sorted(battery.KINDS))
+def test_around_kinds(executor: Executor, kind: str, prologue: int) -> None:
+    dtype = np.float32 if kind in battery.FLOAT32_ONLY else ml_dtypes.bfloat16
+    for shape, rule, path in (
+        ((1, 272, 10), RelativeThreshold(), WGMMA),
+        ((3, 528, 10), TopK(8), WGMMA),
+        ((20, 272, 18), Threshold(6.0, "column"), TILED),
+    ):
+        case, around = make_around(shape, dtype, prologue, kind)
+        expect_linear(executor, case, rule, path, around)
+
+
+@pytest.mark.parametrize("prologue", [RMS_NORM, SILU_GATE])
+def test_around_long_rows(executor: Executor, prologue: int) -> None:
+    """Rows that are staged: too long for registers, and float32."""
+    for shape, dtype in [((3, 4112, 3), ml_dtypes.bfloat16), ((17, 1040, 3), np.float32)]:
+        case, around = make_around(shape, dtype, prologue)
+        expect_linear(executor, case, RelativeThreshold(3.0), WGMMA, around)
+
+
 @pytest.mark.parametrize("path", [STREAM, TILED, WGMMA])
 @pytest.mark.parametrize(
     "shape", [(1, 1, 1), (3, 130, 17), (16, 333, 20), (7, 512, 33), (0, 4, 4), (4, 0, 4)], ids=str
@@ -361,6 +541,7 @@ PLANTED = [
     ((3, 272, 19), np.float32, TopK(3), STREAM),
     ((3, 272, 19), np.float32, Threshold(2.0, "column"), STREAM),
     ((4, 4112, 17), np.float32, RelativeThreshold(3.0), STREAM),
+    ((3, 240, 9), np.float32, Threshold(1.0, "token"), STREAM),
     ((35, 200, 70), np.float32, Threshold(2.0, "column"), TILED),
     ((20, 328, 66), ml_dtypes.bfloat16, TopK(30), TILED),
     ((18, 168, 9), np.float32, TopK(1), TILED),
@@ -373,6 +554,20 @@ PLANTED = [
     ((100, 1300, 19), ml_dtypes.bfloat16, TopK(3), WGMMA),
     ((260, 1290, 24), ml_dtypes.bfloat16, Threshold(1.5, "token"), WGMMA),
     ((257, 640, 19), np.float32, None, WGMMA),
+]
+# The same, with something before the layer and a residual.
+PLANTED_AROUND = [
+    ((1, 272, 34), ml_dtypes.bfloat16, None, WGMMA, RMS_NORM),
+    ((2, 272, 530), ml_dtypes.bfloat16, None, WGMMA, SILU_GATE),
+    ((3, 520, 17), ml_dtypes.bfloat16, RelativeThreshold(3.0), WGMMA, RMS_NORM),
+    ((3, 1048, 12), np.float32, None, WGMMA, RMS_NORM),
+    ((18, 24, 32), ml_dtypes.bfloat16, TopK(2), WGMMA, SILU_GATE),
+    ((18, 24, 16), np.float32, None, WGMMA, SILU_GATE),
+    ((130, 24, 40), ml_dtypes.bfloat16, None, WGMMA, RMS_NORM),
+    ((5, 37, 9), np.float16, TopK(2), STREAM, RMS_NORM),
+    ((2, 32, 8), np.float32, TopK(2), STREAM, SILU_GATE),
+    ((17, 40, 8), np.float32, TopK(2), TILED, RMS_NORM),
+    ((17, 48, 8), ml_dtypes.bfloat16, TopK(2), TILED, RMS_NORM),
 ]
 
 # A bound from another group of threads is still a bound from below, and a wrong number of candidates makes the search
@@ -387,9 +582,14 @@ HARMLESS = {
 def test_planted_faults_are_noticed(executor: Executor) -> None:
     """A missing barrier, a wrong index, a swapped fragment, a copy not waited for: at every place of every kernel."""
     places: dict[tuple[str, int], list[tuple[Any, ...]]] = {}
-    calls = [(battery.make(shape, dtype), rule, path) for shape, dtype, rule, path in PLANTED]
+    calls: list[tuple[Any, ...]] = [
+        (battery.make(shape, dtype), rule, path, None) for shape, dtype, rule, path in PLANTED
+    ]
+    for shape, dtype, rule, path, prologue in PLANTED_AROUND:
+        case, around = make_around(shape, dtype, prologue)
+        calls.append((case, rule, path, around))
     for call in calls:
-        executor.order = int(call[-1] == WGMMA)  # those that wait before those that they wait for
+        executor.order = int(call[2] == WGMMA)  # those that wait before those that they wait for
         expect_linear(executor, *call)
         for place in executor.sites():
             places.setdefault(place, []).append(call)
@@ -397,8 +597,8 @@ def test_planted_faults_are_noticed(executor: Executor) -> None:
     for (place, fault), reaching in places.items():
         executor.fault, executor.site = fault, place.encode()
         # Where warps wait for copies of their own, only lanes that run early can overtake the others.
-        early = [(call, 0) for call in reaching if call[-1] == WGMMA]
-        for call, executor.order in [(call, int(call[-1] == WGMMA)) for call in reaching] + early:
+        early = [(call, 0) for call in reaching if call[2] == WGMMA]
+        for call, executor.order in [(call, int(call[2] == WGMMA)) for call in reaching] + early:
             try:
                 expect_linear(executor, *call)
             except (ExecutorError, AssertionError):

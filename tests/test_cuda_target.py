@@ -135,7 +135,9 @@ def expect_fused(compiled: Any, shape: tuple[int, int, int], rule: Any) -> None:
     options = kernels._attributes(rule, "int15", None, "cuda")
     options = {name: int(options[name]) for name in ("rule", "column_scope", "rung")}
     assert kernels._cuda is not None
-    assert result[1][1] == kernels._cuda.workspace_bytes("jaxint8_linear", m, k, n, **options)
+    assert result[1][1] == kernels._cuda.workspace_bytes(
+        "jaxint8_linear", m, k, n, itemsize=2, **options
+    )
 
 
 def expect_shared(

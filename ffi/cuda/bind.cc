@@ -42,6 +42,21 @@ ffi::Error Decode(const Attributes& attributes, Problem* p) {
   return ffi::Error::Success();
 }
 
+ffi::Error DecodePrologue(int64_t prologue, float epsilon, const ffi::BufferR1<ffi::F32>& norm, Problem* p) {
+  if (prologue < 0 || prologue > 2) return Invalid("prologue: expected 0..2");
+  p->prologue = static_cast<Prologue>(prologue);
+  p->epsilon = epsilon;
+  if (p->prologue == Prologue::kSiluGate) {
+    if (p->k % 2 != 0) return Invalid("x: expected a gate and as many columns");
+    p->k /= 2;
+  }
+  const int64_t wanted = p->prologue == Prologue::kRmsNorm ? p->k : 0;
+  if (norm.dimensions()[0] != wanted) return Invalid("norm: expected float32[k] for an RMSNorm, else [0]");
+  p->norm = norm.typed_data();
+  return ffi::Error::Success();
+}
+
+// Before DecodePrologue, which halves k for a gate.
 ffi::Error DecodeRows(const ffi::AnyBuffer& x, Problem* p) {
   if (x.dimensions().size() != 2) return Invalid("x: expected rank 2");
   switch (x.element_type()) {
@@ -114,12 +129,14 @@ ffi::Error Product(CUstream_st* stream, ffi::BufferR2<ffi::S8> a, ffi::BufferR2<
 }
 
 ffi::Error Linear(CUstream_st* stream, ffi::AnyBuffer x, ffi::BufferR2<ffi::S8> w, ffi::BufferR1<ffi::F32> w_scale,
-                  ffi::BufferR1<ffi::F32> bias, ffi::Result<ffi::AnyBuffer> y, Workspace workspace, int64_t rule,
-                  int64_t column_scope, float value, int64_t topk, int64_t float_outliers, int64_t rung) {
+                  ffi::BufferR1<ffi::F32> bias, ffi::BufferR1<ffi::F32> norm, ffi::AnyBuffer residual,
+                  ffi::Result<ffi::AnyBuffer> y, Workspace workspace, int64_t rule, int64_t column_scope, float value,
+                  int64_t topk, int64_t float_outliers, int64_t rung, int64_t prologue, float epsilon) {
   Problem p{};
   p.kind = Problem::Kind::kLinear;
   if (ffi::Error e = DecodeRows(x, &p); e.failure()) return e;
   if (ffi::Error e = Decode({rule, column_scope, topk, float_outliers, rung, value}, &p); e.failure()) return e;
+  if (ffi::Error e = DecodePrologue(prologue, epsilon, norm, &p); e.failure()) return e;
   p.n = w.dimensions()[0];
   const int64_t bias_length = bias.dimensions()[0];
   if (!Is(w.dimensions(), p.n, p.k) || w_scale.dimensions()[0] != p.n || (bias_length != 0 && bias_length != p.n)) {
@@ -128,9 +145,30 @@ ffi::Error Linear(CUstream_st* stream, ffi::AnyBuffer x, ffi::BufferR2<ffi::S8> 
   if (!Is(y->dimensions(), p.m, p.n) || y->element_type() != x.element_type()) {
     return Invalid("y: expected [m, n] of the dtype of x");
   }
+  const bool adds = !Is(residual.dimensions(), 0, 0);
+  if (residual.element_type() != x.element_type() || (adds && !Is(residual.dimensions(), p.m, p.n))) {
+    return Invalid("residual: expected [m, n] of the dtype of x, or [0, 0]");
+  }
+  p.residual = adds ? residual.untyped_data() : nullptr;
   p.w = w.typed_data();
   p.w_scale = w_scale.typed_data();
   p.bias = bias_length == 0 ? nullptr : bias.typed_data();
+  p.y = y->untyped_data();
+  return Queue(p, workspace, stream);
+}
+
+ffi::Error PrologueAlone(CUstream_st* stream, ffi::AnyBuffer x, ffi::BufferR1<ffi::F32> norm,
+                         ffi::Result<ffi::AnyBuffer> y, Workspace workspace, int64_t prologue, float epsilon,
+                         int64_t rung) {
+  Problem p{};
+  p.kind = Problem::Kind::kPrologue;
+  if (ffi::Error e = DecodeRows(x, &p); e.failure()) return e;
+  if (ffi::Error e = Decode({0, 0, 0, 0, rung, 0}, &p); e.failure()) return e;
+  if (ffi::Error e = DecodePrologue(prologue, epsilon, norm, &p); e.failure()) return e;
+  if (p.prologue == Prologue::kNone) return Invalid("prologue: expected 1 or 2");
+  if (!Is(y->dimensions(), p.m, p.k) || y->element_type() != x.element_type()) {
+    return Invalid("y: expected [m, k] of the dtype of x");
+  }
   p.y = y->untyped_data();
   return Queue(p, workspace, stream);
 }
@@ -168,6 +206,8 @@ XLA_FFI_DEFINE_HANDLER(kLinear, Linear,
                            .Arg<ffi::BufferR2<ffi::S8>>()
                            .Arg<ffi::BufferR1<ffi::F32>>()
                            .Arg<ffi::BufferR1<ffi::F32>>()
+                           .Arg<ffi::BufferR1<ffi::F32>>()
+                           .Arg<ffi::AnyBuffer>()
                            .Ret<ffi::AnyBuffer>()
                            .Ret<ffi::BufferR1<ffi::U8>>()
                            .Attr<int64_t>("rule")
@@ -175,6 +215,20 @@ XLA_FFI_DEFINE_HANDLER(kLinear, Linear,
                            .Attr<float>("value")
                            .Attr<int64_t>("topk")
                            .Attr<int64_t>("float_outliers")
+                           .Attr<int64_t>("rung")
+                           .Attr<int64_t>("prologue")
+                           .Attr<float>("epsilon"),
+                       {ffi::Traits::kCmdBufferCompatible});
+
+XLA_FFI_DEFINE_HANDLER(kPrologue, PrologueAlone,
+                       ffi::Ffi::Bind()
+                           .Ctx<Stream>()
+                           .Arg<ffi::AnyBuffer>()
+                           .Arg<ffi::BufferR1<ffi::F32>>()
+                           .Ret<ffi::AnyBuffer>()
+                           .Ret<ffi::BufferR1<ffi::U8>>()
+                           .Attr<int64_t>("prologue")
+                           .Attr<float>("epsilon")
                            .Attr<int64_t>("rung"),
                        {ffi::Traits::kCmdBufferCompatible});
 
@@ -188,6 +242,7 @@ py::dict Registrations() {
   targets["jaxint8_quantize"] = Capsule(kQuantize);
   targets["jaxint8_product"] = Capsule(kProduct);
   targets["jaxint8_linear"] = Capsule(kLinear);
+  targets["jaxint8_prologue"] = Capsule(kPrologue);
   return targets;
 }
 
@@ -197,13 +252,16 @@ py::tuple Paths() {
   return names;
 }
 
-// The size of the workspace result of a call of that target.
+// The size of the workspace result of a call of that target; k is the layer's, itemsize of x (the largest by default).
 int64_t Bytes(const std::string& target, int64_t m, int64_t k, int64_t n, int64_t rule, int64_t column_scope,
-              int64_t rung) {
+              int64_t rung, int64_t prologue, int64_t itemsize) {
   Problem p{};
-  p.kind = target == "jaxint8_quantize"  ? Problem::Kind::kQuantize
-           : target == "jaxint8_product" ? Problem::Kind::kProduct
-                                         : Problem::Kind::kLinear;
+  p.kind = target == "jaxint8_quantize"   ? Problem::Kind::kQuantize
+           : target == "jaxint8_product"  ? Problem::Kind::kProduct
+           : target == "jaxint8_prologue" ? Problem::Kind::kPrologue
+                                          : Problem::Kind::kLinear;
+  p.prologue = static_cast<Prologue>(prologue);
+  p.type = itemsize == 2 ? Type::kBF16 : Type::kF32;
   p.options.rule = static_cast<Rule>(rule);
   p.options.column_scope = column_scope != 0;
   p.path = static_cast<Path>(rung);
@@ -225,5 +283,6 @@ PYBIND11_MODULE(_cuda, module) {
   module.def("paths", &jaxint8::cuda::Paths, "Names of the ways to compute a product; the position is `rung`.");
   module.def("workspace_bytes", &jaxint8::cuda::Bytes, "Size of the last result of a call.", pybind11::arg("target"),
              pybind11::arg("m"), pybind11::arg("k"), pybind11::arg("n") = 0, pybind11::arg("rule") = 0,
-             pybind11::arg("column_scope") = 0, pybind11::arg("rung") = -1);
+             pybind11::arg("column_scope") = 0, pybind11::arg("rung") = -1, pybind11::arg("prologue") = 0,
+             pybind11::arg("itemsize") = 4);
 }

@@ -72,6 +72,12 @@ JAXINT8_DEVICE Word4 LoadStreaming(const int8_t* p) {
       : "l"(p));
   return v;
 }
+// The same pointer, as a value that is kept and not computed again.
+template <typename T>
+JAXINT8_DEVICE T* Keep(T* p) {
+  asm volatile("" : "+l"(p));
+  return p;
+}
 template <typename T>
 JAXINT8_DEVICE void Store(T* p, T value) {
   *p = value;
@@ -142,12 +148,25 @@ JAXINT8_DEVICE uint32_t Bits(float x) { return __float_as_uint(x); }
 JAXINT8_DEVICE float HalfToFloat(uint16_t h) { return __half2float(__ushort_as_half(h)); }
 JAXINT8_DEVICE uint16_t FloatToHalf(float x) { return __half_as_ushort(__float2half_rn(x)); }
 JAXINT8_DEVICE uint16_t FloatToBFloat(float x) { return __bfloat16_as_ushort(__float2bfloat16_rn(x)); }
+// Two of them in a word, the first in the low half.
+JAXINT8_DEVICE uint32_t FloatsToHalves(float a, float b) {
+  const __half2 h = __floats2half2_rn(a, b);
+  return __half_as_ushort(h.x) | static_cast<uint32_t>(__half_as_ushort(h.y)) << 16;
+}
+JAXINT8_DEVICE uint32_t FloatsToBFloats(float a, float b) {
+  uint32_t v;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(b), "f"(a));
+  return v;
+}
 // Correctly rounded whatever the compiler's flags.
 JAXINT8_DEVICE float Divide(float x, float y) { return __fdiv_rn(x, y); }
+JAXINT8_DEVICE float Reciprocal(float x) { return __frcp_rn(x); }
 JAXINT8_DEVICE float SquareRoot(float x) { return __fsqrt_rn(x); }
 JAXINT8_DEVICE float Multiply(float x, float y) { return __fmul_rn(x, y); }
 JAXINT8_DEVICE float Add(float x, float y) { return __fadd_rn(x, y); }
 JAXINT8_DEVICE float MultiplyAdd(float x, float y, float z) { return __fmaf_rn(x, y, z); }  // rounded once
+JAXINT8_DEVICE float Smaller(float x, float y) { return fminf(x, y); }                      // the other, if one is NaN
+JAXINT8_DEVICE float Larger(float x, float y) { return fmaxf(x, y); }
 // The larger of each half of two words, as unsigned integers.
 JAXINT8_DEVICE uint32_t LargerHalves(uint32_t a, uint32_t b) { return __vmaxu2(a, b); }
 JAXINT8_DEVICE float IntToFloat(int32_t v) { return __int2float_rn(v); }

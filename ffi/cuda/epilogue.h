@@ -1,4 +1,5 @@
-// From int32 sums to outputs: the two scales, the bias, one rounding. Every float32 operation is rounded on its own.
+// From int32 sums to outputs: the two scales, the bias, one rounding; then what is added to the layer, and another
+// rounding, as if that were an operation of its own. Every float32 operation is rounded on its own.
 #ifndef JAXINT8_FFI_CUDA_EPILOGUE_H_
 #define JAXINT8_FFI_CUDA_EPILOGUE_H_
 
@@ -8,11 +9,12 @@
 namespace jaxint8::cuda {
 
 struct Epilogue {
-  Type type;                   // of y; kS32 stores the sums themselves
-  Ptr<const float> row_scale;  // [m]
-  Ptr<const float> w_scale;    // [n]
-  Ptr<const float> bias;       // [n] or null
-  Ptr<uint8_t> y;              // [m][n]
+  Type type;                    // of y; kS32 stores the sums themselves
+  Ptr<const float> row_scale;   // [m]
+  Ptr<const float> w_scale;     // [n]
+  Ptr<const float> bias;        // [n] or null
+  Ptr<const uint8_t> residual;  // [m][n] of the same type, or null; may be y
+  Ptr<uint8_t> y;               // [m][n]
   int64_t n;
 };
 
@@ -21,17 +23,44 @@ JAXINT8_DEVICE float Finish(int32_t sum, float row_scale, float w_scale, bool ha
   return has_bias ? Add(y, bias) : y;
 }
 
-// The output of one sum, in the low bits for 16-bit types.
+JAXINT8_DEVICE uint32_t Round(const Epilogue& e, float y) {
+  return e.type == Type::kF32 ? Bits(y) : e.type == Type::kBF16 ? FloatToBFloat(y) : FloatToHalf(y);
+}
+
+// The output of one sum without the residual, in the low bits for 16-bit types.
 JAXINT8_DEVICE uint32_t Output(const Epilogue& e, int32_t sum, float row_scale, float w_scale, float bias) {
   if (e.type == Type::kS32) return static_cast<uint32_t>(sum);
-  const float y = Finish(sum, row_scale, w_scale, static_cast<bool>(e.bias), bias);
-  return e.type == Type::kF32 ? Bits(y) : e.type == Type::kBF16 ? FloatToBFloat(y) : FloatToHalf(y);
+  return Round(e, Finish(sum, row_scale, w_scale, static_cast<bool>(e.bias), bias));
 }
 
 JAXINT8_DEVICE bool IsWide(const Epilogue& e) { return e.type == Type::kF32 || e.type == Type::kS32; }
 
-JAXINT8_DEVICE void StoreOutput(const Epilogue& e, int64_t row, int64_t column, uint32_t y) {
+// What is to be added to an output, in the low bits; to be asked for before the sum is there.
+JAXINT8_DEVICE uint32_t LoadResidual(const Epilogue& e, int64_t row, int64_t column) {
+  if (!e.residual) return 0;
   const int64_t at = row * e.n + column;
+  return IsWide(e) ? LoadAs<uint32_t>(e.residual + 4 * at) : LoadAs<uint16_t>(e.residual + 2 * at);
+}
+
+JAXINT8_DEVICE float WidenOutput(const Epilogue& e, uint32_t y) {
+  return e.type == Type::kF32    ? FloatFromBits(y)
+         : e.type == Type::kBF16 ? FloatFromBits(y << 16)
+                                 : HalfToFloat(static_cast<uint16_t>(y));
+}
+// The sum of an output and its residual.
+JAXINT8_DEVICE uint32_t AddResidual(const Epilogue& e, uint32_t y, uint32_t residual) {
+  return e.residual ? Round(e, Add(WidenOutput(e, residual), WidenOutput(e, y))) : y;
+}
+// The same of a word of outputs: one, or two of 16 bits.
+JAXINT8_DEVICE uint32_t AddResiduals(const Epilogue& e, uint32_t y, uint32_t residual) {
+  if (!e.residual) return y;
+  if (IsWide(e)) return AddResidual(e, y, residual);
+  return AddResidual(e, y & 0xffff, residual & 0xffff) | AddResidual(e, y >> 16, residual >> 16) << 16;
+}
+
+JAXINT8_DEVICE void StoreOutput(const Epilogue& e, int64_t row, int64_t column, uint32_t y, uint32_t residual) {
+  const int64_t at = row * e.n + column;
+  y = AddResidual(e, y, residual);
   if (IsWide(e)) {
     StoreAs<uint32_t>(e.y + 4 * at, y);
   } else {
@@ -39,13 +68,37 @@ JAXINT8_DEVICE void StoreOutput(const Epilogue& e, int64_t row, int64_t column, 
   }
 }
 
+JAXINT8_DEVICE void StoreOutput(const Epilogue& e, int64_t row, int64_t column, uint32_t y) {
+  StoreOutput(e, row, column, y, LoadResidual(e, row, column));
+}
+
+// Words of neighbouring outputs from `at` bytes on.
+JAXINT8_DEVICE void StoreWord(const Epilogue& e, int64_t at, uint32_t y) {
+  if (e.residual) y = AddResiduals(e, y, LoadAs<uint32_t>(e.residual + at));
+  StoreAs<uint32_t>(e.y + at, y);
+}
+JAXINT8_DEVICE void StoreWords(const Epilogue& e, int64_t at, Word2 y) {
+  if (e.residual) {
+    const Word2 r = LoadAs<Word2>(e.residual + at);
+    y = {AddResiduals(e, y.x, r.x), AddResiduals(e, y.y, r.y)};
+  }
+  StoreAs<Word2>(e.y + at, y);
+}
+JAXINT8_DEVICE void StoreWords(const Epilogue& e, int64_t at, Word4 y) {
+  if (e.residual) {
+    const Word4 r = LoadAs<Word4>(e.residual + at);
+    y = {AddResiduals(e, y.x, r.x), AddResiduals(e, y.y, r.y), AddResiduals(e, y.z, r.z), AddResiduals(e, y.w, r.w)};
+  }
+  StoreAs<Word4>(e.y + at, y);
+}
+
 // Two neighbours; n and the column are even.
 JAXINT8_DEVICE void StoreOutputs(const Epilogue& e, int64_t row, int64_t column, uint32_t y0, uint32_t y1) {
   const int64_t at = row * e.n + column;
   if (IsWide(e)) {
-    StoreAs<Word2>(e.y + 4 * at, Word2{y0, y1});
+    StoreWords(e, 4 * at, Word2{y0, y1});
   } else {
-    StoreAs<uint32_t>(e.y + 2 * at, y0 | y1 << 16);
+    StoreWord(e, 2 * at, y0 | y1 << 16);
   }
 }
 

@@ -17,11 +17,12 @@
 namespace jaxint8::cuda {
 
 struct GemvParams {
-  QuantizeParams rows;  // x and the rule
+  QuantizeParams rows;  // x, what is done to it, and the rule
   Ptr<const int8_t> w;  // [n][k], k a multiple of 16
   int k;
   int piece, depth;    // bytes of a row of weights that are copied at once, and how many of these are on their way
   int64_t base, more;  // rows of weights of a warp, and how many warps have one more
+  int64_t beside;      // see MakeGemvLayout
   Epilogue epilogue;
 };
 
@@ -29,11 +30,13 @@ inline constexpr int kGemvWarps = 16;
 inline constexpr int kGemvPiece = 4096;  // at most
 inline constexpr int kGemvDepth = 8;     // at most
 
-// Shared memory of a block: pieces of weights, barriers (the last of them that of x), scratch, x, codes.
+// Shared memory of a block: pieces of weights, barriers (the last of them that of x), scratch, x, codes. Where the
+// codes will be, there are first as many bytes `beside` the rows as the prologue needs.
 struct GemvLayout {
   int64_t barriers, scratch, x, lo, hi, bytes;
 };
-JAXINT8_HOST_DEVICE constexpr GemvLayout MakeGemvLayout(int rows, int64_t row_bytes, int64_t k, int piece, int depth) {
+JAXINT8_HOST_DEVICE constexpr GemvLayout MakeGemvLayout(int rows, int64_t row_bytes, int64_t k, int piece, int depth,
+                                                        int64_t beside) {
   GemvLayout s{};
   s.barriers = int64_t{kGemvWarps} * depth * piece;
   s.scratch = s.barriers + (kGemvWarps * kGemvDepth + 1) * 8;
@@ -41,8 +44,12 @@ JAXINT8_HOST_DEVICE constexpr GemvLayout MakeGemvLayout(int rows, int64_t row_by
   s.x = s.scratch + 4 * kScratchWords;
   s.lo = s.x + rows * row_bytes;
   s.hi = s.lo + rows * k;
-  s.bytes = s.hi + rows * k;
+  s.bytes = s.lo + (beside > 2 * rows * k ? beside : 2 * rows * k);
   return s;
+}
+
+JAXINT8_HOST_DEVICE constexpr int64_t GemvBeside(Prologue prologue, int rows, int64_t row_bytes, int64_t k) {
+  return prologue == Prologue::kRmsNorm ? 4 * k : prologue == Prologue::kSiluGate ? rows * row_bytes : 0;
 }
 
 template <Type kType, int kRule, int kRows>
@@ -68,7 +75,7 @@ class GemvKernel {
 
   JAXINT8_DEVICE explicit GemvKernel(const Params& p)
       : p_(p),
-        layout_(MakeGemvLayout(kRows, int64_t{kBytes} * p.k, p.k, p.piece, p.depth)),
+        layout_(MakeGemvLayout(kRows, int64_t{kBytes} * p.k, p.k, p.piece, p.depth, p.beside)),
         lane_(ThreadIndex() % 32),
         warp_(ThreadIndex() / 32),
         pieces_(SharedMemory() + warp_ * p.depth * p.piece),
@@ -122,11 +129,11 @@ class GemvKernel {
       }
       if (row > 0) scales = LoadScales(row);
       if (lane_ < count) {
-        Epilogue e = p_.epilogue;
-        e.type = kType;
+        const Epilogue e = MyEpilogue();
 #pragma unroll
         for (int r = 0; r < kRows; ++r) {
-          StoreOutput(e, r, first_ + row + lane_, Output(e, sums[r], row_scale_[r], scales.w_scale, scales.bias));
+          const uint32_t y = Output(e, sums[r], row_scale_[r], scales.w_scale, scales.bias);
+          StoreOutput(e, r, first_ + row + lane_, y, scales.residual[r]);
         }
       }
     }
@@ -135,11 +142,23 @@ class GemvKernel {
   // Starts the copy of x, by one thread.
   JAXINT8_DEVICE uint32_t XBarrier() const { return barriers_ + 8 * kGemvWarps * kGemvDepth; }
   JAXINT8_DEVICE void CopyX() const {
-    const auto bytes = static_cast<uint32_t>(kRows * kBytes * p_.k);
+    const auto row_bytes = static_cast<uint32_t>(kBytes * p_.k), bytes = kRows * row_bytes;
+    const auto beside = static_cast<uint32_t>(p_.beside);
+    const uint32_t x = SharedAddress(SharedMemory() + layout_.x), others = SharedAddress(SharedMemory() + layout_.lo);
+    const Ptr<const int8_t> from = Cast<const int8_t>(p_.rows.x);
     InitBarrier(XBarrier(), 1);
     FenceBarrierInit();
-    ArriveExpecting(XBarrier(), bytes);
-    CopyBytes(SharedAddress(SharedMemory() + layout_.x), Cast<const int8_t>(p_.rows.x), bytes, XBarrier());
+    ArriveExpecting(XBarrier(), bytes + beside);
+    if (p_.rows.prologue.kind == Prologue::kSiluGate) {
+#pragma unroll
+      for (uint32_t r = 0; r < kRows; ++r) {
+        CopyBytes(x + r * row_bytes, from + 2 * r * row_bytes, row_bytes, XBarrier());
+        CopyBytes(others + r * row_bytes, from + (2 * r + 1) * row_bytes, row_bytes, XBarrier());
+      }
+      return;
+    }
+    CopyBytes(x, from, bytes, XBarrier());
+    if (beside > 0) CopyBytes(others, Cast<const int8_t>(p_.rows.prologue.norm), beside, XBarrier());
   }
 
   // Starts the copy of the next piece of this warp's weights, if there is one.
@@ -156,29 +175,49 @@ class GemvKernel {
     copied_ = left > bytes ? copied_ + bytes : 0;
   }
 
+  JAXINT8_DEVICE Epilogue MyEpilogue() const {
+    Epilogue e = p_.epilogue;
+    e.type = kType;
+    return e;
+  }
+
+  // What the lane's output is made with, beside its sum.
   struct Scales {
     float w_scale = 0, bias = 0;
+    uint32_t residual[kRows] = {};
   };
   JAXINT8_DEVICE Scales LoadScales(int row) const {
     Scales s;
     if (row + lane_ >= rows_) return s;
+    const Epilogue e = MyEpilogue();
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) s.residual[r] = LoadResidual(e, r, first_ + row + lane_);
     s.w_scale = Load(p_.epilogue.w_scale + (first_ + row + lane_));
     if (p_.epilogue.bias) s.bias = Load(p_.epilogue.bias + (first_ + row + lane_));
     return s;
   }
 
   JAXINT8_DEVICE void Quantize() {
-    using Row = RowBlock<kType, true, 0, kRule, true>;
+    using MyRow = Row<kType, true, kRule>;
     const Ptr<uint8_t> shared = SharedMemory();
     const Ptr<uint32_t> scratch = Cast<uint32_t>(shared + layout_.scratch);
-    if (ThreadIndex() < kPieceWords) Store(scratch + kPiecesAt + ThreadIndex(), 0u);
     Barrier();
     WaitBarrier(XBarrier(), 0);
-    int turn = 0;
+    Team<false> team(scratch);
+    if (p_.rows.prologue.kind != Prologue::kNone) {
+      PrologueParams prologue = p_.rows.prologue;
+      prologue.norm = Cast<const float>(shared + layout_.lo);
+#pragma unroll 1
+      for (int i = 0; i < kRows; ++i) {  // all of them before the first codes take their place
+        const int at = i * kBytes * p_.k;
+        const MemoryRow<kType, true, false> in_place{{shared + (layout_.x + at), p_.k}, shared + (layout_.x + at)};
+        ApplyPrologue(in_place, shared + (layout_.lo + at), prologue, team);
+      }
+    }
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
-      Row row(shared + layout_.x + i * kBytes * p_.k, p_.k, p_.rows.options, scratch, &turn);
-      RowOutput out{Cast<int8_t>(shared + layout_.lo) + i * p_.k, {}, p_.k, {}, {}};
+      MyRow row(shared + layout_.x + i * kBytes * p_.k, p_.k, p_.rows.options, scratch, team);
+      RowOutput out{Cast<int8_t>(shared + layout_.lo) + i * p_.k, {}, p_.k, {}, {}, {}};
       if constexpr (kHigh) out.hi = Cast<int8_t>(shared + layout_.hi) + i * p_.k;
       row_scale_[i] = row.Quantize(out);
     }

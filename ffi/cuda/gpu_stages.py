@@ -68,22 +68,50 @@ def _cases(quick: bool) -> Iterator[tuple[tuple[int, int, int], type, str, Any]]
             yield shape, ml_dtypes.bfloat16, "outliers", rule
 
 
+def _around_cases(quick: bool) -> Iterator[tuple[tuple[int, int, int], type, str, Any, int]]:
+    """Yields (shape, dtype, kind, rule, prologue)."""
+    shapes = [(1, 272, 34), (2, 528, 35), (5, 333, 18), (20, 144, 132), (140, 64, 70)]
+    for number, shape in enumerate(shapes):
+        for prologue in range(3):
+            rule, dtype = battery.FEW_RULES[(number + prologue) % 4], battery.DTYPES[number % 3]
+            yield shape, dtype, "outliers", rule, prologue
+    if quick:
+        return
+    large = [(1, 4096, 4096), (1, 14336, 512), (2, 4096, 512), (8, 4096, 1024), (16, 14336, 64)]
+    large += [(32, 14336, 256), (32, 4096, 512), (64, 768, 3072), (130, 4104, 1030)]
+    for shape in large:
+        for prologue in range(3):
+            for rule in (None, RelativeThreshold(), TopK(8)):
+                yield shape, ml_dtypes.bfloat16, "outliers", rule, prologue
+    for kind in battery.KINDS:
+        for prologue in (1, 2):
+            for shape in ((1, 528, 37), (5, 528, 37), (40, 1029, 130)):
+                dtype = np.float32 if kind in battery.FLOAT32_ONLY else ml_dtypes.bfloat16
+                yield shape, dtype, kind, RelativeThreshold(), prologue
+
+
 def stage_native(quick: bool = False) -> dict[str, Any]:
     """The battery and real sizes without XLA, every path, against the oracle, to the bit."""
     executor = gpu_executor()
     failures: list[str] = []
     count = 0
-    for shape, dtype, kind, rule in _cases(quick):
-        case = battery.make(shape, dtype, kind)
-        wanted = reference.int8_linear(case.x, case.codes, case.scale, case.bias, rule).astype(
-            np.float32
-        )
+    cases = [
+        (shape, dtype, kind, rule, battery.make(shape, dtype, kind), tests.Around())
+        for shape, dtype, kind, rule in _cases(quick)
+    ]
+    cases += [
+        (shape, dtype, f"{kind}, prologue {prologue}", rule, *made)
+        for shape, dtype, kind, rule, prologue in _around_cases(quick)
+        for made in [tests.make_around(shape, dtype, prologue, kind)]
+    ]
+    for shape, dtype, kind, rule, case, around in cases:
+        wanted = tests.wanted_linear(case, rule, around).astype(np.float32)
         for index, path in enumerate(PATHS):
             if path == "stream" and shape[0] > 16:
                 continue
             count += 1
             try:
-                got = executor.linear(case, rule, index).astype(np.float32)
+                got = executor.linear(case, rule, index, around).astype(np.float32)
             except tests.ExecutorError as error:
                 failures.append(f"{shape} {dtype.__name__} {kind} {rule} {path}: {error}")
                 return {
@@ -106,6 +134,13 @@ def stage_native(quick: bool = False) -> dict[str, Any]:
         count += 1
         if not np.array_equal(executor.product(a, codes), reference.product(a, codes)):
             failures.append(f"product {shape}")
+    for prologue in (1, 2):
+        for shape in ((3, 130, 1), (70, 4096, 1), (9, 14336, 1)):
+            x, around = tests.make_around(shape, ml_dtypes.bfloat16, prologue)
+            count += 1
+            got = executor.prologue(x.x, shape[1], around).astype(np.float32)
+            if not np.array_equal(got, around.rows(x.x).astype(np.float32), equal_nan=True):
+                failures.append(f"prologue {prologue} {shape}")
     return {"cases": count, "failures": failures}
 
 

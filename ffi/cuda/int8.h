@@ -28,24 +28,32 @@ struct Options {
   int64_t topk = 0;           // of kTopK, >= 1
 };
 
+// What is done to a row before it is quantised; its result is rounded to the type of x. See jaxint8/reference.py.
+enum class Prologue : int32_t { kNone, kRmsNorm, kSiluGate };
+
 // How the product is computed. kAuto chooses from the table in plan.h.
 enum class Path : int32_t { kAuto = -1, kStream = 0, kTiled = 1, kWgmma = 2 };
 
 struct Problem {
-  enum class Kind { kQuantize, kProduct, kLinear } kind;
+  enum class Kind { kQuantize, kProduct, kLinear, kPrologue } kind;
   Options options;
+  Prologue prologue = Prologue::kNone;  // not in kProduct
   Path path = Path::kAuto;
   Type type = Type::kF32;  // of x, and of y in kLinear
   int64_t m = 0, k = 0, n = 0;
-  const void* x = nullptr;         // [m][k]; int8 in kProduct
-  const int8_t* w = nullptr;       // [n][k]; not in kQuantize
+  float epsilon = 0;               // of kRmsNorm
+  const void* x = nullptr;         // [m][k]; int8 in kProduct; [m][2 * k] with kSiluGate, the gate first
+  const float* norm = nullptr;     // [k]; kRmsNorm
+  const int8_t* w = nullptr;       // [n][k]; kProduct and kLinear
   const float* w_scale = nullptr;  // [n]; kLinear
   const float* bias = nullptr;     // [n] or null; kLinear
-  void* y = nullptr;               // [m][n]; int32 in kProduct
-  int8_t* lo = nullptr;            // [m][k]; kQuantize
-  int8_t* hi = nullptr;            // [m][k]; kQuantize
-  float* row_scale = nullptr;      // [m]; kQuantize
-  uint8_t* workspace = nullptr;    // WorkspaceBytes, aligned to 128
+  // [m][n] of the type of x, or null; kLinear. Added to y once that is rounded; may be y itself.
+  const void* residual = nullptr;
+  void* y = nullptr;             // [m][n]; int32 in kProduct; [m][k] in kPrologue
+  int8_t* lo = nullptr;          // [m][k]; kQuantize
+  int8_t* hi = nullptr;          // [m][k]; kQuantize
+  float* row_scale = nullptr;    // [m]; kQuantize
+  uint8_t* workspace = nullptr;  // WorkspaceBytes, aligned to 128
 };
 
 // Bytes of scratch that Run needs for a problem of this shape and these options, on any device. Pointers are not read.

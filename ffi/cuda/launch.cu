@@ -22,7 +22,24 @@ namespace {
 #define JAXINT8_TRY(step) \
   if (const char* error = (step)) return error
 
-int64_t Bytes(Type type) { return type == Type::kF32 || type == Type::kS32 ? 4 : 2; }
+template <Type kValue>
+struct TypeConstant {
+  static constexpr Type kType = kValue;
+};
+// Calls f with the type of the activations as a constant.
+template <typename F>
+const char* WithType(Type type, F f) {
+  switch (type) {
+    case Type::kF32:
+      return f(TypeConstant<Type::kF32>());
+    case Type::kBF16:
+      return f(TypeConstant<Type::kBF16>());
+    case Type::kF16:
+      return f(TypeConstant<Type::kF16>());
+    default:
+      return "x: expected float32, bfloat16 or float16";
+  }
+}
 
 // The state of one call: where things lie, and whether the next kernel follows one of ours.
 class Call {
@@ -44,6 +61,8 @@ class Call {
         return Product();
       case Problem::Kind::kLinear:
         return Linear();
+      case Problem::Kind::kPrologue:
+        return LaunchPrologue(Rows(), Memory<uint8_t>(p_.y, p_.m * p_.k * TypeBytes(p_.type)));
     }
     return "unknown kind";
   }
@@ -63,13 +82,27 @@ class Call {
 
   QuantizeParams Rows() const {
     QuantizeParams q{};
-    q.x = Memory<const uint8_t>(p_.x, p_.m * p_.k * Bytes(p_.type));
+    q.x = Memory<const uint8_t>(p_.x, p_.m * p_.k * TypeBytes(p_.type) * RowsOf(p_.prologue));
     q.m = p_.m;
     q.k = p_.k;
+    q.prologue.kind = p_.kind == Problem::Kind::kQuantize ? Prologue::kNone : p_.prologue;
+    q.prologue.epsilon = p_.epsilon;
+    if (q.prologue.kind == Prologue::kRmsNorm) q.prologue.norm = Memory<const float>(p_.norm, 4 * p_.k);
     q.options = p_.options;
     q.options.column_scope = plan_.by_column;
     if (plan_.by_column && plan_.bits_bytes > 0) q.marks = Scratch<uint32_t>(plan_.bits, plan_.bits_bytes);
     return q;
+  }
+
+  // Does what stands before the layer with a kernel of its own.
+  const char* LaunchPrologue(const QuantizeParams& q, Ptr<uint8_t> y) {
+    const PrologueKernelParams params{q.x, y, q.k, q.prologue};
+    return WithType(p_.type, [&](auto type) {
+      constexpr Type kType = decltype(type)::kType;
+      const int threads = RowThreads(q.m, q.k);
+      return q.k % 8 == 0 ? Launch<PrologueKernel<kType, true>>(q.m, threads, 4 * kTeamWords, params)
+                          : Launch<PrologueKernel<kType, false>>(q.m, threads, 4 * kTeamWords, params);
+    });
   }
 
   const char* Quantize() {
@@ -92,66 +125,45 @@ class Call {
   }
 
   const char* LaunchQuantize(const QuantizeParams& q) {
-    const bool vector = q.k % 8 == 0 && q.stride % 8 == 0;
-    if (q.m == 0) return nullptr;
-    switch (p_.type) {
-      case Type::kF32:
-        return vector ? QuantizeWith<Type::kF32, true>(q) : QuantizeWith<Type::kF32, false>(q);
-      case Type::kBF16:
-        return vector ? QuantizeWith<Type::kBF16, true>(q) : QuantizeWith<Type::kBF16, false>(q);
-      case Type::kF16:
-        return vector ? QuantizeWith<Type::kF16, true>(q) : QuantizeWith<Type::kF16, false>(q);
+    return WithType(p_.type, [&](auto type) {
+      constexpr Type kType = decltype(type)::kType;
+      const int64_t staged = StagedBytes(kType, q.k, q.stride, q.prologue.kind);
+      if (staged > 0) return QuantizeRule<kType>(q, staged);
+      return q.k % 8 == 0 && q.stride % 8 == 0 ? QuantizeLaunch<QuantizeKernel<kType, true, false, -1>>(q, 0)
+                                               : QuantizeLaunch<QuantizeKernel<kType, false, false, -1>>(q, 0);
+    });
+  }
+
+  template <Type kType>
+  const char* QuantizeRule(const QuantizeParams& q, int64_t staged) {
+    if (q.marking) return QuantizeLaunch<QuantizeKernel<kType, true, true, -1>>(q, staged);
+    if (plan_.by_column) return QuantizeLaunch<QuantizeKernel<kType, true, true, kMarked>>(q, staged);
+    switch (q.options.rule) {
+      case Rule::kNone:
+        return QuantizeLaunch<QuantizeKernel<kType, true, true, static_cast<int>(Rule::kNone)>>(q, staged);
+      case Rule::kThreshold:
+        return QuantizeLaunch<QuantizeKernel<kType, true, true, static_cast<int>(Rule::kThreshold)>>(q, staged);
+      case Rule::kRelative:
+        return QuantizeLaunch<QuantizeKernel<kType, true, true, static_cast<int>(Rule::kRelative)>>(q, staged);
       default:
-        return "x: expected float32, bfloat16 or float16";
+        return QuantizeLaunch<QuantizeKernel<kType, true, true, static_cast<int>(Rule::kTopK)>>(q, staged);
     }
-  }
-
-  template <Type kType, bool kVector>
-  const char* QuantizeWith(const QuantizeParams& q) {
-    if constexpr (kVector) {
-      switch (q.options.rule) {
-        case Rule::kNone:
-          return QuantizeRule<kType, static_cast<int>(Rule::kNone)>(q);
-        case Rule::kThreshold:
-          return QuantizeRule<kType, static_cast<int>(Rule::kThreshold)>(q);
-        case Rule::kRelative:
-          return QuantizeRule<kType, static_cast<int>(Rule::kRelative)>(q);
-        case Rule::kTopK:
-          return QuantizeRule<kType, static_cast<int>(Rule::kTopK)>(q);
-      }
-    }
-    return QuantizeLaunch<QuantizeKernel<kType, kVector, 0, -1>>(q);
-  }
-
-  template <Type kType, int kRule>
-  const char* QuantizeRule(const QuantizeParams& q) {
-    if constexpr (kType != Type::kF32) {
-      using Kernel = QuantizeKernel<kType, true, kHeldGroups, kRule>;
-      if (Kernel::kMaxThreads * 8 * kHeldGroups >= q.stride) return QuantizeLaunch<Kernel>(q);
-    }
-#ifdef JAXINT8_HAS_WGMMA
-    using Kernel = QuantizeKernel<kType, true, kStaged, kRule>;
-    const int64_t shared = Kernel::kShared + q.k * Bytes(kType);
-    if (wgmma_ && shared <= kStagedMost) return QuantizeLaunch<Kernel>(q, shared);
-#endif
-    return QuantizeLaunch<QuantizeKernel<kType, true, 0, -1>>(q);
   }
 
   template <typename Kernel>
-  const char* QuantizeLaunch(const QuantizeParams& q, int64_t shared = Kernel::kShared) {
-    int threads = 64;
-    while (threads < Kernel::kMaxThreads && threads * 8 * kHeldGroups < q.stride) threads *= 2;
-    return Launch<Kernel>(q.m, threads, shared, q);
+  const char* QuantizeLaunch(const QuantizeParams& q, int64_t staged) {
+    return Launch<Kernel>(q.m, RowThreads(q.m, q.stride), Kernel::kShared + staged, q);
   }
 
   Epilogue MakeEpilogue() const {
     Epilogue e{};
     e.type = p_.kind == Problem::Kind::kProduct ? Type::kS32 : p_.type;
-    e.y = Memory<uint8_t>(p_.y, p_.m * p_.n * Bytes(e.type));
+    e.y = Memory<uint8_t>(p_.y, p_.m * p_.n * TypeBytes(e.type));
     e.n = p_.n;
     if (p_.kind == Problem::Kind::kLinear) {
       e.w_scale = Memory<const float>(p_.w_scale, 4 * p_.n);
       if (p_.bias != nullptr) e.bias = Memory<const float>(p_.bias, 4 * p_.n);
+      if (p_.residual != nullptr) e.residual = Memory<const uint8_t>(p_.residual, p_.m * p_.n * TypeBytes(e.type));
       if (!plan_.fused) e.row_scale = Scratch<const float>(plan_.row_scale, 4 * p_.m);
     }
     return e;
@@ -187,8 +199,14 @@ class Call {
 #ifdef JAXINT8_HAS_WGMMA
     if (plan_.gemv) return Gemv();
 #endif
-    if (plan_.fused) return StreamWeights(Rows());
     QuantizeParams q = Rows();
+    if (plan_.apart) {
+      const Ptr<uint8_t> rows = Scratch<uint8_t>(plan_.rows, p_.m * p_.k * TypeBytes(p_.type));
+      JAXINT8_TRY(LaunchPrologue(q, rows));
+      q.x = rows;
+      q.prologue.kind = Prologue::kNone;
+    }
+    if (plan_.fused) return StreamWeights(q);
     q.lo = Scratch<int8_t>(plan_.lo, p_.m * plan_.stride);
     q.row_scale = Scratch<float>(plan_.row_scale, 4 * p_.m);
     q.stride = plan_.stride;
@@ -216,26 +234,12 @@ class Call {
     s.split = ChooseSplit(p_.k);
     s.epilogue = MakeEpilogue();
     if (plan_.fused) {
-      switch (p_.type) {
-        case Type::kF32:
-          return FusedStream<Type::kF32>(s);
-        case Type::kBF16:
-          return FusedStream<Type::kBF16>(s);
-        case Type::kF16:
-          return FusedStream<Type::kF16>(s);
-        default:
-          return "x: expected float32, bfloat16 or float16";
-      }
+      static_assert(kFusedM <= 8, "one tile of rows");
+      return WithType(p_.type, [&](auto type) { return StreamWith<decltype(type)::kType, true, 1, true>(s); });
     }
     if (p_.k % 16 == 0)
       return p_.m <= 8 ? StreamWith<Type::kF32, false, 1, true>(s) : StreamWith<Type::kF32, false, 2, true>(s);
     return p_.m <= 8 ? StreamWith<Type::kF32, false, 1, false>(s) : StreamWith<Type::kF32, false, 2, false>(s);
-  }
-
-  template <Type kType>
-  const char* FusedStream(const StreamParams& s) {
-    static_assert(kFusedM <= 8, "one tile of rows");
-    return StreamWith<kType, true, 1, true>(s);
   }
 
   template <Type kType, bool kFused, int kTiles, bool kAligned>
@@ -317,16 +321,7 @@ class Call {
 
 #ifdef JAXINT8_HAS_WGMMA
   const char* Gemv() {
-    switch (p_.type) {
-      case Type::kF32:
-        return GemvRule<Type::kF32>();
-      case Type::kBF16:
-        return GemvRule<Type::kBF16>();
-      case Type::kF16:
-        return GemvRule<Type::kF16>();
-      default:
-        return "x: expected float32, bfloat16 or float16";
-    }
+    return WithType(p_.type, [&](auto type) { return GemvRule<decltype(type)::kType>(); });
   }
 
   template <Type kType>
@@ -352,7 +347,9 @@ class Call {
     g.k = static_cast<int>(p_.k);
     g.base = p_.n / warps;
     g.more = p_.n % warps;
-    const GemvShape shape = ChooseGemv(rows, p_.k, p_.k * Bytes(p_.type), g.base + (g.more > 0));
+    const int64_t row_bytes = p_.k * TypeBytes(p_.type);
+    g.beside = GemvBeside(p_.prologue, rows, row_bytes, p_.k);
+    const GemvShape shape = ChooseGemv(rows, p_.k, row_bytes, g.base + (g.more > 0), g.beside);
     g.piece = shape.piece;
     g.depth = shape.depth;
     g.epilogue = MakeEpilogue();
@@ -369,7 +366,8 @@ class Call {
     using Kernel = SkinnyKernel<kTiles, kHigh>;
     const int64_t groups = (p_.n + kStreamOutputs - 1) / kStreamOutputs;
     const int64_t blocks = groups < multiprocessors_ ? groups : multiprocessors_;
-    const SkinnyShape shape = ChooseSkinny(kTiles, kHigh, p_.n, p_.k, blocks);
+    const int64_t staged = follows_ ? StagedBytes(p_.type, p_.k, stride, p_.prologue) : 0;
+    const SkinnyShape shape = ChooseSkinny(kTiles, kHigh, p_.n, p_.k, blocks, staged);
     SkinnyParams s{};
     s.m = p_.m;
     s.n = p_.n;
@@ -475,8 +473,10 @@ const char* Run(const Problem& p, CUstream_st* stream) {
   if (const char* error = HasWgmma(&hopper)) return error;
   const Plan plan = MakePlan(p, hopper);
   if (plan.error != nullptr) return plan.error;
-  if (p.m == 0 || (p.n == 0 && p.kind != Problem::Kind::kQuantize)) return nullptr;
-  if (!Aligned(p.x, 16) || !Aligned(p.w, 16) || !Aligned(p.y, 16) || !Aligned(p.lo, 16) || !Aligned(p.hi, 16)) {
+  const bool has_n = p.kind == Problem::Kind::kProduct || p.kind == Problem::Kind::kLinear;
+  if (p.m == 0 || (has_n && p.n == 0) || (p.kind == Problem::Kind::kPrologue && p.k == 0)) return nullptr;
+  if (!Aligned(p.x, 16) || !Aligned(p.norm, 16) || !Aligned(p.residual, 16) || !Aligned(p.w, 16) || !Aligned(p.y, 16) ||
+      !Aligned(p.lo, 16) || !Aligned(p.hi, 16)) {
     return "buffers: expected an alignment of 16 bytes";
   }
   if (plan.bytes > 0 && (p.workspace == nullptr || !Aligned(p.workspace, 128))) {

@@ -98,7 +98,8 @@ inline int ChooseStages(int64_t n, int64_t multiprocessors, int fit, int stage_b
   return stages < 8 ? stages : 8;
 }
 
-// Shared memory that a block may have, and what a block needs that still quantises on the same multiprocessor.
+// Shared memory that a block may have, and what a block needs that still quantises on the same multiprocessor, beside
+// its staged row.
 inline constexpr int64_t kSharedMost = 227 * 1024, kSharedQuantize = 4 * kScratchWords + 1024;
 
 // How gemv.h copies weights: equal pieces of a row, such that the most bytes are on their way, but no more pieces than
@@ -107,13 +108,13 @@ struct GemvShape {
   int piece, depth;  // depth 0: it does not fit
   int64_t shared;
 };
-inline GemvShape ChooseGemv(int rows, int64_t k, int64_t row_bytes, int64_t rows_of_warp) {
+inline GemvShape ChooseGemv(int rows, int64_t k, int64_t row_bytes, int64_t rows_of_warp, int64_t beside) {
   GemvShape best{};
   int64_t most = 0;
   for (int64_t pieces = (k + kGemvPiece - 1) / kGemvPiece; pieces <= 4 * k / kGemvPiece + 1; ++pieces) {
     const int piece = static_cast<int>(RoundUp((k + pieces - 1) / pieces, 512));
     for (int depth = 2; depth <= kGemvDepth; ++depth) {
-      const int64_t shared = MakeGemvLayout(rows, row_bytes, k, piece, depth).bytes;
+      const int64_t shared = MakeGemvLayout(rows, row_bytes, k, piece, depth, beside).bytes;
       if (shared > kSharedMost) break;
       const int64_t ahead = int64_t{piece} * depth < rows_of_warp * k ? int64_t{piece} * depth : rows_of_warp * k;
       if (ahead > most) {
@@ -131,14 +132,14 @@ struct SkinnyShape {
   int groups, depth;
   int64_t shared;
 };
-inline SkinnyShape ChooseSkinny(int tiles, bool high, int64_t n, int64_t k, int64_t blocks) {
+inline SkinnyShape ChooseSkinny(int tiles, bool high, int64_t n, int64_t k, int64_t blocks, int64_t staged) {
   const int64_t most = ((n + kStreamOutputs - 1) / kStreamOutputs + blocks - 1) / blocks;  // groups of a block
   const int64_t turns = (most + kSkinnyGroups - 1) / kSkinnyGroups;
   SkinnyShape s{static_cast<int>((most + turns - 1) / turns), 0, 0};
   const int64_t steps = turns * (((k + kBoxK - 1) / kBoxK + kSkinnyWarps - 1) / kSkinnyWarps);
   for (int depth = 1; depth <= kSkinnyDepth && depth <= steps; ++depth) {
     const int64_t bytes = MakeSkinnyLayout(tiles, high, s.groups, depth).bytes;
-    if (bytes + kSharedQuantize > kSharedMost) break;
+    if (bytes + kSharedQuantize + staged > kSharedMost) break;
     s.depth = depth;
     s.shared = bytes;
   }
@@ -158,13 +159,14 @@ struct Plan {
   bool gemv = false;    // Hopper's fused kernel; then `fused` as well
   bool skinny = false;  // Hopper's kernel for few rows; then not `stream`
   bool has_rule = false, by_column = false;
+  bool apart = false;                     // what stands before the layer is done by a kernel of its own
   bool align_a = false, align_w = false;  // copy to a stride that is a multiple of 16
   int64_t stride = 0;                     // of codes (and aligned copies)
   int64_t piece_stride = 0;
   int64_t capacity = 0;  // gathered columns
   // Offsets in the workspace; 0 where unused. The bits come first: they are cleared before each call.
   int64_t bits = 0, bits_bytes = 0;
-  int64_t lo = 0, hi = 0, row_scale = 0, pieces = 0, count = 0, gathered_a = 0, gathered_w = 0;
+  int64_t rows = 0, lo = 0, hi = 0, row_scale = 0, pieces = 0, count = 0, gathered_a = 0, gathered_w = 0;
   int64_t aligned_w = 0;
   int64_t bytes = 0;
 };
@@ -180,20 +182,25 @@ inline Plan MakePlan(const Problem& p, bool hopper) {
     plan.error = "the streaming kernel takes at most 16 rows";
     return plan;
   }
+  if (p.kind == Problem::Kind::kPrologue) return plan;
   plan.has_rule = !(p.kind == Problem::Kind::kProduct) && p.options.rule != Rule::kNone;
   const bool scoped = p.options.rule == Rule::kThreshold || p.options.rule == Rule::kRelative;
   plan.by_column = plan.has_rule && scoped && p.options.column_scope && p.m > 1;
   const bool few = p.m <= kStreamM;
   plan.stream = !quantize && few && p.path != Path::kTiled && p.path != Path::kWgmma;
   plan.stride = quantize ? p.k : RoundUp(p.k, kCodeAlign);
+  const int rows = static_cast<int>(p.m < kGemvM ? p.m : kGemvM);
+  const int64_t row_bytes = p.k * TypeBytes(p.type);
   plan.gemv = hopper && linear && (p.path == Path::kAuto || p.path == Path::kWgmma) && p.k % 16 == 0 && p.k > 0 &&
               p.m <= (plan.has_rule ? 1 : kGemvM) &&
-              ChooseGemv(static_cast<int>(p.m), p.k, p.k * (p.type == Type::kF32 ? 4 : 2), 2).depth > 0;
+              ChooseGemv(rows, p.k, row_bytes, 2, GemvBeside(p.prologue, rows, row_bytes, p.k)).depth > 0;
   plan.skinny = hopper && !quantize && !plan.gemv && (p.path == Path::kAuto || p.path == Path::kWgmma) &&
                 p.k % 16 == 0 && p.k > 0 && p.m <= kStreamM;
   plan.stream = (plan.stream && !plan.skinny) || plan.gemv;
   plan.fused =
       plan.gemv || (plan.stream && linear && p.k % 16 == 0 && p.m <= kFusedM && p.m * p.k <= kFusedActivations);
+  plan.apart = linear && p.prologue != Prologue::kNone && !plan.gemv &&
+               (plan.fused || StagedBytes(p.type, p.k, plan.stride, p.prologue) == 0);
   plan.align_w = !quantize && !plan.stream && p.k % 16 != 0;
   plan.align_a = p.kind == Problem::Kind::kProduct && (plan.stream || plan.align_w);
 
@@ -209,6 +216,7 @@ inline Plan MakePlan(const Problem& p, bool hopper) {
     plan.bits_bytes = (p.k + 31) / 32 * 4;
     plan.bits = take(plan.bits_bytes);
   }
+  if (plan.apart) plan.rows = take(p.m * row_bytes);
   if (prepared || plan.align_a) plan.lo = take(p.m * plan.stride);
   if (prepared) {
     plan.row_scale = take(4 * p.m);

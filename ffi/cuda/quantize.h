@@ -5,13 +5,15 @@
 #include "device.h"
 #include "hopper.h"
 #include "int8.h"
+#include "prologue.h"
 #include "rows.h"
 
 namespace jaxint8::cuda {
 
 struct QuantizeParams {
-  Ptr<const uint8_t> x;  // [m][k]
+  Ptr<const uint8_t> x;  // [m][k], or [m][2 * k] with a gate
   int64_t m, k;
+  PrologueParams prologue;  // only in kernels that stage the row
   Options options;
   bool marking;         // set bits of `marks` instead of writing codes
   Ptr<uint32_t> marks;  // column scope: bit per column
@@ -23,60 +25,99 @@ struct QuantizeParams {
   int64_t piece_stride;
 };
 
-// Rows of 16-bit elements are held in registers if this many times eight per thread suffice; more would not fit beside
-// the rest.
-inline constexpr int kHeldGroups = 2;
-// In the place of that number: Hopper's copy engine brings the row to shared memory, as much as needs no permission.
-inline constexpr int kStaged = -1;
-inline constexpr int64_t kStagedMost = 48 * 1024;
+// A row is copied to shared memory, which suits most: no more than this, and with what stands before the layer no more
+// than every GPU has for a block.
+inline constexpr int64_t kStagedMost = 64 * 1024, kStagedAllMost = 90 * 1024;
+inline constexpr int kQuantizeThreads = 32 * kTeamMostWarps;
 
-// One block per row.
-template <Type kType, bool kVector, int kHeld, int kRule>
+inline int64_t TypeBytes(Type type) { return type == Type::kF32 || type == Type::kS32 ? 4 : 2; }
+// Bytes of a row and of what its prologue takes; 0 if it is not staged.
+inline int64_t StagedBytes(Type type, int64_t k, int64_t stride, Prologue prologue) {
+  const int64_t row = k * TypeBytes(type);
+  const int64_t all = row * RowsOf(prologue) + (prologue == Prologue::kRmsNorm ? 4 * k : 0);
+  return k % 8 == 0 && stride % 8 == 0 && row <= kStagedMost && all <= kStagedAllMost ? all : 0;
+}
+// Few rows are done soonest by many threads, many rows by few: what is done once for a row is done by each warp.
+inline int RowThreads(int64_t rows, int64_t columns) {
+  const int64_t groups = (columns + 7) / 8, most = groups < 256 ? groups : 256;
+  const int64_t wanted = rows > 512 ? groups / 8 : groups / 4 > most ? groups / 4 : most;
+  const int64_t threads = (wanted + 31) / 32 * 32;
+  return threads < 32 ? 32 : threads < kQuantizeThreads ? static_cast<int>(threads) : kQuantizeThreads;
+}
+
+// One block per row. Short rows have blocks of one warp.
+template <Type kType, bool kVector, bool kStaged, int kRule>
 struct QuantizeKernel {
   using Params = QuantizeParams;
-  static constexpr int kMaxThreads = kHeld > 0 ? 256 : 512;
-  static constexpr int kMinBlocks = kHeld > 0 ? 3 : 2;
-  // Without a staged row, which lies behind this.
-  static constexpr int64_t kShared = 4 * kScratchWords + (kHeld == kStaged ? 128 : 0);
+  static constexpr int kMaxThreads = kQuantizeThreads;
+  static constexpr int kMinBlocks = 2;
+  // Without a staged row, which lies behind this: x, and the row beside it or the weights of a norm.
+  static constexpr int64_t kShared = 4 * kScratchWords;
 
   static JAXINT8_DEVICE void Run(const Params& p) {
     WaitForPreviousKernel();
     AllowNextKernel();
     const int64_t i = BlockIndex();
     const Ptr<uint32_t> scratch = Cast<uint32_t>(SharedMemory());
-    int turn = 0;
-    Ptr<const uint8_t> x = p.x + i * p.k * RowReader<kType, kVector>::kBytes;
-    if constexpr (kHeld == kStaged) {
-#ifdef JAXINT8_HOPPER
-      const auto bytes = static_cast<uint32_t>(p.k) * RowReader<kType, kVector>::kBytes;
-      const uint32_t barrier = SharedAddress(SharedMemory() + 4 * kScratchWords);
-      if (ThreadIndex() == 0) {
-        InitBarrier(barrier, 1);
-        FenceBarrierInit();
-        ArriveExpecting(barrier, bytes);
-        CopyBytes(SharedAddress(SharedMemory() + kShared), Cast<const int8_t>(x), bytes, barrier);
+    Team<false> team(scratch);
+    Ptr<const uint8_t> x = p.x + i * RowsOf(p.prologue.kind) * p.k * kBytes;
+    if constexpr (kStaged) {
+      const Ptr<uint8_t> staged = SharedMemory() + kShared;
+      Stage(p, x, staged, team);
+      x = staged;
+    }
+    Row<kType, kVector, kRule> row(x, p.k, p.options, scratch, team);
+    if constexpr (kRule < 0) {
+      if (p.marking) {
+        row.Mark(p.marks);
+        return;
       }
+    }
+    RowOutput out{Keep(p.lo + i * p.stride), p.hi, p.stride, p.marks, p.used, {}};
+    if (p.hi) out.hi = Keep(p.hi + i * p.stride);
+    if (p.pieces) {
+      out.pieces = scratch + RowScratch<false>::kPieces;
+      for (int j = ThreadIndex(); j < kPieceWords; j += BlockThreads()) Store(out.pieces + j, 0u);
       Barrier();
-      WaitBarrier(barrier, 0);
-      x = SharedMemory() + kShared;
-#else
-      return;
-#endif
     }
-    RowBlock<kType, kVector, (kHeld > 0 ? kHeld : 0), kRule> row(x, p.k, p.options, scratch, &turn);
-    if (p.marking) {
-      row.Mark(p.marks);
-      return;
-    }
-    for (int j = ThreadIndex(); j < kPieceWords; j += BlockThreads()) Store(row.pieces() + j, 0u);
-    RowOutput out{p.lo + i * p.stride, p.hi, p.stride, p.marks, p.used};
-    if (p.hi) out.hi = p.hi + i * p.stride;
-    const float scale = row.Quantize(out);  // has a barrier between the zeros above and its first use of the pieces
+    const float scale = row.Quantize(out);
     if (ThreadIndex() == 0) Store(p.row_scale + i, scale);
     if (!p.pieces) return;
     Barrier();
     for (int64_t j = ThreadIndex(); j < p.piece_stride; j += BlockThreads()) {
-      Store(p.pieces + i * p.piece_stride + j, static_cast<uint8_t>(Load(row.pieces() + j / 32) >> (j % 32) & 1));
+      Store(p.pieces + i * p.piece_stride + j, static_cast<uint8_t>(Load(out.pieces + j / 32) >> (j % 32) & 1));
+    }
+  }
+
+ private:
+  static constexpr int kBytes = RowReader<kType, kVector>::kBytes;
+
+  // Copies the row to shared memory and does what stands before the layer to it. Each thread copies, and then reads,
+  // its own elements.
+  static JAXINT8_DEVICE void Stage(const Params& p, Ptr<const uint8_t> x, Ptr<uint8_t> to, Team<false>& team) {
+    const int k = static_cast<int>(p.k), row_bytes = k * kBytes;
+    const Prologue prologue = p.prologue.kind;
+    PrologueParams staged = p.prologue;
+    staged.norm = Cast<const float>(to + row_bytes);
+    Copy<kBytes>(x, to, k);
+    if (prologue == Prologue::kSiluGate) Copy<kBytes>(x + row_bytes, to + row_bytes, k);
+    if (prologue == Prologue::kRmsNorm) Copy<4>(Cast<const uint8_t>(p.prologue.norm), to + row_bytes, k);
+    CopyAsyncCommit();
+    CopyAsyncWait<0>();
+    if (prologue == Prologue::kNone) return;
+    const MemoryRow<kType, kVector, false> in_place{{to, k}, to};
+    ApplyPrologue(in_place, to + row_bytes, staged, team);
+  }
+
+  template <int kElementBytes>
+  static JAXINT8_DEVICE void Copy(Ptr<const uint8_t> from, Ptr<uint8_t> to, int k) {
+#pragma unroll 1
+    for (int i = 8 * ThreadIndex(); i < k; i += 8 * BlockThreads()) {
+#pragma unroll
+      for (int j = 0; j < 8 * kElementBytes; j += 16) {
+        const int at = i * kElementBytes + j;
+        CopyAsync16(to + at, Cast<const int8_t>(from + at), true);
+      }
     }
   }
 };

@@ -2,10 +2,16 @@
 #ifndef JAXINT8_FFI_CUDA_READER_H_
 #define JAXINT8_FFI_CUDA_READER_H_
 
+#include <type_traits>
+
 #include "device.h"
 #include "int8.h"
 
 namespace jaxint8::cuda {
+
+// The magnitude of a float, as its bits: they are in order, infinity and NaN last.
+JAXINT8_DEVICE uint32_t Magnitude(float x) { return Bits(x) & 0x7fffffff; }
+inline constexpr uint32_t kInfinity = 0x7f800000;
 
 // Elements of an activation row, eight at a time. kVector: k is a multiple of 8, so every row is aligned to 16 bytes.
 template <Type kType, bool kVector>
@@ -45,6 +51,27 @@ struct RowReader {
     }
   }
 
+  // Eight values rounded to the type, as they lie in memory.
+  static JAXINT8_DEVICE Raw Narrow(const float (&v)[8]) {
+    Raw raw;
+#pragma unroll
+    for (int j = 0; j < kWords; ++j) {
+      uint32_t words[4];
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        if constexpr (kType == Type::kF32) {
+          words[e] = Bits(v[4 * j + e]);
+        } else if constexpr (kType == Type::kBF16) {
+          words[e] = FloatsToBFloats(v[2 * e], v[2 * e + 1]);
+        } else {
+          words[e] = FloatsToHalves(v[2 * e], v[2 * e + 1]);
+        }
+      }
+      raw.words[j] = {words[0], words[1], words[2], words[3]};
+    }
+    return raw;
+  }
+
   // The largest magnitude of eight elements, as the bits of a float; at least kInfinity if one is not finite.
   static JAXINT8_DEVICE uint32_t LargestOf(const Raw& raw) {
     uint32_t a = 0;
@@ -65,6 +92,41 @@ struct RowReader {
     return Bits(Widen(a));  // Widen keeps the order of magnitudes, also of NaN
   }
 
+  // Eight elements as they were read.
+  struct VectorGroup {
+    Raw raw;
+    JAXINT8_DEVICE uint32_t Largest() const { return LargestOf(raw); }
+    JAXINT8_DEVICE void Widen(float (&v)[8]) const { RowReader::Widen(raw, v); }
+  };
+  struct ScalarGroup {
+    float values[8];
+    JAXINT8_DEVICE uint32_t Largest() const {
+      uint32_t largest = 0;
+#pragma unroll
+      for (int j = 0; j < 8; ++j) largest = Magnitude(values[j]) > largest ? Magnitude(values[j]) : largest;
+      return largest;
+    }
+    JAXINT8_DEVICE void Widen(float (&v)[8]) const {
+#pragma unroll
+      for (int j = 0; j < 8; ++j) v[j] = values[j];
+    }
+  };
+  using Group = std::conditional_t<kVector, VectorGroup, ScalarGroup>;
+  JAXINT8_DEVICE Group ReadGroup(int i) const {
+    Group group;
+    if constexpr (kVector) {
+      group.raw = ReadRaw(i);
+    } else {
+      Read(i, group.values);
+    }
+    return group;
+  }
+
+  JAXINT8_DEVICE float Element(int i) const {
+    if constexpr (kType == Type::kF32) return FloatFromBits(LoadAs<uint32_t>(data + 4 * i));
+    return Widen(LoadAs<uint16_t>(data + 2 * i));
+  }
+
   // v[j] = row[i + j], 0 beyond the end.
   JAXINT8_DEVICE void Read(int i, float (&v)[8]) const {
     if constexpr (kVector) {
@@ -73,12 +135,28 @@ struct RowReader {
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
         v[j] = 0;
-        if (i + j < k) {
-          if constexpr (kType == Type::kF32) {
-            v[j] = FloatFromBits(LoadAs<uint32_t>(data + 4 * (i + j)));
-          } else {
-            v[j] = Widen(LoadAs<uint16_t>(data + 2 * (i + j)));
-          }
+        if (i + j < k) v[j] = Element(i + j);
+      }
+    }
+  }
+
+  // to[i + j] = v[j] rounded to the type, as far as there are elements.
+  JAXINT8_DEVICE void Write(Ptr<uint8_t> to, int i, const float (&v)[8]) const {
+    const Raw raw = Narrow(v);
+    if constexpr (kVector) {
+#pragma unroll
+      for (int j = 0; j < kWords; ++j) StoreAs<Word4>(to + (kBytes * i + 16 * j), raw.words[j]);
+    } else {
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        if (i + j >= k) break;
+        const Word4& w = raw.words[kBytes * j / 16];
+        const int at = kBytes * j / 4 % 4;
+        const uint32_t word = at == 0 ? w.x : at == 1 ? w.y : at == 2 ? w.z : w.w;
+        if constexpr (kType == Type::kF32) {
+          StoreAs<uint32_t>(to + 4 * (i + j), word);
+        } else {
+          StoreAs<uint16_t>(to + 2 * (i + j), static_cast<uint16_t>(word >> (j % 2 * 16)));
         }
       }
     }
@@ -88,28 +166,48 @@ struct RowReader {
   JAXINT8_DEVICE uint32_t Valid(int i) const { return kVector || i + 8 <= k ? 0xff : (1u << (k - i)) - 1; }
 };
 
-JAXINT8_DEVICE uint32_t Magnitude(float x) { return Bits(x) & 0x7fffffff; }
-
 // Added to a float below 2^22 in magnitude, this leaves the nearest integer (ties to even) in the low bits.
 inline constexpr float kMagic = 0x1.8p23f;
 inline constexpr uint32_t kMagicBits = 0x4b400000;
 
-// shifted[j] = kMagicBits + round_half_even(v[j] / divisor), for quotients below 2^21 and a divisor of at least 2^-125.
+// Divides by a float of at least 2^-125 and rounds to integers, half to even, what is rounded to a float below 2^21.
 //
-// The rounded quotient lies between v * lower and v * upper, as both quotient and reciprocal err by at most 2^-24 of
-// themselves. If these round to one integer, so does the quotient; else the division is done.
-JAXINT8_DEVICE void RoundedQuotients(const float (&v)[8], float divisor, float reciprocal, uint32_t (&shifted)[8]) {
-  const float upper = Multiply(reciprocal, 1 + 0x1p-22f), lower = Multiply(reciprocal, 1 - 0x1p-22f);
-  uint32_t differ = 0;
+// That rounded quotient lies between v * lower and v * upper, as both quotient and reciprocal err by at most 2^-24 of
+// themselves. If these round to one integer, so does the quotient. Else it is found by two corrections: the second
+// rounds correctly, as the first leaves a quotient within one unit in the last place (Markstein).
+class Quotients {
+ public:
+  JAXINT8_DEVICE explicit Quotients(float divisor)
+      : divisor_(divisor),
+        reciprocal_(Reciprocal(divisor)),
+        upper_(Multiply(reciprocal_, 1 + 0x1p-22f)),
+        lower_(Multiply(reciprocal_, 1 - 0x1p-22f)) {}
+
+  // shifted[j] = kMagicBits + the integer of v[j].
+  JAXINT8_DEVICE void Round(const float (&v)[8], uint32_t (&shifted)[8]) const {
+    uint32_t differ = 0;
 #pragma unroll
-  for (int j = 0; j < 8; ++j) {
-    shifted[j] = Bits(MultiplyAdd(v[j], upper, kMagic));
-    differ |= shifted[j] ^ Bits(MultiplyAdd(v[j], lower, kMagic));
+    for (int j = 0; j < 8; ++j) {
+      shifted[j] = Bits(MultiplyAdd(v[j], upper_, kMagic));
+      differ |= shifted[j] ^ Bits(MultiplyAdd(v[j], lower_, kMagic));
+    }
+    if (__builtin_expect(differ == 0, 1)) return;
+    // Scaled so that no remainder of a quotient from 1/2 on is too small for a float.
+    const float up = divisor_ < 1 ? 0x1p60f : 1.0f, down = divisor_ < 1 ? 0x1p-60f : 1.0f;
+    const float d = Multiply(divisor_, up), r = Multiply(reciprocal_, down);
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      const float a = Multiply(v[j], up);
+      float q = Multiply(a, r);
+      q = MultiplyAdd(MultiplyAdd(-q, d, a), r, q);
+      q = MultiplyAdd(MultiplyAdd(-q, d, a), r, q);
+      shifted[j] = Bits(Add(q, kMagic));
+    }
   }
-  if (__builtin_expect(differ == 0, 1)) return;
-#pragma unroll
-  for (int j = 0; j < 8; ++j) shifted[j] = kMagicBits + static_cast<uint32_t>(RoundToInt(Divide(v[j], divisor)));
-}
+
+ private:
+  const float divisor_, reciprocal_, upper_, lower_;
+};
 
 }  // namespace jaxint8::cuda
 

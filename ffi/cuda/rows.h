@@ -1,13 +1,15 @@
-// Quantises one row of activations with one block: statistics, outlier rule, codes. The row is looked at two to four
-// times and read from device memory once: it stays in registers, or, if it is too long, in the first-level cache.
+// Quantises one row of activations with a block or a warp: statistics, outlier rule, codes. The row is looked at two to
+// four times where it lies, which had better be shared memory.
 //
-// Every statistic is a maximum, a count or an integer sum, so the codes do not depend on the number of threads.
+// Every statistic is a maximum, a count or an integer sum, so the codes do not depend on the number of threads. What
+// takes the time is the instructions, and where blocks are few, fetching them: loops are not unrolled.
 #ifndef JAXINT8_FFI_CUDA_ROWS_H_
 #define JAXINT8_FFI_CUDA_ROWS_H_
 
 #include "device.h"
 #include "int8.h"
 #include "reader.h"
+#include "team.h"
 
 namespace jaxint8::cuda {
 
@@ -18,25 +20,27 @@ inline constexpr int64_t kSumOfCodesMax = ((int64_t{1} << 31) - 1) / 127;
 // Below this a row counts as zero, so that nothing that flushes subnormals can see another row.
 inline constexpr float kSmallestScale = 0x1p-125f;
 inline constexpr float kRmsLevels = 4095;
-inline constexpr uint32_t kInfinity = 0x7f800000;
 inline constexpr uint32_t kNothing = 0x7fffffff;  // a threshold above every finite magnitude
 // High parts are looked up by pieces of this many columns: pieces without any are skipped.
 inline constexpr int64_t kPiece = 256;
-
-// Shared memory of the row functions, in words.
-inline constexpr int kReduceWords = 2 * 3 * 32;  // two buffers in turn, three values, one word per warp
-inline constexpr int kGroups = 32;               // of threads, whose maxima bound the largest magnitudes
-inline constexpr int kCandidates = 256;
-inline constexpr int kBins = 128;
-inline constexpr int kGroupsAt = kReduceWords;
-inline constexpr int kResultAt = kGroupsAt + kGroups;  // number of candidates, their bound, magnitude, column
-inline constexpr int kBinsAt = kResultAt + 4;
-inline constexpr int kCandidatesAt = kBinsAt + kBins;
-inline constexpr int kPiecesAt = kCandidatesAt + 2 * kCandidates;
 inline constexpr int kPieceWords = static_cast<int>((kMaxK / kPiece + 32) / 32);
-inline constexpr int kScratchWords = (kPiecesAt + kPieceWords + 31) / 32 * 32;
+
 // Up to this many largest values are found among the candidates above a bound; more, or too many ties, digit by digit.
 inline constexpr int64_t kQuickTopK = 24;
+inline constexpr int kCandidates = 32;
+inline constexpr int kBins = 128;
+
+// Where things lie in the shared memory of a team that quantises rows, in words.
+template <bool kWarp>
+struct RowScratch {
+  static constexpr int kMaxima = kWarp ? 0 : kTeamWords;  // one a thread
+  static constexpr int kBinsAt = kMaxima + (kWarp ? 0 : 32 * kTeamMostWarps);
+  static constexpr int kCount = kBinsAt + kBins;
+  static constexpr int kList = kCount + 4;
+  static constexpr int kPieces = kList + 2 * kCandidates;
+  static constexpr int kWords = (kPieces + (kWarp ? 0 : kPieceWords) + 31) / 32 * 32;
+};
+inline constexpr int kScratchWords = RowScratch<false>::kWords;
 
 // Where a row goes. Pointers to shared or device memory.
 struct RowOutput {
@@ -45,68 +49,47 @@ struct RowOutput {
   int64_t stride;
   Ptr<const uint32_t> marks;  // column scope: bit per column, set where the column is out
   Ptr<uint32_t> used;         // bit per column, set where a high part is not 0; or null
+  Ptr<uint32_t> pieces;       // [kPieceWords], zeroed: bits are set where a piece of columns has high parts; or null
 };
 
-// Which magnitudes of a row are outliers: those above the threshold, and those equal to it up to a column. Whether one
-// below `sure` is an outlier is not certain, and has to be decided by a better threshold.
+// Which magnitudes of a row are outliers: those above the threshold, and those equal to it up to a column.
 struct Selection {
   uint32_t threshold;
   int last;
-  uint32_t sure = 0;
-  JAXINT8_DEVICE bool Has(uint32_t magnitude, int column) const {
-    return (magnitude > threshold) | ((magnitude == threshold) & (column <= last));
-  }
 };
 
-// All threads of the block call every function, with the same arguments. kHeld: how many times eight elements every
-// thread holds in registers, enough for the padded row; 0: none, the row is read again each time. kRule: the rule, -1
-// if it is not known to the compiler: a kernel of one rule is smaller, and short ones wait for their instructions.
-// kTokens: the rule is known not to be of column scope.
-template <Type kType, bool kVector, int kHeld = 0, int kRule = -1, bool kTokens = false>
-class RowBlock {
+// In the place of a rule: the outliers are marked columns.
+inline constexpr int kMarked = 4;
+
+// All threads of the team call every function, with the same arguments. Between two rows with the same scratch there
+// must be a barrier. kRule: the rule, of token scope; or kMarked; or -1, if it is not known to the compiler: a kernel
+// of one rule is smaller.
+template <Type kType, bool kVector, int kRule = -1, bool kWarp = false>
+class Row {
  public:
-  JAXINT8_DEVICE RowBlock(Ptr<const uint8_t> data, int64_t k, const Options& options, Ptr<uint32_t> scratch, int* turn)
-      : row_{data, static_cast<int>(k)}, options_(options), scratch_(scratch), turn_(turn) {
-    static_assert(kVector || kHeld == 0);
-#pragma unroll
-    for (int c = 0; c < kHeld; ++c) {
-      held_[c] = {};
-      if (At(c) < k) held_[c] = row_.ReadRaw(At(c));
-    }
-  }
+  JAXINT8_DEVICE Row(Ptr<const uint8_t> data, int64_t k, const Options& options, Ptr<uint32_t> scratch,
+                     Team<kWarp>& team)
+      : row_{data, static_cast<int>(k)}, options_(options), scratch_(scratch), team_(team) {}
 
   // Sets the bits of this row's outliers in the marks; rows that are not finite have no say.
   JAXINT8_DEVICE void Mark(Ptr<uint32_t> marks) {
-    const uint32_t absmax = Measure();
+    const uint32_t absmax = Largest();
     if (absmax >= kInfinity) return;
-    const Selection selection = Select(absmax, true);
+    const Selection selection = rule() == Rule::kRelative ? SelectRelative(absmax) : Fixed();
     if (absmax < selection.threshold) return;
-    ForEach(row_.k, [&](int i, uint32_t largest, auto values) {
-      if (largest >= selection.threshold) SetBits(marks, i, Outliers(selection, i, values()));
+    ForEach(row_.k, [&](int i, const Group& group) {
+      if (group.Largest() >= selection.threshold) SetBits(marks, i, Outliers(selection, i, Widen(group)));
     });
   }
 
-  // Writes codes and returns the row scale, NaN if the row is not finite. Bits of `pieces` (in the scratch, zeroed by
-  // the caller) are set where a piece of columns has high parts.
+  // Writes codes and returns the row scale, NaN if the row is not finite.
   JAXINT8_DEVICE float Quantize(const RowOutput& out) {
-    const uint32_t absmax = Measure();
-    const bool finite = absmax < kInfinity;
     Selection selection{kNothing, 0};
-    Tally tally{0, finite ? absmax : 0, 0};
-    if (finite && rule() != Rule::kNone) {
-      const bool by_column = ByColumn();
-#pragma unroll 1
-      for (bool exact = false;; exact = true) {  // twice at most
-        if (!by_column) selection = Select(absmax, exact);
-        tally = {0, absmax, 0};
-        if (!by_column && absmax < selection.threshold) break;
-        tally = Count(selection, out.marks);
-        if (tally.count < kUnsure) break;
-      }
-    }
+    const Tally tally = Measure(out, &selection);
+    const bool finite = tally.absmax < kInfinity;
     float scale = Divide(FloatFromBits(tally.rest), kCodeMax);
-    int32_t limit = kOutlierCodeMax;
     if (tally.count > 0) {
+      int32_t limit = kOutlierCodeMax;
       const auto count = static_cast<int32_t>(tally.count);  // below k, and 127 * kMaxK fits
       const int32_t room = static_cast<int32_t>(kSumOfCodesMax) - 127 * (row_.k - count);
       if (room < int64_t{limit} * count) limit = room / count;
@@ -114,71 +97,59 @@ class RowBlock {
       scale = least > scale ? least : scale;
     }
     const bool usable = finite && scale >= kSmallestScale;
-    scale = usable ? scale : 1.0f;
-    WriteCodes(out, selection, usable && tally.count > 0, usable, scale);
+    if (usable) {
+      WriteCodes(out, selection, tally.count > 0, scale);
+    } else {
+      WriteAllZeros(out, 0);
+      scale = 1;
+    }
     return finite ? scale : FloatFromBits(0x7fc00000);
   }
 
-  JAXINT8_DEVICE Ptr<uint32_t> pieces() const { return scratch_ + kPiecesAt; }
-
  private:
   using Reader = RowReader<kType, kVector>;
-  JAXINT8_DEVICE Rule rule() const { return kRule < 0 ? options_.rule : static_cast<Rule>(kRule); }
-  JAXINT8_DEVICE bool ByColumn() const { return !kTokens && options_.column_scope; }
+  using Group = typename Reader::Group;
+  using Scratch = RowScratch<kWarp>;
   struct Values {
     float v[8];
   };
-  // Of a row: how many outliers, the largest magnitude of the rest and of the outliers.
+  // Of a row: the largest magnitude of all, of the rest and of the outliers, and how many outliers there are. Of a row
+  // that is not finite only the first means anything.
   struct Tally {
-    uint32_t count, rest, outlier;
+    uint32_t absmax, rest, outlier, count;
   };
-  static constexpr uint32_t kUnsure = 1 << 20;  // added to the count, which is smaller, where a value is not certain
-  static_assert(kMaxK < kUnsure);
 
-  static JAXINT8_DEVICE int At(int c) { return 8 * (ThreadIndex() + c * BlockThreads()); }
+  JAXINT8_DEVICE Rule rule() const { return kRule < 0 ? options_.rule : static_cast<Rule>(kRule); }
+  JAXINT8_DEVICE bool ByColumn() const { return kRule == kMarked || (kRule < 0 && options_.column_scope); }
 
-  // Calls body(i, largest, values) for this thread's groups of eight elements before `end`: values() are the elements,
-  // 0 from k on, `largest` is their largest magnitude. kAgain: reads them again, for rare work that is better small
-  // than fast.
-  template <bool kAgain = false, typename Body>
+  // Calls body(i, group) for this thread's groups of eight elements before `end`; they are 0 from k on.
+  template <typename Body>
   JAXINT8_DEVICE void ForEach(int end, Body body) {
-    if constexpr (kHeld > 0 && !kAgain) {
-#pragma unroll
-      for (int c = 0; c < kHeld; ++c) {
-        if (At(c) >= end) continue;
-        body(At(c), Reader::LargestOf(held_[c]), [&, c] {
-          Values values;
-          Reader::Widen(held_[c], values.v);
-          return values;
-        });
-      }
-    } else {
 #pragma unroll 1
-      for (int i = 8 * ThreadIndex(); i < end; i += 8 * BlockThreads()) {
-        if constexpr (kVector && !kAgain) {
-          typename Reader::Raw raw{};
-          if (i < row_.k) raw = row_.ReadRaw(i);
-          body(i, Reader::LargestOf(raw), [&raw] {
-            Values values;
-            Reader::Widen(raw, values.v);
-            return values;
-          });
-          continue;
-        }
-        Values values{};
-        if (i < row_.k) row_.Read(i, values.v);
-        uint32_t largest = 0;
-#pragma unroll
-        for (int j = 0; j < 8; ++j) largest = Magnitude(values.v[j]) > largest ? Magnitude(values.v[j]) : largest;
-        body(i, largest, [&] { return values; });
-      }
+    for (int i = 8 * team_.Index(); i < end; i += 8 * team_.Size()) {
+      Group group{};
+      if (i < row_.k) group = row_.ReadGroup(i);
+      body(i, group);
     }
   }
+  static JAXINT8_DEVICE Values Widen(const Group& group) {
+    Values values;
+    group.Widen(values.v);
+    return values;
+  }
+  static JAXINT8_DEVICE uint32_t Max(uint32_t a, uint32_t b) { return a > b ? a : b; }
 
   JAXINT8_DEVICE uint32_t Outliers(const Selection& selection, int i, const Values& values) const {
     uint32_t mask = 0;
 #pragma unroll
-    for (int j = 0; j < 8; ++j) mask |= static_cast<uint32_t>(selection.Has(Magnitude(values.v[j]), i + j)) << j;
+    for (int j = 0; j < 8; ++j) {
+      const uint32_t a = Magnitude(values.v[j]);
+      bool has = a >= selection.threshold;
+      if constexpr (kRule < 0 || kRule == static_cast<int>(Rule::kTopK)) {
+        has = (a > selection.threshold) | ((a == selection.threshold) & (i + j <= selection.last));
+      }
+      mask |= static_cast<uint32_t>(has) << j;
+    }
     return mask & row_.Valid(i);
   }
 
@@ -192,231 +163,157 @@ class RowBlock {
     if (shifted & ~LoadRelaxed(bits + (i >> 5))) AtomicOr(bits + (i >> 5), shifted);
   }
 
-  JAXINT8_DEVICE Ptr<uint32_t> NextBuffer() {
-    *turn_ ^= 1;
-    return scratch_ + *turn_ * (kReduceWords / 2);
-  }
-
-  // Returns the largest magnitude of the row. Leaves that of this thread in own_ and, for a relative rule, the sum of
-  // the row's squares in squares_.
-  JAXINT8_DEVICE uint32_t Measure() {
-    const bool relative = rule() == Rule::kRelative;
-    own_ = 0;
-    float even = 0, odd = 0;
-    ForEach(row_.k, [&](int, uint32_t largest, auto values) {
-      own_ = largest > own_ ? largest : own_;
-      if (!relative) return;
-      const Values e = values();
-#pragma unroll
-      for (int j = 0; j < 8; j += 2) {
-        even = MultiplyAdd(e.v[j], e.v[j], even);
-        odd = MultiplyAdd(e.v[j + 1], e.v[j + 1], odd);
-      }
-    });
-    const int lane = ThreadIndex() % 32, warp = ThreadIndex() / 32, warps = BlockThreads() / 32;
-    const Ptr<uint32_t> buffer = NextBuffer();
-    const uint32_t largest = WarpMax(own_);
-    if (relative) {
-      squares_ = WarpSumFloat(Add(even, odd));
-      if (lane == 0) Store(buffer + 32 + warp, Bits(squares_));
+  JAXINT8_DEVICE Tally Measure(const RowOutput& out, Selection* selection) {
+    if (ByColumn()) return Count(*selection, out.marks);
+    switch (rule()) {
+      case Rule::kThreshold:
+        *selection = Fixed();
+        return Count(*selection, {});
+      case Rule::kTopK:
+        return SelectTopK(selection);
+      default:
+        break;
     }
-    if (lane == 0) Store(buffer + warp, largest);
-    Barrier();
-    if (relative) squares_ = WarpSumFloat(lane < warps ? FloatFromBits(Load(buffer + 32 + lane)) : 0);
-    return WarpMax(lane < warps ? Load(buffer + lane) : 0);
+    const uint32_t absmax = Largest();
+    if (rule() == Rule::kRelative && absmax < kInfinity) {
+      *selection = SelectRelative(absmax);
+      if (absmax >= selection->threshold) return Count(*selection, {});
+    }
+    return {absmax, absmax, 0, 0};
   }
 
-  static JAXINT8_DEVICE float WarpSumFloat(float v) {
-#pragma unroll
-    for (int lanes = 16; lanes > 0; lanes /= 2) v = Add(v, FloatFromBits(ShuffleXor(Bits(v), lanes)));
-    return v;
+  JAXINT8_DEVICE uint32_t Largest() {
+    uint32_t own = 0;
+    ForEach(row_.k, [&](int, const Group& group) { own = Max(own, group.Largest()); });
+    return team_.Max(own);
   }
 
+  // By the marks, where the scope is the column, else by the selection.
   JAXINT8_DEVICE Tally Count(const Selection& selection, Ptr<const uint32_t> marks) {
-    const bool by_column = ByColumn();
-    Tally t{0, 0, 0};
-    ForEach(row_.k, [&](int i, uint32_t largest, auto values) {
-      uint32_t mask = by_column ? Marked(marks, i) : 0;
-      if (by_column ? mask == 0 : largest < selection.threshold) {  // nearly always
-        t.rest = largest > t.rest ? largest : t.rest;
+    uint32_t t[4] = {};  // as in a Tally
+    ForEach(row_.k, [&](int i, const Group& group) {
+      const uint32_t largest = group.Largest();
+      t[0] = Max(t[0], largest);
+      uint32_t mask = ByColumn() ? Marked(marks, i) : 0;
+      if (ByColumn() ? mask == 0 : largest < selection.threshold) {  // nearly always
+        t[1] = Max(t[1], largest);
         return;
       }
-      const Values e = values();
-      if (!by_column) mask = Outliers(selection, i, e);
-      t.count += static_cast<uint32_t>(PopulationCount(mask));
+      const Values e = Widen(group);
+      if (!ByColumn()) mask = Outliers(selection, i, e);
+      t[3] += static_cast<uint32_t>(PopulationCount(mask));
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
         const uint32_t a = Magnitude(e.v[j]);
-        if (mask >> j & 1) {
-          t.outlier = a > t.outlier ? a : t.outlier;
-          if (a < selection.sure) t.count |= kUnsure;
-        } else {
-          t.rest = a > t.rest ? a : t.rest;
-        }
+        const bool out = mask >> j & 1;
+        t[1] = Max(t[1], out ? 0 : a);
+        t[2] = Max(t[2], out ? a : 0);
       }
     });
-    const int lane = ThreadIndex() % 32, warp = ThreadIndex() / 32, warps = BlockThreads() / 32;
-    const Ptr<uint32_t> buffer = NextBuffer();
-    t = {WarpSum(t.count), WarpMax(t.rest), WarpMax(t.outlier)};
-    if (lane == 0) {
-      Store(buffer + warp, t.count);
-      Store(buffer + 32 + warp, t.rest);
-      Store(buffer + 64 + warp, t.outlier);
-    }
-    Barrier();
-    const bool has = lane < warps;
-    return {WarpSum(has ? Load(buffer + lane) : 0), WarpMax(has ? Load(buffer + 32 + lane) : 0),
-            WarpMax(has ? Load(buffer + 64 + lane) : 0)};
+    team_.template Reduce<3, 1>(t);
+    return {t[0], t[1], t[2], t[3]};
   }
 
-  // Sum over the block; each value must be below 2^51.
-  JAXINT8_DEVICE uint64_t SumWide(uint64_t v) {
-    const int lane = ThreadIndex() % 32, warp = ThreadIndex() / 32, warps = BlockThreads() / 32;
-    const Ptr<uint32_t> buffer = NextBuffer();
-    v = WarpSumWide(v);
-    if (lane == 0) {
-      Store(buffer + warp, static_cast<uint32_t>(v));
-      Store(buffer + 32 + warp, static_cast<uint32_t>(v >> 32));
-    }
-    Barrier();
-    v = 0;
-    if (lane < warps) v = Load(buffer + lane) | static_cast<uint64_t>(Load(buffer + 32 + lane)) << 32;
-    return WarpSumWide(v);
-  }
+  JAXINT8_DEVICE Selection Fixed() const { return {options_.value > 0 ? Bits(options_.value) : 0, row_.k}; }
 
-  static JAXINT8_DEVICE uint64_t WarpSumWide(uint64_t v) {
-    const uint64_t low = WarpSum(static_cast<uint32_t>(v & 0xffffff));
-    return (static_cast<uint64_t>(WarpSum(static_cast<uint32_t>(v >> 24))) << 24) + low;
-  }
-
-  // exact: with no magnitudes whose selection is not certain.
-  JAXINT8_DEVICE Selection Select(uint32_t absmax, bool exact) {
-    if (rule() == Rule::kTopK) return SelectTopK();
-    if (rule() == Rule::kRelative) return SelectRelative(absmax, exact);
-    return {options_.value > 0 ? Bits(options_.value) : 0, row_.k};
-  }
-
-  // The law computes the rms r of magnitudes rounded to units of absmax / 4095, less up to 4096 of the sum of squares.
-  // With R the rms in such units from a plain sum of squares, R - 1/2 <= sqrt(r^2 + 4096 / k) and r <= R + 1/2: bounds
-  // that decide for nearly all rows. All roundings together are far below the 2^-12 allowed for them here: those of
-  // the sum, of at most 300 operations in a row, are the largest.
-  JAXINT8_DEVICE Selection SelectRelative(uint32_t absmax, bool exact) {
-    const float unit = Divide(FloatFromBits(absmax), kRmsLevels), k = IntToFloat(row_.k);
+  // By the rms of magnitudes rounded to units of absmax / 4095, less up to 4096 of the sum of squares.
+  JAXINT8_DEVICE Selection SelectRelative(uint32_t absmax) {
+    const float unit = Divide(FloatFromBits(absmax), kRmsLevels);
     if (!(unit >= kSmallestScale)) return {kNothing, 0};
-    if (!exact && squares_ > 0x1p-80f && squares_ < 0x1p120f) {
-      const float rms = Divide(SquareRoot(Divide(squares_, k)), unit);
-      const float low = Add(rms, -0.51f), square = Add(Multiply(low, low), -Divide(4096.0f, k));
-      const float scaled = Multiply(options_.value, unit);
-      const float lower = low > 0 && square > 0 ? Multiply(Multiply(scaled, 1 - 0x1p-12f), SquareRoot(square)) : 0;
-      const float upper = Multiply(Multiply(scaled, 1 + 0x1p-12f), Add(rms, 0.51f));
-      return {lower > 0 ? Bits(lower) : 0, row_.k, upper > 0 ? Bits(upper) : 0};
-    }
+    const Quotients quotients(unit);
+    uint64_t sum = 0;
+    ForEach(row_.k, [&](int, const Group& group) {
+      uint32_t shifted[8];
+      quotients.Round(Widen(group).v, shifted);
+      // Eight squares of 24 bits, as no quotient is above 4095 but for its rounding: the sum of (s - b)^2 modulo 2^32,
+      // where b^2 is 0.
+      static_assert(kMagicBits * kMagicBits == 0);
+      uint32_t squares = 0, all = 0;
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        squares += shifted[j] * shifted[j];
+        all += shifted[j];
+      }
+      sum += squares - 2 * kMagicBits * all;
+    });
+    sum = team_.template Sum<54>(sum);
     // In units of 4096 squares, and 64 = sqrt(4096).
-    const float mean = Divide(WideToFloat(static_cast<int64_t>(SumOfSquares(unit) >> 12)), k);
+    const float mean = Divide(WideToFloat(static_cast<int64_t>(sum >> 12)), IntToFloat(row_.k));
     const float threshold = Multiply(options_.value, Multiply(unit, Multiply(64.0f, SquareRoot(mean))));
     return {threshold > 0 ? Bits(threshold) : 0, row_.k};
   }
 
-  JAXINT8_DEVICE uint64_t SumOfSquares(float unit) {
-    uint64_t sum = 0;
-    const float reciprocal = Divide(1.0f, unit);
-    ForEach<true>(row_.k, [&](int, uint32_t, auto values) {
-      uint32_t shifted[8];
-      RoundedQuotients(values().v, unit, reciprocal, shifted);
-      uint32_t part = 0;  // eight squares of 24 bits: no quotient is above 4095, but for its rounding
-#pragma unroll
-      for (int j = 0; j < 8; ++j) part += (shifted[j] - kMagicBits) * (shifted[j] - kMagicBits);
-      sum += part;
-    });
-    return SumWide(sum);
-  }
-
-  JAXINT8_DEVICE Selection SelectTopK() {
-    if (options_.topk >= row_.k) return {0, row_.k};
-    const int count = static_cast<int>(options_.topk);
-    if (count > kQuickTopK) return SelectByDigits(count);
-    // The count-th largest of the maxima of 32 groups of threads bounds the count-th largest of the row from below.
-    const int lane = ThreadIndex() % 32;
-    const int width = BlockThreads() / kGroups;
-    const Ptr<uint32_t> result = scratch_ + kResultAt;
-    uint32_t largest = own_;
-    for (int d = 1; d < width; d *= 2) {
-      const uint32_t other = ShuffleXor(largest, d);
-      largest = other > largest ? other : largest;
+  // The count largest are among the candidates that reach the (count + 1)-th largest maximum of 32 parts of the row,
+  // one of a lane each; and so is the largest of the rest.
+  JAXINT8_DEVICE Tally SelectTopK(Selection* selection) {
+    const int count = options_.topk < row_.k ? static_cast<int>(options_.topk) : row_.k;
+    const int lane = team_.Lane();
+    const Ptr<uint32_t> candidates = scratch_ + Scratch::kCount, list = scratch_ + Scratch::kList;
+    uint32_t own = 0;
+    ForEach(row_.k, [&](int, const Group& group) { own = Max(own, group.Largest()); });
+    if (team_.Index() == 0) Store(candidates, 0u);
+    if constexpr (!kWarp) Store(scratch_ + (Scratch::kMaxima + team_.Index()), own);
+    team_.Sync();
+    if constexpr (!kWarp) {
+#pragma unroll 1
+      for (int w = 0; w < team_.Warps(); ++w) own = Max(own, Load(scratch_ + (Scratch::kMaxima + 32 * w + lane)));
     }
-    if (ThreadIndex() % width == 0) Store(scratch_ + kGroupsAt + ThreadIndex() / width, largest);
-    Barrier();
-    if (ThreadIndex() < 32) {
-      const uint32_t bound = RankedLane(Load(scratch_ + kGroupsAt + lane), count - 1);
-      if (lane == 0) {
-        Store(result, 0u);
-        Store(result + 1, bound);
-      }
-    }
-    Barrier();
-    const uint32_t bound = Load(result + 1);
-    const Ptr<uint32_t> list = scratch_ + kCandidatesAt;
-    ForEach(row_.k, [&](int i, uint32_t largest_here, auto values) {
-      if (largest_here < bound) return;
-      const Values e = values();
-      for (uint32_t mask = Outliers({bound, row_.k}, i, e); mask; mask &= mask - 1) {
-        const int j = LowestBit(mask);
-        const uint32_t at = AtomicAdd(result, 1);
-        if (at < kCandidates) StoreAs<Word2>(list + 2 * at, Word2{Pick(e.v, j), static_cast<uint32_t>(i + j)});
-      }
-    });
-    Barrier();
-    const uint32_t candidates = Load(result);
-    if (candidates > kCandidates) return SelectByDigits(count);
-    for (uint32_t e = static_cast<uint32_t>(ThreadIndex()); e < candidates; e += BlockThreads()) {
-      const Word2 mine = LoadAs<Word2>(list + 2 * e);
-      uint32_t rank = 0;
+    const uint32_t absmax = WarpMax(own);
+    if (absmax >= kInfinity || absmax == 0) return {absmax, absmax, 0, 0};
+    if (count < row_.k && count <= kQuickTopK) {
+      const uint32_t bound = RankedLane(own, static_cast<uint32_t>(count));
+      ForEach(row_.k, [&](int i, const Group& group) {
+        if (group.Largest() < bound) return;
+        for (uint32_t mask = Outliers({bound, row_.k}, i, Widen(group)); mask; mask &= mask - 1) {
+          const int column = i + LowestBit(mask);
+          const uint32_t at = AtomicAdd(candidates, 1);
+          if (at < kCandidates) {
+            StoreAs<Word2>(list + 2 * at, Word2{Magnitude(row_.Element(column)), static_cast<uint32_t>(column)});
+          }
+        }
+      });
+      team_.Sync();
+      const auto found = static_cast<int>(Load(candidates));
+      if (found <= kCandidates) {
+        const Word2 mine = lane < found ? LoadAs<Word2>(list + 2 * lane) : Word2{0, kNothing};
+        int rank = 0;
 #pragma unroll 4
-      for (uint32_t other = 0; other < candidates; ++other) {
-        const Word2 a = LoadAs<Word2>(list + 2 * other);
-        rank += a.x > mine.x || (a.x == mine.x && a.y < mine.y);
-      }
-      if (rank == static_cast<uint32_t>(count - 1)) {
-        Store(result + 2, mine.x);
-        Store(result + 3, mine.y);
+        for (int other = 0; other < found; ++other) {
+          const Word2 a = LoadAs<Word2>(list + 2 * other);
+          rank += a.x > mine.x || (a.x == mine.x && a.y < mine.y);
+        }
+        const bool last = lane < found && rank == count - 1, next = lane < found && rank == count;
+        *selection = {WarpMax(last ? mine.x : 0), static_cast<int>(WarpMax(last ? mine.y : 0))};
+        return {absmax, WarpMax(next ? mine.x : 0), absmax, static_cast<uint32_t>(count)};
       }
     }
-    Barrier();
-    return {Load(result + 2), static_cast<int>(Load(result + 3))};
+    *selection = {0, row_.k};
+    if (count < row_.k) *selection = SelectByDigits(count);
+    return Count(*selection, {});
   }
 
-  // v[j] without an indexed register array.
-  static JAXINT8_DEVICE uint32_t Pick(const float (&v)[8], int j) {
-    uint32_t a = 0;
-#pragma unroll
-    for (int i = 0; i < 8; ++i) a = i == j ? Magnitude(v[i]) : a;
-    return a;
-  }
-
-  // The value whose rank among the 32 lanes, largest first, is the given one.
-  static JAXINT8_DEVICE uint32_t RankedLane(uint32_t v, int rank) {
-    const int lane = ThreadIndex() % 32;
-    int mine = 0;
-    for (int j = 0; j < 32; ++j) {
-      const uint32_t other = Shuffle(v, j);
-      mine += other > v || (other == v && j < lane);
-    }
-    return WarpMax(mine == rank ? v : 0);
+  // A bound that the values of more than `rank` lanes reach, as high as values without their last five bits allow.
+  static JAXINT8_DEVICE uint32_t RankedLane(uint32_t v, uint32_t rank) {
+    const uint32_t key = (v & ~31u) | static_cast<uint32_t>(ThreadIndex() % 32);  // all different
+    uint32_t mine = 0;
+#pragma unroll 8
+    for (int j = 0; j < 32; ++j) mine += Shuffle(key, j) > key;
+    return WarpMax(mine == rank ? key & ~31u : 0);
   }
 
   // Finds the count-th largest of the keys (magnitude, lower column first), which are all different, 7 bits at a time.
   JAXINT8_DEVICE Selection SelectByDigits(int count) {
     constexpr int kColumnBits = 18;
     constexpr uint32_t kColumnMask = (1u << kColumnBits) - 1;
-    const int lane = ThreadIndex() % 32;
-    const Ptr<uint32_t> bins = scratch_ + kBinsAt;
+    const int lane = team_.Lane();
+    const Ptr<uint32_t> bins = scratch_ + Scratch::kBinsAt;
     uint64_t prefix = 0;
     uint32_t remaining = static_cast<uint32_t>(count);
     for (int shift = 42; shift >= 0; shift -= 7) {
-      for (int b = ThreadIndex(); b < kBins; b += BlockThreads()) Store(bins + b, 0u);
-      Barrier();
-      ForEach<true>(row_.k, [&](int i, uint32_t, auto values) {
-        const Values e = values();
+      for (int b = team_.Index(); b < kBins; b += team_.Size()) Store(bins + b, 0u);
+      team_.Sync();
+      ForEach(row_.k, [&](int i, const Group& group) {
+        const Values e = Widen(group);
         const uint32_t valid = row_.Valid(i);
 #pragma unroll
         for (int j = 0; j < 8; ++j) {
@@ -424,7 +321,7 @@ class RowBlock {
           if ((valid >> j & 1) && key >> (shift + 7) == prefix) AtomicAdd(bins + (key >> shift & (kBins - 1)), 1);
         }
       });
-      Barrier();
+      team_.Sync();
       uint32_t h[4], sum = 0;
       for (int j = 0; j < 4; ++j) {
         h[j] = Load(bins + 4 * lane + j);
@@ -447,46 +344,65 @@ class RowBlock {
       }
       remaining -= WarpMax(before);
       prefix = prefix << 7 | WarpMax(digit);
-      Barrier();
+      team_.Sync();
     }
     return {static_cast<uint32_t>(prefix >> kColumnBits), static_cast<int>(kColumnMask - (prefix & kColumnMask))};
   }
 
   // No code needs clipping: the scale is at least absmax / limit rounded, so no rounded quotient passes limit + 1/2.
-  JAXINT8_DEVICE void WriteCodes(const RowOutput& out, const Selection& selection, bool split, bool usable,
-                                 float scale) {
-    const float reciprocal = Divide(1.0f, scale);
-    ForEach(static_cast<int>(out.stride), [&](int i, uint32_t largest, auto values) {
-      uint32_t lo[8] = {}, hi[8] = {};
-      uint32_t high = 0;
-      if (usable && i < row_.k) {
-        const Values e = values();
-        RoundedQuotients(e.v, scale, reciprocal, lo);
-        uint32_t mask = 0;
-        if (split) {
-          if (ByColumn()) {
-            mask = Marked(out.marks, i);
-          } else if (largest >= selection.threshold) {
-            mask = Outliers(selection, i, e);
-          }
-        }
-        if (mask) {
-#pragma unroll
-          for (int j = 0; j < 8; ++j) {
-            const auto code = static_cast<int32_t>(lo[j] - kMagicBits);
-            hi[j] = static_cast<uint32_t>((code + 64) >> 7) & (0u - (mask >> j & 1));
-            high |= static_cast<uint32_t>(hi[j] != 0) << j;
-            lo[j] -= hi[j] << 7;
-          }
+  JAXINT8_DEVICE void WriteCodes(const RowOutput& out, const Selection& selection, bool split, float scale) {
+    const int stride = static_cast<int>(out.stride);
+    const Quotients quotients(scale);
+    ForEach(row_.k, [&](int i, const Group& group) {
+      const Values e = Widen(group);
+      uint32_t lo[8], mask = 0;
+      quotients.Round(e.v, lo);
+      if (kRule != 0 && split) {
+        if (ByColumn()) {
+          mask = Marked(out.marks, i);
+        } else if (group.Largest() >= selection.threshold) {
+          mask = Outliers(selection, i, e);
         }
       }
-      Write(out.lo, static_cast<int>(out.stride), i, lo);
-      if (out.hi) Write(out.hi, static_cast<int>(out.stride), i, hi);
-      if (high) {
-        if (out.used) SetBits(out.used, i, high);
-        AtomicOr(pieces() + i / (32 * static_cast<int>(kPiece)), 1u << (i / static_cast<int>(kPiece) % 32));
+      if (mask) {
+        Split(out, i, mask, lo);
+      } else {
+        WriteZeros(out.hi, stride, i);
       }
+      Write(out.lo, stride, i, lo);
     });
+    WriteAllZeros(out, (row_.k + 7) / 8 * 8);
+  }
+
+  // Of the outliers in a group: writes the high parts, and takes them from the codes.
+  JAXINT8_DEVICE void Split(const RowOutput& out, int i, uint32_t mask, uint32_t (&lo)[8]) {
+    uint32_t hi[8], high = 0;
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      const auto code = static_cast<int32_t>(lo[j] - kMagicBits);
+      hi[j] = static_cast<uint32_t>((code + 64) >> 7) & (0u - (mask >> j & 1));
+      high |= static_cast<uint32_t>(hi[j] != 0) << j;
+      lo[j] -= hi[j] << 7;
+    }
+    Write(out.hi, static_cast<int>(out.stride), i, hi);
+    if (!high) return;
+    if (out.used) SetBits(out.used, i, high);
+    const int piece = i / static_cast<int>(kPiece);
+    if (out.pieces) AtomicOr(out.pieces + piece / 32, 1u << piece % 32);
+  }
+
+  // Zeros from a multiple of 8 on.
+  JAXINT8_DEVICE void WriteAllZeros(const RowOutput& out, int from) {
+    const int stride = static_cast<int>(out.stride);
+#pragma unroll 1
+    for (int i = from + 8 * team_.Index(); i < stride; i += 8 * team_.Size()) {
+      WriteZeros(out.lo, stride, i);
+      WriteZeros(out.hi, stride, i);
+    }
+  }
+  static JAXINT8_DEVICE void WriteZeros(Ptr<int8_t> to, int stride, int i) {
+    constexpr uint32_t kZeros[8] = {};
+    if (to) Write(to, stride, i, kZeros);
   }
 
   // Writes the low bytes.
@@ -503,12 +419,9 @@ class RowBlock {
   }
 
   const Reader row_;
-  typename Reader::Raw held_[kHeld > 0 ? kHeld : 1];
   const Options& options_;
   const Ptr<uint32_t> scratch_;
-  int* const turn_;
-  uint32_t own_ = 0;
-  float squares_ = 0;
+  Team<kWarp>& team_;
 };
 
 }  // namespace jaxint8::cuda

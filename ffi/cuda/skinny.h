@@ -121,6 +121,11 @@ class SkinnyKernel {
       const int64_t n = int64_t{group} * kStreamOutputs + column;
       const bool stores = column < count * kStreamOutputs && n < p_.n;
       float w_scale = 0, bias = 0;
+      uint32_t residual[kRows] = {};
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) {
+        if (stores && row + 4 * i < p_.m) residual[i] = LoadResidual(p_.epilogue, row + 4 * i, n);
+      }
       if (stores && p_.epilogue.type != Type::kS32) {
         w_scale = Load(p_.epilogue.w_scale + n);
         if (p_.epilogue.bias) bias = Load(p_.epilogue.bias + n);
@@ -153,7 +158,7 @@ class SkinnyKernel {
               Load(Sums(warp, column / kStreamOutputs) + (row + 4 * i) * kSumStride + column % kStreamOutputs));
         }
         const uint32_t y = Output(p_.epilogue, static_cast<int32_t>(sum), row_scale[i], w_scale, bias);
-        StoreOutput(p_.epilogue, row + 4 * i, n, y);
+        StoreOutput(p_.epilogue, row + 4 * i, n, y, residual[i]);
       }
     }
   }

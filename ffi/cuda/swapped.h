@@ -252,9 +252,9 @@ class SwappedKernel {
       } else if (n >= p_.n) {
         continue;
       } else if (IsWide(e)) {
-        StoreAs<Word4>(e.y + 4 * (m * p_.n + n), Word4{y[0], y[1], y[2], y[3]});
+        StoreWords(e, 4 * (m * p_.n + n), Word4{y[0], y[1], y[2], y[3]});
       } else {
-        StoreAs<Word2>(e.y + 2 * (m * p_.n + n), Word2{y[0] | y[1] << 16, y[2] | y[3] << 16});
+        StoreWords(e, 2 * (m * p_.n + n), Word2{y[0] | y[1] << 16, y[2] | y[3] << 16});
       }
     }
   }

@@ -262,7 +262,7 @@ class WgmmaKernel {
           Transpose(words, t);
           const int64_t n = first + 8 * t;
           if (m < p_.m && n < p_.n) {
-            StoreAs<Word4>(e.y + 2 * (m * p_.n + n), Word4{words[0], words[1], words[2], words[3]});
+            StoreWords(e, 2 * (m * p_.n + n), Word4{words[0], words[1], words[2], words[3]});
           }
         }
       }

@@ -10,12 +10,15 @@
 struct ExecutorCall {
   int32_t kind, rule, column_scope, path, type, planted_fault;
   float value;
-  int32_t order;
+  int32_t order, prologue;
+  float epsilon;
   int64_t topk, m, k, n, multiprocessors;
   const void* x;
   const int8_t* w;
   const float* w_scale;
   const float* bias;
+  const float* norm;
+  const void* residual;
   void* y;
   int8_t* lo;
   int8_t* hi;
@@ -31,6 +34,10 @@ inline Problem ProblemOf(const ExecutorCall& c) {
   Problem p{};
   p.kind = static_cast<Problem::Kind>(c.kind);
   p.options = {static_cast<Rule>(c.rule), c.column_scope != 0, c.value, c.topk};
+  p.prologue = static_cast<Prologue>(c.prologue);
+  p.epsilon = c.epsilon;
+  p.norm = c.norm;
+  p.residual = c.residual;
   p.path = static_cast<Path>(c.path);
   p.type = static_cast<Type>(c.type);
   p.m = c.m;
@@ -50,8 +57,12 @@ inline Problem ProblemOf(const ExecutorCall& c) {
 
 // Bytes of each buffer of a call.
 inline int64_t ElementBytes(int32_t type) { return type == 0 || type == 3 ? 4 : 2; }
-inline int64_t InputBytes(const ExecutorCall& c) { return c.m * c.k * (c.kind == 1 ? 1 : ElementBytes(c.type)); }
-inline int64_t OutputBytes(const ExecutorCall& c) { return c.m * c.n * (c.kind == 1 ? 4 : ElementBytes(c.type)); }
+inline int64_t InputBytes(const ExecutorCall& c) {
+  return c.m * c.k * (c.kind == 1 ? 1 : ElementBytes(c.type) * (c.prologue == 2 ? 2 : 1));
+}
+inline int64_t OutputBytes(const ExecutorCall& c) {
+  return c.m * (c.kind == 3 ? c.k : c.n) * (c.kind == 1 ? 4 : ElementBytes(c.type));
+}
 
 }  // namespace jaxint8::cuda
 

@@ -34,6 +34,11 @@ struct Ptr {
   explicit operator bool() const { return buffer != nullptr; }
 };
 
+template <typename T>
+Ptr<T> Keep(Ptr<T> p) {
+  return p;
+}
+
 template <typename U, typename T>
 Ptr<U> Cast(Ptr<T> p) {
   return {p.buffer, p.low, p.high, p.offset};
@@ -277,6 +282,13 @@ inline uint16_t FloatToBFloat(float x) {
   if (std::isnan(x)) return 0x7fff;
   return static_cast<uint16_t>((Bits(x) + 0x7fff + (Bits(x) >> 16 & 1)) >> 16);
 }
+inline uint32_t FloatsToHalves(float a, float b) {
+  return FloatToHalf(a) | static_cast<uint32_t>(FloatToHalf(b)) << 16;
+}
+inline uint32_t FloatsToBFloats(float a, float b) {
+  return FloatToBFloat(a) | static_cast<uint32_t>(FloatToBFloat(b)) << 16;
+}
+inline float Reciprocal(float x) { return 1.0f / x; }
 inline float Divide(float x, float y) { return x / y; }
 inline float SquareRoot(float x) { return std::sqrt(x); }
 inline float Multiply(float x, float y) { return x * y; }
@@ -285,6 +297,8 @@ inline float MultiplyAdd(float x, float y, float z) { return std::fma(x, y, z); 
 inline float IntToFloat(int32_t v) { return static_cast<float>(v); }
 inline float WideToFloat(int64_t v) { return static_cast<float>(v); }
 inline int32_t RoundToInt(float x) { return static_cast<int32_t>(std::nearbyint(x)); }
+inline float Smaller(float x, float y) { return std::fmin(x, y); }
+inline float Larger(float x, float y) { return std::fmax(x, y); }
 inline uint32_t LargerHalves(uint32_t a, uint32_t b) {
   const uint32_t low = std::max(a & 0xffff, b & 0xffff), high = std::max(a >> 16, b >> 16);
   return low | high << 16;

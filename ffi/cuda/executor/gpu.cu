@@ -56,7 +56,12 @@ jaxint8::cuda::Problem OnDevice(const ExecutorCall& c, Memory& memory) {
   d.w = memory.Copy(c.w, c.n * c.k);
   d.w_scale = memory.Copy(c.w_scale, 4 * c.n);
   d.bias = memory.Copy(c.bias, 4 * c.n);
-  if (c.y) d.y = memory.Poisoned<char>(OutputBytes(c));
+  d.norm = memory.Copy(c.norm, 4 * c.k);
+  d.residual = memory.Copy(static_cast<const char*>(c.residual), OutputBytes(c));
+  if (c.residual != nullptr && c.residual == c.y) {  // added in place
+    d.y = const_cast<void*>(d.residual);
+  } else if (c.y)
+    d.y = memory.Poisoned<char>(OutputBytes(c));
   if (c.lo) d.lo = memory.Poisoned<int8_t>(c.m * c.k);
   if (c.hi) d.hi = memory.Poisoned<int8_t>(c.m * c.k);
   if (c.row_scale) d.row_scale = memory.Poisoned<float>(4 * c.m);

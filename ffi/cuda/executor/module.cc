@@ -39,6 +39,8 @@ const char* executor_run(const ExecutorCall* c) {
   add(c->w, c->n * c->k, true);
   add(c->w_scale, 4 * c->n, true);
   add(c->bias, 4 * c->n, true);
+  add(c->norm, 4 * c->k, true);
+  add(c->residual, OutputBytes(*c), true);
   add(c->y, OutputBytes(*c), false);
   add(c->lo, c->m * c->k, false);
   add(c->hi, c->m * c->k, false);

@@ -1,0 +1,101 @@
+// The threads that work on one row: a block, or a warp of it. Maxima and exact sums over them.
+#ifndef JAXINT8_FFI_CUDA_TEAM_H_
+#define JAXINT8_FFI_CUDA_TEAM_H_
+
+#include "device.h"
+
+namespace jaxint8::cuda {
+
+// Shared memory of a team, in words: two buffers in turn, of four words a warp.
+inline constexpr int kTeamMostWarps = 16;
+inline constexpr int kTeamWords = 2 * 4 * kTeamMostWarps;
+
+// All threads of the team call every function. Those that return something shared have at most one barrier: a buffer is
+// written again after the next one.
+template <bool kWarp>
+class Team {
+ public:
+  JAXINT8_DEVICE explicit Team(Ptr<uint32_t> words) : words_(words) {}
+
+  static JAXINT8_DEVICE int Index() { return kWarp ? Lane() : ThreadIndex(); }
+  static JAXINT8_DEVICE int Size() { return kWarp ? 32 : BlockThreads(); }
+  static JAXINT8_DEVICE int Warps() { return kWarp ? 1 : static_cast<int>(static_cast<unsigned>(BlockThreads()) / 32); }
+  static JAXINT8_DEVICE int Warp() { return kWarp ? 0 : static_cast<int>(static_cast<unsigned>(ThreadIndex()) / 32); }
+  static JAXINT8_DEVICE int Lane() { return static_cast<int>(static_cast<unsigned>(ThreadIndex()) % 32); }
+  static JAXINT8_DEVICE void Sync() {
+    if constexpr (kWarp) {
+      WarpBarrier();
+    } else {
+      Barrier();
+    }
+  }
+
+  // The first kMaxima values become maxima over the team, the others sums.
+  template <int kMaxima, int kSums>
+  JAXINT8_DEVICE void Reduce(uint32_t (&v)[kMaxima + kSums]) {
+    static_assert(kMaxima + kSums <= 4);
+    ReduceWarp<kMaxima>(v);
+    if (Warps() == 1) return;
+    uint32_t all[4] = {};
+#pragma unroll
+    for (int i = 0; i < kMaxima + kSums; ++i) all[i] = v[i];
+    Exchange(all);
+#pragma unroll
+    for (int i = 0; i < kMaxima + kSums; ++i) v[i] = all[i];
+    ReduceWarp<kMaxima>(v);
+  }
+
+  JAXINT8_DEVICE uint32_t Max(uint32_t v) {
+    uint32_t values[1] = {v};
+    Reduce<1, 0>(values);
+    return values[0];
+  }
+
+  // kBits: what the sum fits in.
+  template <int kBits>
+  JAXINT8_DEVICE uint64_t Sum(uint64_t v) {
+    v = SumWarp<kBits>(v);
+    if (Warps() == 1) return v;
+    uint32_t all[4] = {static_cast<uint32_t>(v), static_cast<uint32_t>(v >> 32)};
+    Exchange(all);
+    return SumWarp<kBits>(all[0] | static_cast<uint64_t>(all[1]) << 32);
+  }
+
+ private:
+  // Afterwards each lane has the values of the warp of its number, 0 if there is none.
+  JAXINT8_DEVICE void Exchange(uint32_t (&v)[4]) {
+    turn_ ^= 1;
+    const Ptr<uint32_t> buffer = words_ + turn_ * (kTeamWords / 2);
+    if (Lane() == 0) StoreAs<Word4>(buffer + 4 * Warp(), Word4{v[0], v[1], v[2], v[3]});
+    Sync();
+    Word4 word{0, 0, 0, 0};
+    if (Lane() < Warps()) word = LoadAs<Word4>(buffer + 4 * Lane());
+    v[0] = word.x;
+    v[1] = word.y;
+    v[2] = word.z;
+    v[3] = word.w;
+  }
+
+  template <int kMaxima, int kSize>
+  static JAXINT8_DEVICE void ReduceWarp(uint32_t (&v)[kSize]) {
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) v[i] = i < kMaxima ? WarpMax(v[i]) : WarpSum(v[i]);
+  }
+
+  // In parts whose sums over 32 lanes fit a word.
+  template <int kBits>
+  static JAXINT8_DEVICE uint64_t SumWarp(uint64_t v) {
+    constexpr uint32_t kMask = (1u << 27) - 1;
+    uint64_t sum = WarpSum(static_cast<uint32_t>(v) & kMask);
+    sum += static_cast<uint64_t>(WarpSum(static_cast<uint32_t>(v >> 27) & kMask)) << 27;
+    if constexpr (kBits > 54) sum += static_cast<uint64_t>(WarpSum(static_cast<uint32_t>(v >> 54))) << 54;
+    return sum;
+  }
+
+  const Ptr<uint32_t> words_;
+  int turn_ = 0;
+};
+
+}  // namespace jaxint8::cuda
+
+#endif  // JAXINT8_FFI_CUDA_TEAM_H_
