@@ -168,26 +168,37 @@ def _prologue_attributes(prologue: Prologue | None) -> dict[str, np.generic | in
     }
 
 
+def _workspace_bytes(
+    target: str,
+    shape: tuple[int, int, int],
+    attributes: Mapping[str, np.generic | int],
+    dtype: np.dtype,
+) -> int:
+    """Returns the size of the scratch memory that a CUDA call needs; 0 without CUDA kernels."""
+    if _cuda is None:
+        return 0
+    options = {
+        name: int(attributes[name])
+        for name in ("rule", "column_scope", "rung", "prologue")
+        if name in attributes
+    }
+    return _cuda.workspace_bytes(target, *shape, itemsize=dtype.itemsize, **options)
+
+
 def _call(
     target: str,
     results: tuple[jax.ShapeDtypeStruct, ...],
     operands: tuple[jax.Array, ...],
-    shape: tuple[int, ...],
+    shape: tuple[int, int, int],
     attributes: Mapping[str, np.generic | int],
     platform: Platform,
 ) -> Sequence[jax.Array]:
-    """Makes the FFI call for ``shape``, (m, k, n) or of a block (m, k, h, 2 * f).
+    """Makes the FFI call for ``shape`` (m, k, n).
 
     On CUDA there is one result more, scratch memory: an allocation inside the call could not be part of a CUDA graph.
     """
-    if platform == "cuda" and _cuda is not None:
-        options = {
-            name: int(attributes[name])
-            for name in ("rule", "column_scope", "rung", "prologue")
-            if name in attributes
-        }
-        itemsize = operands[0].dtype.itemsize
-        size = _cuda.workspace_bytes(target, *shape, itemsize=itemsize, **options)
+    if platform == "cuda":
+        size = _workspace_bytes(target, shape, attributes, operands[0].dtype)
         results = (*results, jax.ShapeDtypeStruct((size,), jnp.uint8))
     call = jax.ffi.ffi_call(target, results, vmap_method="sequential")
     return call(*operands, **attributes)
@@ -344,10 +355,16 @@ def mlp_block(
     for codes, scale, bias in (out, up, down):
         assert codes is not None and scale is not None
         operands += [codes, scale, jnp.zeros((0,), jnp.float32) if bias is None else bias]
-    (m, k), wide = x.shape, operands[6].shape[0]
-    stream = jax.ShapeDtypeStruct(residual.shape, x.dtype)
-    results = (stream, stream, jax.ShapeDtypeStruct((m, wide), x.dtype))
+    (m, k), h, wide = x.shape, residual.shape[1], operands[6].shape[0]
+    stream = jax.ShapeDtypeStruct((m, h), x.dtype)
+    results: list[jax.ShapeDtypeStruct] = [stream, stream, jax.ShapeDtypeStruct((m, wide), x.dtype)]
     attributes = _attributes(rule, arithmetic, rung, platform)
+    if platform == "cuda":
+        sizes = [
+            _workspace_bytes("jaxint8_linear", shape, {**attributes, "prologue": number}, x.dtype)
+            for number, shape in enumerate([(m, k, h), (m, h, wide), (m, wide // 2, h)])
+        ]
+        results.append(jax.ShapeDtypeStruct((max(sizes),), jnp.uint8))
     attributes["epsilon"] = _prologue_attributes(prologue)["epsilon"]
-    shape = (m, k, residual.shape[1], wide)
-    return _call("jaxint8_mlp_block", results, tuple(operands), shape, attributes, platform)[0]
+    call = jax.ffi.ffi_call("jaxint8_mlp_block", results, vmap_method="sequential")
+    return call(*operands, **attributes)[0]

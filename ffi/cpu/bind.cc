@@ -130,6 +130,20 @@ ffi::Error Product(ffi::ThreadPool pool, ffi::BufferR2<ffi::S8> a, ffi::BufferR2
   return Run(p, pool);
 }
 
+// Weights, scales and bias of one layer.
+ffi::Error DecodeWeights(const ffi::BufferR2<ffi::S8>& w, const ffi::BufferR1<ffi::F32>& w_scale,
+                         const ffi::BufferR1<ffi::F32>& bias, Problem* p) {
+  p->n = w.dimensions()[0];
+  const int64_t bias_length = bias.dimensions()[0];
+  if (!Is(w.dimensions(), p->n, p->k) || w_scale.dimensions()[0] != p->n || (bias_length != 0 && bias_length != p->n)) {
+    return ffi::Error::InvalidArgument("codes, scale, bias: expected int8[n, k], float32[n], float32[n] or [0]");
+  }
+  p->w = w.typed_data();
+  p->w_scale = w_scale.typed_data();
+  p->bias = bias_length == 0 ? nullptr : bias.typed_data();
+  return ffi::Error::Success();
+}
+
 ffi::Error Linear(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::BufferR2<ffi::S8> w, ffi::BufferR1<ffi::F32> w_scale,
                   ffi::BufferR1<ffi::F32> bias, ffi::BufferR1<ffi::F32> norm, ffi::AnyBuffer residual,
                   ffi::Result<ffi::AnyBuffer> y, int64_t rule, int64_t column_scope, float value, int64_t topk,
@@ -139,21 +153,14 @@ ffi::Error Linear(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::BufferR2<ffi::S8>
   if (ffi::Error e = DecodeRows(x, &p); e.failure()) return e;
   if (ffi::Error e = DecodePrologue(prologue, epsilon, norm, &p); e.failure()) return e;
   if (ffi::Error e = Decode({rule, column_scope, topk, float_outliers, rung, value}, &p); e.failure()) return e;
-  p.n = w.dimensions()[0];
-  const int64_t bias_length = bias.dimensions()[0];
-  if (!Is(w.dimensions(), p.n, p.k) || w_scale.dimensions()[0] != p.n || (bias_length != 0 && bias_length != p.n)) {
-    return ffi::Error::InvalidArgument("codes, scale, bias: expected int8[n, k], float32[n], float32[n] or [0]");
-  }
+  if (ffi::Error e = DecodeWeights(w, w_scale, bias, &p); e.failure()) return e;
   if (!Is(y->dimensions(), p.m, p.n) || y->element_type() != x.element_type()) {
     return ffi::Error::InvalidArgument("y: expected [m, n] of the dtype of x");
   }
-  p.w = w.typed_data();
-  p.w_scale = w_scale.typed_data();
   const bool adds = residual.element_count() != 0;
   if (adds && (!Is(residual.dimensions(), p.m, p.n) || residual.element_type() != x.element_type())) {
     return ffi::Error::InvalidArgument("residual: expected [m, n] of the dtype of x, or [0, 0]");
   }
-  p.bias = bias_length == 0 ? nullptr : bias.typed_data();
   p.residual = adds ? residual.untyped_data() : nullptr;
   p.y = y->untyped_data();
   return Run(p, pool);
@@ -172,20 +179,6 @@ ffi::Error Enter(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::BufferR1<ffi::F32>
   }
   p.y = y->untyped_data();
   return Run(p, pool);
-}
-
-// Weights, scales and bias of one layer of a block.
-ffi::Error DecodeWeights(const ffi::BufferR2<ffi::S8>& w, const ffi::BufferR1<ffi::F32>& w_scale,
-                         const ffi::BufferR1<ffi::F32>& bias, Problem* p) {
-  p->n = w.dimensions()[0];
-  const int64_t bias_length = bias.dimensions()[0];
-  if (!Is(w.dimensions(), p->n, p->k) || w_scale.dimensions()[0] != p->n || (bias_length != 0 && bias_length != p->n)) {
-    return ffi::Error::InvalidArgument("codes, scale, bias: expected int8[n, k], float32[n], float32[n] or [0]");
-  }
-  p->w = w.typed_data();
-  p->w_scale = w_scale.typed_data();
-  p->bias = bias_length == 0 ? nullptr : bias.typed_data();
-  return ffi::Error::Success();
 }
 
 // attended = residual + out(x); gated = up(RMSNorm(attended)); y = attended + down(SiluGate(gated)).

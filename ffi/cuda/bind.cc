@@ -4,7 +4,9 @@
 // during the call could not be captured in a CUDA graph. `rung` is the path: -1 automatic, else the index in paths().
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
 #include <string>
+#include <vector>
 
 #include "int8.h"
 #include "xla/ffi/api/ffi.h"
@@ -78,14 +80,15 @@ ffi::Error DecodeRows(const ffi::AnyBuffer& x, Problem* p) {
   return ffi::Error::Success();
 }
 
-ffi::Error Queue(Problem& p, Workspace& workspace, CUstream_st* stream) {
-  const int64_t needed = WorkspaceBytes(p);
+ffi::Error Queue(std::vector<Problem> problems, Workspace& workspace, CUstream_st* stream) {
+  int64_t needed = 0;
+  for (const Problem& p : problems) needed = std::max(needed, WorkspaceBytes(p));
   if (static_cast<int64_t>(workspace->dimensions()[0]) < needed) {
     return Invalid("workspace: expected " + std::to_string(needed) + " bytes, got " +
                    std::to_string(workspace->dimensions()[0]));
   }
-  p.workspace = workspace->typed_data();
-  const char* error = Run(p, stream);
+  for (Problem& p : problems) p.workspace = workspace->typed_data();
+  const char* error = RunAll(problems.data(), static_cast<int>(problems.size()), stream);
   return error == nullptr ? ffi::Error::Success() : ffi::Error::Internal(std::string("jaxint8: ") + error);
 }
 
@@ -107,7 +110,7 @@ ffi::Error Quantize(CUstream_st* stream, ffi::AnyBuffer x, ffi::Result<ffi::Buff
   p.lo = lo->typed_data();
   p.hi = hi->typed_data();
   p.row_scale = row_scale->typed_data();
-  return Queue(p, workspace, stream);
+  return Queue({p}, workspace, stream);
 }
 
 ffi::Error Product(CUstream_st* stream, ffi::BufferR2<ffi::S8> a, ffi::BufferR2<ffi::S8> w,
@@ -125,7 +128,21 @@ ffi::Error Product(CUstream_st* stream, ffi::BufferR2<ffi::S8> a, ffi::BufferR2<
   if (!Is(w.dimensions(), p.n, p.k) || !Is(y->dimensions(), p.m, p.n)) {
     return Invalid("codes: expected int8[n, k] to fit a int8[m, k]");
   }
-  return Queue(p, workspace, stream);
+  return Queue({p}, workspace, stream);
+}
+
+// Weights, scales and bias of one layer.
+ffi::Error DecodeWeights(const ffi::BufferR2<ffi::S8>& w, const ffi::BufferR1<ffi::F32>& w_scale,
+                         const ffi::BufferR1<ffi::F32>& bias, Problem* p) {
+  p->n = w.dimensions()[0];
+  const int64_t bias_length = bias.dimensions()[0];
+  if (!Is(w.dimensions(), p->n, p->k) || w_scale.dimensions()[0] != p->n || (bias_length != 0 && bias_length != p->n)) {
+    return Invalid("codes, scale, bias: expected int8[n, k], float32[n], float32[n] or [0]");
+  }
+  p->w = w.typed_data();
+  p->w_scale = w_scale.typed_data();
+  p->bias = bias_length == 0 ? nullptr : bias.typed_data();
+  return ffi::Error::Success();
 }
 
 ffi::Error Linear(CUstream_st* stream, ffi::AnyBuffer x, ffi::BufferR2<ffi::S8> w, ffi::BufferR1<ffi::F32> w_scale,
@@ -137,11 +154,7 @@ ffi::Error Linear(CUstream_st* stream, ffi::AnyBuffer x, ffi::BufferR2<ffi::S8> 
   if (ffi::Error e = DecodeRows(x, &p); e.failure()) return e;
   if (ffi::Error e = Decode({rule, column_scope, topk, float_outliers, rung, value}, &p); e.failure()) return e;
   if (ffi::Error e = DecodePrologue(prologue, epsilon, norm, &p); e.failure()) return e;
-  p.n = w.dimensions()[0];
-  const int64_t bias_length = bias.dimensions()[0];
-  if (!Is(w.dimensions(), p.n, p.k) || w_scale.dimensions()[0] != p.n || (bias_length != 0 && bias_length != p.n)) {
-    return Invalid("codes, scale, bias: expected int8[n, k], float32[n], float32[n] or [0]");
-  }
+  if (ffi::Error e = DecodeWeights(w, w_scale, bias, &p); e.failure()) return e;
   if (!Is(y->dimensions(), p.m, p.n) || y->element_type() != x.element_type()) {
     return Invalid("y: expected [m, n] of the dtype of x");
   }
@@ -150,11 +163,8 @@ ffi::Error Linear(CUstream_st* stream, ffi::AnyBuffer x, ffi::BufferR2<ffi::S8> 
     return Invalid("residual: expected [m, n] of the dtype of x, or [0, 0]");
   }
   p.residual = adds ? residual.untyped_data() : nullptr;
-  p.w = w.typed_data();
-  p.w_scale = w_scale.typed_data();
-  p.bias = bias_length == 0 ? nullptr : bias.typed_data();
   p.y = y->untyped_data();
-  return Queue(p, workspace, stream);
+  return Queue({p}, workspace, stream);
 }
 
 ffi::Error PrologueAlone(CUstream_st* stream, ffi::AnyBuffer x, ffi::BufferR1<ffi::F32> norm,
@@ -170,7 +180,48 @@ ffi::Error PrologueAlone(CUstream_st* stream, ffi::AnyBuffer x, ffi::BufferR1<ff
     return Invalid("y: expected [m, k] of the dtype of x");
   }
   p.y = y->untyped_data();
-  return Queue(p, workspace, stream);
+  return Queue({p}, workspace, stream);
+}
+
+// attended = residual + out(x); gated = up(RMSNorm(attended)); y = attended + down(SiluGate(gated)).
+ffi::Error MlpBlock(CUstream_st* stream, ffi::AnyBuffer x, ffi::AnyBuffer residual, ffi::BufferR1<ffi::F32> norm,
+                    ffi::BufferR2<ffi::S8> out_w, ffi::BufferR1<ffi::F32> out_scale, ffi::BufferR1<ffi::F32> out_bias,
+                    ffi::BufferR2<ffi::S8> up_w, ffi::BufferR1<ffi::F32> up_scale, ffi::BufferR1<ffi::F32> up_bias,
+                    ffi::BufferR2<ffi::S8> down_w, ffi::BufferR1<ffi::F32> down_scale,
+                    ffi::BufferR1<ffi::F32> down_bias, ffi::Result<ffi::AnyBuffer> y,
+                    ffi::Result<ffi::AnyBuffer> attended, ffi::Result<ffi::AnyBuffer> gated, Workspace workspace,
+                    int64_t rule, int64_t column_scope, float value, int64_t topk, int64_t float_outliers, int64_t rung,
+                    float epsilon) {
+  Problem out{};
+  out.kind = Problem::Kind::kLinear;
+  if (ffi::Error e = DecodeRows(x, &out); e.failure()) return e;
+  if (ffi::Error e = Decode({rule, column_scope, topk, float_outliers, rung, value}, &out); e.failure()) return e;
+  Problem up = out, down = out;
+  if (ffi::Error e = DecodeWeights(out_w, out_scale, out_bias, &out); e.failure()) return e;
+  up.k = out.n;
+  if (ffi::Error e = DecodeWeights(up_w, up_scale, up_bias, &up); e.failure()) return e;
+  down.k = up.n / 2;
+  if (ffi::Error e = DecodeWeights(down_w, down_scale, down_bias, &down); e.failure()) return e;
+  if (up.n % 2 != 0 || down.n != out.n || norm.dimensions()[0] != up.k) {
+    return Invalid("norm, out, up, down: expected a block of h, [h, k], [2 * f, h], [h, f]");
+  }
+  const auto fits = [&](const ffi::AnyBuffer& a, int64_t columns) {
+    return Is(a.dimensions(), out.m, columns) && a.element_type() == x.element_type();
+  };
+  if (!fits(residual, out.n) || !fits(*y, out.n) || !fits(*attended, out.n) || !fits(*gated, up.n)) {
+    return Invalid("residual, y: expected [m, h] of the dtype of x");
+  }
+  out.residual = residual.untyped_data();
+  up.prologue = Prologue::kRmsNorm;
+  up.epsilon = epsilon;
+  up.norm = norm.typed_data();
+  down.prologue = Prologue::kSiluGate;
+  out.y = attended->untyped_data();
+  up.x = down.residual = out.y;
+  up.y = gated->untyped_data();
+  down.x = up.y;
+  down.y = y->untyped_data();
+  return Queue({out, up, down}, workspace, stream);
 }
 
 XLA_FFI_DEFINE_HANDLER(kQuantize, Quantize,
@@ -232,6 +283,34 @@ XLA_FFI_DEFINE_HANDLER(kPrologue, PrologueAlone,
                            .Attr<int64_t>("rung"),
                        {ffi::Traits::kCmdBufferCompatible});
 
+XLA_FFI_DEFINE_HANDLER(kMlpBlock, MlpBlock,
+                       ffi::Ffi::Bind()
+                           .Ctx<Stream>()
+                           .Arg<ffi::AnyBuffer>()
+                           .Arg<ffi::AnyBuffer>()
+                           .Arg<ffi::BufferR1<ffi::F32>>()
+                           .Arg<ffi::BufferR2<ffi::S8>>()
+                           .Arg<ffi::BufferR1<ffi::F32>>()
+                           .Arg<ffi::BufferR1<ffi::F32>>()
+                           .Arg<ffi::BufferR2<ffi::S8>>()
+                           .Arg<ffi::BufferR1<ffi::F32>>()
+                           .Arg<ffi::BufferR1<ffi::F32>>()
+                           .Arg<ffi::BufferR2<ffi::S8>>()
+                           .Arg<ffi::BufferR1<ffi::F32>>()
+                           .Arg<ffi::BufferR1<ffi::F32>>()
+                           .Ret<ffi::AnyBuffer>()
+                           .Ret<ffi::AnyBuffer>()
+                           .Ret<ffi::AnyBuffer>()
+                           .Ret<ffi::BufferR1<ffi::U8>>()
+                           .Attr<int64_t>("rule")
+                           .Attr<int64_t>("column_scope")
+                           .Attr<float>("value")
+                           .Attr<int64_t>("topk")
+                           .Attr<int64_t>("float_outliers")
+                           .Attr<int64_t>("rung")
+                           .Attr<float>("epsilon"),
+                       {ffi::Traits::kCmdBufferCompatible});
+
 template <typename Handler>
 py::capsule Capsule(Handler* handler) {
   return py::capsule(reinterpret_cast<void*>(handler));
@@ -243,6 +322,7 @@ py::dict Registrations() {
   targets["jaxint8_product"] = Capsule(kProduct);
   targets["jaxint8_linear"] = Capsule(kLinear);
   targets["jaxint8_prologue"] = Capsule(kPrologue);
+  targets["jaxint8_mlp_block"] = Capsule(kMlpBlock);
   return targets;
 }
 

@@ -62,6 +62,10 @@ int64_t WorkspaceBytes(const Problem& problem);
 // Queues the computation on the stream. Returns null, or what went wrong (a static text or one kept per thread).
 const char* Run(const Problem& problem, CUstream_st* stream);
 
+// The same for some computations, each of which may read what those before it write. They share one workspace, of the
+// size that the most demanding one needs.
+const char* RunAll(const Problem* problems, int count, CUstream_st* stream);
+
 }  // namespace jaxint8::cuda
 
 #endif  // JAXINT8_FFI_CUDA_INT8_H_

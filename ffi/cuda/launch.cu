@@ -44,7 +44,8 @@ const char* WithType(Type type, F f) {
 // The state of one call: where things lie, and whether the next kernel follows one of ours.
 class Call {
  public:
-  Call(const Problem& p, const Plan& plan, CUstream_st* stream) : p_(p), plan_(plan), stream_(stream) {}
+  Call(const Problem& p, const Plan& plan, CUstream_st* stream, bool follows)
+      : p_(p), plan_(plan), stream_(stream), follows_(follows) {}
 
   const char* Run() {
     JAXINT8_TRY(Multiprocessors(&multiprocessors_));
@@ -53,7 +54,10 @@ class Call {
     wgmma_ = wgmma_ && p_.path != Path::kTiled && p_.k > 0;
     swapped_ = wgmma_ && !plan_.stream && p_.m <= (plan_.has_rule ? kSwappedM : kSwappedPlainM);  // or skinny
     const bool bits = plan_.by_column || !swapped_;  // marked columns, or those to gather
-    if (plan_.bits_bytes > 0 && bits) JAXINT8_TRY(Clear(stream_, p_.workspace + plan_.bits, plan_.bits_bytes));
+    if (plan_.bits_bytes > 0 && bits) {
+      JAXINT8_TRY(Clear(stream_, p_.workspace + plan_.bits, plan_.bits_bytes));
+      follows_ = false;  // a kernel behind a memset cannot start early
+    }
     switch (p_.kind) {
       case Problem::Kind::kQuantize:
         return Quantize();
@@ -456,7 +460,7 @@ class Call {
   CUstream_st* const stream_;
   int64_t multiprocessors_ = 1;
   bool wgmma_ = false, swapped_ = false;
-  bool follows_ = false;
+  bool follows_;
 };
 
 bool Aligned(const void* p, uintptr_t to) { return reinterpret_cast<uintptr_t>(p) % to == 0; }
@@ -468,7 +472,9 @@ int64_t WorkspaceBytes(const Problem& problem) {
   return bytes > hopper ? bytes : hopper;
 }
 
-const char* Run(const Problem& p, CUstream_st* stream) {
+namespace {
+
+const char* RunOne(const Problem& p, CUstream_st* stream, bool follows) {
   bool hopper = false;
   if (const char* error = HasWgmma(&hopper)) return error;
   const Plan plan = MakePlan(p, hopper);
@@ -482,7 +488,18 @@ const char* Run(const Problem& p, CUstream_st* stream) {
   if (plan.bytes > 0 && (p.workspace == nullptr || !Aligned(p.workspace, 128))) {
     return "workspace: expected an alignment of 128 bytes";
   }
-  return Call(p, plan, stream).Run();
+  return Call(p, plan, stream, follows).Run();
+}
+
+}  // namespace
+
+const char* Run(const Problem& p, CUstream_st* stream) { return RunOne(p, stream, false); }
+
+const char* RunAll(const Problem* problems, int count, CUstream_st* stream) {
+  for (int i = 0; i < count; ++i) {
+    if (const char* error = RunOne(problems[i], stream, i > 0)) return error;
+  }
+  return nullptr;
 }
 
 #undef JAXINT8_TRY
