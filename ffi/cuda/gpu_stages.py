@@ -20,6 +20,9 @@ from gpu_check import BUILD, ROOT, SITE, run
 import battery
 import jaxint8
 from jaxint8 import RelativeThreshold, Threshold, TopK, kernels, reference
+from jaxint8.block import Block, Weights, mlp_block
+from jaxint8.dispatch import Layer
+from jaxint8.prologue import RMSNorm
 
 PATHS = ("stream", "tiled", "wgmma")  # by their numbers in int8.h
 
@@ -227,12 +230,50 @@ def stage_jax() -> dict[str, Any]:
     if not np.allclose(gradient, wanted, rtol=1e-4, atol=1e-4):
         failures.append("grad")
     text = jax.jit(linear).lower(x).compile().as_text()
+    blocks = check_blocks()
     return {
-        "cases": count,
-        "failures": failures,
+        "cases": count + blocks["cases"],
+        "failures": failures + blocks["failures"],
         "chosen": "cuda" if "jaxint8_linear" in text else "not the kernel",
         "available": list(kernels.available()),
     }
+
+
+def check_blocks() -> dict[str, Any]:
+    """The half of a decoder layer behind its attention, one call, against three layers of the oracle, to the bit."""
+    failures: list[str] = []
+    count = 0
+    norm = RMSNorm(1e-5)
+    for m, k, h, f in (
+        (1, 576, 576, 1536),
+        (2, 512, 1024, 2816),
+        (16, 256, 512, 640),
+        (70, 512, 384, 512),
+    ):
+        made = [
+            battery.make(shape, ml_dtypes.bfloat16, "no_bias")
+            for shape in ((m, k, h), (m, h, 2 * f), (m, f, h))
+        ]
+        rng = np.random.default_rng(m)
+        x, residual = made[0].x, rng.standard_normal((m, h)).astype(ml_dtypes.bfloat16)
+        scale = rng.standard_normal(h).astype(np.float32)
+        block = Block(x, residual, scale, *(Weights(case.codes, case.scale) for case in made))
+        block = jax.tree.map(jnp.asarray, block)
+        for rule in (None, Threshold(6.0, "column"), RelativeThreshold(), TopK(8)):
+            layer = Layer(rule, "int15", "cuda", norm)
+            linear = lambda x, case, rule=rule: reference.int8_linear(  # noqa: E731
+                x, case.codes, case.scale, None, rule
+            )
+            attended = residual + linear(x, made[0])
+            gated = linear(reference.rms_norm(attended, scale, norm.epsilon), made[1])
+            wanted = attended + linear(reference.silu_gate(gated), made[2])
+            run = jax.jit(mlp_block, static_argnums=1)
+            for attempt in range(3):
+                count += 1
+                y = np.asarray(run(block, layer), np.float32)
+                if not np.array_equal(y, wanted.astype(np.float32), equal_nan=True):
+                    failures.append(f"block {(m, k, h, f)} {rule} run {attempt}")
+    return {"cases": count, "failures": failures}
 
 
 def stage_model() -> dict[str, Any]:
