@@ -161,6 +161,12 @@ JAXINT8_DEVICE uint32_t FloatsToBFloats(float a, float b) {
 // Correctly rounded whatever the compiler's flags.
 JAXINT8_DEVICE float Divide(float x, float y) { return __fdiv_rn(x, y); }
 JAXINT8_DEVICE float Reciprocal(float x) { return __frcp_rn(x); }
+// The same of a number from 1 to below 2^126: the quick half of the above, without its question for the range.
+JAXINT8_DEVICE float PlainReciprocal(float x) {
+  float r;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+  return __fmaf_rn(__fmaf_rn(-x, r, 1.0f), r, r);
+}
 JAXINT8_DEVICE float SquareRoot(float x) { return __fsqrt_rn(x); }
 JAXINT8_DEVICE float Multiply(float x, float y) { return __fmul_rn(x, y); }
 JAXINT8_DEVICE float Add(float x, float y) { return __fadd_rn(x, y); }

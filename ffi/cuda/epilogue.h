@@ -42,25 +42,23 @@ JAXINT8_DEVICE uint32_t LoadResidual(const Epilogue& e, int64_t row, int64_t col
   return IsWide(e) ? LoadAs<uint32_t>(e.residual + 4 * at) : LoadAs<uint16_t>(e.residual + 2 * at);
 }
 
-JAXINT8_DEVICE float WidenOutput(const Epilogue& e, uint32_t y) {
-  return e.type == Type::kF32    ? FloatFromBits(y)
-         : e.type == Type::kBF16 ? FloatFromBits(y << 16)
-                                 : HalfToFloat(static_cast<uint16_t>(y));
-}
-// The sum of an output and its residual.
-JAXINT8_DEVICE uint32_t AddResidual(const Epilogue& e, uint32_t y, uint32_t residual) {
-  return e.residual ? Round(e, Add(WidenOutput(e, residual), WidenOutput(e, y))) : y;
-}
-// The same of a word of outputs: one, or two of 16 bits.
+// The sums of a word of outputs and their residual: one, or two of 16 bits.
 JAXINT8_DEVICE uint32_t AddResiduals(const Epilogue& e, uint32_t y, uint32_t residual) {
-  if (!e.residual) return y;
-  if (IsWide(e)) return AddResidual(e, y, residual);
-  return AddResidual(e, y & 0xffff, residual & 0xffff) | AddResidual(e, y >> 16, residual >> 16) << 16;
+  constexpr uint32_t kHigh = 0xffff0000;
+  if (e.type == Type::kF32) return Bits(Add(FloatFromBits(residual), FloatFromBits(y)));
+  if (e.type == Type::kBF16) {
+    return FloatsToBFloats(Add(FloatFromBits(residual << 16), FloatFromBits(y << 16)),
+                           Add(FloatFromBits(residual & kHigh), FloatFromBits(y & kHigh)));
+  }
+  const auto add = [&](int shift) {
+    return Add(HalfToFloat(static_cast<uint16_t>(residual >> shift)), HalfToFloat(static_cast<uint16_t>(y >> shift)));
+  };
+  return FloatsToHalves(add(0), add(16));
 }
 
 JAXINT8_DEVICE void StoreOutput(const Epilogue& e, int64_t row, int64_t column, uint32_t y, uint32_t residual) {
   const int64_t at = row * e.n + column;
-  y = AddResidual(e, y, residual);
+  if (e.residual) y = AddResiduals(e, y, residual);
   if (IsWide(e)) {
     StoreAs<uint32_t>(e.y + 4 * at, y);
   } else {

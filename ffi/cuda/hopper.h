@@ -57,6 +57,11 @@ JAXINT8_DEVICE void WaitBarrier(uint32_t barrier, uint32_t parity) {
   } while (done == 0);
 }
 
+// Arrives once this thread's asynchronous copies of 16 bytes so far have landed.
+JAXINT8_DEVICE void CopyAsyncArrive(uint32_t barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
+}
+
 JAXINT8_DEVICE uint32_t ClusterRank() {
   uint32_t rank;
   asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));

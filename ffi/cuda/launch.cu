@@ -378,11 +378,12 @@ class Call {
     s.k = p_.k;
     s.groups = shape.groups;
     s.depth = shape.depth;
-    s.weights_first = follows_;
+    s.early = follows_ ? EarlySteps(kSkinnyEarly, p_.k, shape.groups * kGroupBytes * kSkinnyWarps, shape.depth) : 0;
     s.epilogue = MakeEpilogue();
     JAXINT8_TRY(MakeTileMap(&s.w, w, p_.n, p_.k, p_.k, kStreamOutputs));
-    JAXINT8_TRY(MakeTileMap(&s.lo, lo, p_.m, p_.k, stride, 8 * kTiles));
-    if constexpr (kHigh) JAXINT8_TRY(MakeTileMap(&s.hi, hi, p_.m, p_.k, stride, 8 * kTiles));
+    s.lo = lo;
+    s.hi = hi;
+    s.stride = stride;
     return Launch<Kernel>(blocks, Kernel::kMaxThreads, shape.shared, s);
   }
 
@@ -392,7 +393,6 @@ class Call {
     s.m = p_.m;
     s.n = p_.n;
     s.k = p_.k;
-    s.weights_first = follows_ && !plan_.align_w;
     s.epilogue = MakeEpilogue();
     const int rows = p_.m <= 32 ? 32 : p_.m <= 64 ? 64 : 128;
     JAXINT8_TRY(MakeTileMap(&s.w, w, p_.n, p_.k, w_stride, 128));
@@ -407,6 +407,7 @@ class Call {
   const char* SwappedWith(SwappedParams& s) {
     s.cluster = ChooseCluster(p_.n, p_.k, multiprocessors_);
     s.stages = ChooseStages(p_.n, multiprocessors_, Kernel::kMinBlocks, Kernel::kStageBytes);
+    s.early = follows_ && !plan_.align_w ? EarlySteps(kSwappedEarly, p_.k, Kernel::kBytesW, s.stages) : 0;
     const bool overlapped = follows_;
     follows_ = true;
     return cuda::Launch<Kernel>(stream_, (p_.n + 127) / 128 * s.cluster, Kernel::kMaxThreads, Kernel::Shared(s.stages),

@@ -146,6 +146,14 @@ inline SkinnyShape ChooseSkinny(int tiles, bool high, int64_t n, int64_t k, int6
   return s;
 }
 
+// Steps whose weights are asked for before the rows are quantised: what arrives meanwhile, by measurement on an H200,
+// and no more, since codes come behind the weights that have been asked for before them. base, step: bytes of a block.
+inline constexpr int64_t kSkinnyEarly = 60 * 1024, kSwappedEarly = 20 * 1024;
+inline int EarlySteps(int64_t base, int64_t k, int64_t step, int most) {
+  const int64_t steps = (base + 3 * k + step / 2) / step;  // long rows take longer
+  return steps < most ? static_cast<int>(steps) : most;
+}
+
 // How many warps share the k of 16 outputs in the streaming kernel.
 inline int ChooseSplit(int64_t k) {
   int split = 1;

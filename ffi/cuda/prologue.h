@@ -40,9 +40,23 @@ JAXINT8_DEVICE float Exponential(float x) {
   return FloatFromBits(Bits(y) + ((Bits(shifted) - kMagicBits) << 23));
 }
 
-JAXINT8_DEVICE float SiluGate(float gate, float up) {
-  const float bounded = Smaller(Larger(-gate, -87.0f), 88.0f);
-  return Multiply(Multiply(gate, Reciprocal(Add(1.0f, Exponential(bounded)))), up);
+// gate[j] = silu(gate[j]) * up[j]. Reciprocals of all but the largest numbers need no care for what is too small.
+JAXINT8_DEVICE void SiluGate(float (&gate)[8], const float (&up)[8]) {
+  float divisors[8], largest = 0;
+#pragma unroll
+  for (int j = 0; j < 8; ++j) {
+    divisors[j] = Add(1.0f, Exponential(Smaller(Larger(-gate[j], -87.0f), 88.0f)));
+    largest = Larger(largest, divisors[j]);
+  }
+  if (__builtin_expect(largest < 0x1p126f, 1)) {
+#pragma unroll
+    for (int j = 0; j < 8; ++j) divisors[j] = PlainReciprocal(divisors[j]);
+  } else {
+#pragma unroll
+    for (int j = 0; j < 8; ++j) divisors[j] = Reciprocal(divisors[j]);
+  }
+#pragma unroll
+  for (int j = 0; j < 8; ++j) gate[j] = Multiply(Multiply(gate[j], divisors[j]), up[j]);
 }
 
 // A row in memory, which is written to another place or the same.
@@ -75,8 +89,7 @@ JAXINT8_DEVICE void ApplyPrologue(const MemoryRow<kType, kVector, kWarp>& row, P
     row.template ForEach<true>([&](int i, float (&v)[8]) {
       float u[8];
       reader.Read(i, u);
-#pragma unroll
-      for (int j = 0; j < 8; ++j) v[j] = SiluGate(v[j], u[j]);
+      SiluGate(v, u);
     });
     return;
   }

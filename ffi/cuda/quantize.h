@@ -40,7 +40,8 @@ inline int64_t StagedBytes(Type type, int64_t k, int64_t stride, Prologue prolog
 // Few rows are done soonest by many threads, many rows by few: what is done once for a row is done by each warp.
 inline int RowThreads(int64_t rows, int64_t columns) {
   const int64_t groups = (columns + 7) / 8, most = groups < 256 ? groups : 256;
-  const int64_t wanted = rows > 512 ? groups / 8 : groups / 4 > most ? groups / 4 : most;
+  const int64_t few = groups / 4 < 128 ? groups / 4 : 128;
+  const int64_t wanted = rows > 512 ? (groups / 8 > few ? groups / 8 : few) : groups / 4 > most ? groups / 4 : most;
   const int64_t threads = (wanted + 31) / 32 * 32;
   return threads < 32 ? 32 : threads < kQuantizeThreads ? static_cast<int>(threads) : kQuantizeThreads;
 }

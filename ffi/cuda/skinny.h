@@ -2,8 +2,9 @@
 //
 // A block takes consecutive groups of 16 outputs, as many as any other, some at a time. Its warps share k in boxes of
 // 128 columns; each has a ring of shared memory of its own, into which the tensor memory accelerator copies boxes of
-// weights and of codes, beginning with weights while the activations are still being quantised. The weights take the
-// place of A in the matrix instruction and the codes that of B.
+// weights, and the threads those of codes. It begins while the activations are still being quantised, with as many
+// weights as will be there when the codes are. The weights take the place of A in the matrix instruction and the codes
+// that of B.
 //
 // High parts are multiplied in full: reading the weights takes longer than both products.
 #ifndef JAXINT8_FFI_CUDA_SKINNY_H_
@@ -22,10 +23,12 @@ inline constexpr int kBoxK = 128;
 inline constexpr int kGroupBytes = kStreamOutputs * kBoxK;
 
 struct SkinnyParams {
-  TileMap w, lo, hi;  // boxes of [16][128] and [8 * kTiles][128]; hi only with high parts
-  int64_t m, n, k;
-  int groups, depth;   // groups at once, and steps of a warp on their way
-  bool weights_first;  // the kernel before this one does not write the weights
+  TileMap w;                 // boxes of [16][128]
+  Ptr<const int8_t> lo, hi;  // [m][stride], to k; hi only with high parts
+  int64_t m, n, k, stride;
+  int groups, depth;  // groups at once, and steps of a warp on their way
+  int early;          // of these, whose weights are asked for before the codes are there: the kernel before this one
+                      // does not write them
   Epilogue epilogue;
 };
 
@@ -61,8 +64,7 @@ class SkinnyKernel {
 
  private:
   static constexpr int kParts = kTiles * (kHigh ? 2 : 1);  // of 8 rows of codes: low, then high
-  static constexpr int kCodeBytes = kTiles * 8 * kBoxK;
-  static constexpr int kRows = 2 * kTiles;  // that a thread stores
+  static constexpr int kRows = 2 * kTiles;                 // that a thread stores
   static constexpr int kColumns = kStreamOutputs * kSkinnyGroups;
 
   // What a warp multiplies in one step: some groups by one box of k.
@@ -90,13 +92,12 @@ class SkinnyKernel {
   JAXINT8_DEVICE void Work() {
     if (lane_ == 0) {
 #pragma unroll 1
-      for (int slot = 0; slot < p_.depth; ++slot) InitBarrier(full_ + 8 * slot, 1);
+      for (int slot = 0; slot < p_.depth; ++slot) InitBarrier(full_ + 8 * slot, 1 + 32);
       FenceBarrierInit();
-      if (p_.weights_first) {
-        Step step = First();
-        for (int slot = 0; slot < p_.depth && step.group < last_; ++slot, Advance(step)) CopyWeights(step, slot);
-      }
+      Step step = First();
+      for (int slot = 0; slot < p_.early && step.group < last_; ++slot, Advance(step)) CopyWeights(step, slot);
     }
+    WarpBarrier();  // the other lanes see the barriers
     WaitForPreviousKernel();
     const int row = ThreadIndex() / kColumns, column = ThreadIndex() % kColumns;
     float row_scale[kRows] = {};
@@ -107,13 +108,11 @@ class SkinnyKernel {
       }
     }
     Step next = First();  // to be copied
-    if (lane_ == 0) FenceAccelerator();
     for (int slot = 0; slot < p_.depth; ++slot) {
-      if (!p_.weights_first) CopyWeights(next, slot);
+      if (slot >= p_.early) CopyWeights(next, slot);
       CopyCodes(next, slot);
       Advance(next);
     }
-    WarpBarrier();  // the other lanes see the barriers
     int slot = 0;
     uint32_t parity = 0;
     for (int group = first_; group < last_; group += p_.groups) {
@@ -134,8 +133,8 @@ class SkinnyKernel {
 #pragma unroll 1
       for (int box = warp_; box < boxes_; box += kSkinnyWarps) {
         WaitBarrier(full_ + 8 * slot, parity);
-        Multiply(shared_ + (ring_ - SharedAddress(shared_)) + slot * static_cast<int>(layout_.step), count, c);
-        // The products are the whole warp's, so all lanes have read the step.
+        Multiply(Slot(slot), count, c);
+        WarpBarrier();  // all lanes have read the step
         CopyWeights(next, slot);
         CopyCodes(next, slot);
         Advance(next);
@@ -171,22 +170,33 @@ class SkinnyKernel {
     step.group += p_.groups;
   }
 
-  // Start the copies of a step, if there is one. Their bytes arrive together.
+  // Start the copies of a step, if there is one. They arrive together.
   JAXINT8_DEVICE void CopyWeights(const Step& step, int slot) const {
     if (lane_ != 0 || step.group >= last_) return;
     const uint32_t to = ring_ + static_cast<uint32_t>(slot * layout_.step), full = full_ + 8 * slot;
     const int count = last_ - step.group < p_.groups ? last_ - step.group : p_.groups;
-    ArriveExpecting(full, static_cast<uint32_t>(count * kGroupBytes + kParts * 8 * kBoxK));
+    ArriveExpecting(full, static_cast<uint32_t>(count * kGroupBytes));
 #pragma unroll 1
     for (int i = 0; i < count; ++i) {
       CopyTile(&p_.w, to + i * kGroupBytes, full, step.box * kBoxK, (step.group + i) * kStreamOutputs);
     }
   }
+  // By the threads: the accelerator would bring them behind all the weights that it has been asked for.
   JAXINT8_DEVICE void CopyCodes(const Step& step, int slot) const {
-    if (lane_ != 0 || step.group >= last_) return;
-    const uint32_t to = ring_ + static_cast<uint32_t>(slot * layout_.step + p_.groups * kGroupBytes);
-    CopyTile(&p_.lo, to, full_ + 8 * slot, step.box * kBoxK, 0);
-    if constexpr (kHigh) CopyTile(&p_.hi, to + kCodeBytes, full_ + 8 * slot, step.box * kBoxK, 0);
+    if (step.group >= last_) return;
+    const Ptr<uint8_t> to = Slot(slot) + p_.groups * kGroupBytes;
+    const int chunk = lane_ % 8, k = step.box * kBoxK + 16 * chunk;
+#pragma unroll
+    for (int i = 0; i < 2 * kParts; ++i) {
+      const int row = 4 * (i % 2) + lane_ / 8, part = i / 2, m = 8 * (part % kTiles) + row;
+      const bool valid = m < p_.m && k < p_.k;
+      const Ptr<const int8_t> from = part < kTiles ? p_.lo : p_.hi;
+      CopyAsync16(to + ((8 * part + row) * kBoxK + 16 * (chunk ^ row)), from + (valid ? m * p_.stride + k : 0), valid);
+    }
+    CopyAsyncArrive(full_ + 8 * slot);
+  }
+  JAXINT8_DEVICE Ptr<uint8_t> Slot(int slot) const {
+    return shared_ + static_cast<int>((warp_ * p_.depth + slot) * layout_.step);
   }
 
   // Adds the products of a step's groups. Within a box chunk j of 16 bytes of row r lies at j ^ r % 8.

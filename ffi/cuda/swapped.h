@@ -1,10 +1,10 @@
 // The product for some tens of rows on Hopper (sm_90a): as in wgmma.h, but with the weights in the place of the rows,
 // 128 of them to a block, and all activations in that of the columns, so that few rows cost few products.
 //
-// Two warpgroups multiply; one thread beside them keeps some stages of shared memory filled, beginning with the
-// weights while the activations are still being quantised. The blocks of a cluster share the k of a tile, so that also
-// a narrow layer keeps all multiprocessors reading, and add their sums through each other's shared memory. Up to 64
-// rows two blocks fit on a multiprocessor: a second tile is on its way while the first ends.
+// Two warpgroups multiply; one thread beside them keeps some stages of shared memory filled, beginning with some
+// weights while the activations are still being quantised (see EarlySteps). The blocks of a cluster share the k of a
+// tile, so that also a narrow layer keeps all multiprocessors reading, and add their sums through each other's shared
+// memory. Up to 64 rows two blocks fit on a multiprocessor: a second tile is on its way while the first ends.
 //
 // High parts (kHigh) are multiplied in full, with sums of their own: reading the weights takes longer than both.
 #ifndef JAXINT8_FFI_CUDA_SWAPPED_H_
@@ -18,9 +18,9 @@ namespace jaxint8::cuda {
 struct SwappedParams {
   TileMap w, lo, hi;  // boxes of [128][128] and [kTileN][128]; hi only with high parts
   int64_t m, n, k;
-  int cluster;         // blocks that share the k of a tile: 1, 2, 4 or 8; there are as many steps at least
-  int stages;          // in shared memory
-  bool weights_first;  // the kernel before this one does not write the weights
+  int cluster;  // blocks that share the k of a tile: 1, 2, 4 or 8; there are as many steps at least
+  int stages;   // in shared memory
+  int early;  // of these, whose weights are asked for before the codes are there: the kernel before does not write them
   Epilogue epilogue;
 };
 
@@ -104,9 +104,7 @@ class SwappedKernel {
   JAXINT8_DEVICE void Produce() {
     const Tile tile = MyTile();
     int early = 0;  // steps whose weights are under way before the activations are there
-    if (p_.weights_first) {
-      for (; early < p_.stages && early < tile.steps; ++early) CopyWeights(tile, early, early);
-    }
+    for (; early < p_.early && early < tile.steps; ++early) CopyWeights(tile, early, early);
     WaitForPreviousKernel();
     FenceAccelerator();
     uint32_t parity = 1;  // the first round finds all stages empty

@@ -289,6 +289,7 @@ inline uint32_t FloatsToBFloats(float a, float b) {
   return FloatToBFloat(a) | static_cast<uint32_t>(FloatToBFloat(b)) << 16;
 }
 inline float Reciprocal(float x) { return 1.0f / x; }
+inline float PlainReciprocal(float x) { return 1.0f / x; }
 inline float Divide(float x, float y) { return x / y; }
 inline float SquareRoot(float x) { return std::sqrt(x); }
 inline float Multiply(float x, float y) { return x * y; }

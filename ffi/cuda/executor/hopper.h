@@ -68,6 +68,28 @@ inline void WaitBarrier(uint32_t barrier, uint32_t parity, Site site = Site::Her
   m.WaitUntil(site, [&b, parity] { return (b.phase & 1) != (parity & 1) ? b.ended : 0; });
 }
 
+inline void CopyAsyncArrive(uint32_t barrier, Site site = Site::Here()) {
+  Machine& m = TheMachine();
+  MemoryBarrier& b = BarrierAt(barrier, m.rank(), site);
+  const bool early = m.Planted(site, Fault::kSkipWait);
+  const auto arrive = [&b] {
+    ++b.arrivals;
+    b.Settle();
+  };
+  if (early) arrive();
+  m.Postpone([=, copies = std::move(m.open_copies())] {
+    for (const auto& copy : copies) {
+      if (copy.from) {
+        std::memcpy(copy.to, copy.from, 16);
+      } else {
+        std::memset(copy.to, 0, 16);
+      }
+    }
+    if (!early) arrive();
+  });
+  m.open_copies().clear();
+}
+
 inline uint32_t ClusterRank() { return static_cast<uint32_t>(TheMachine().rank()); }
 inline void ClusterBarrier(Site site = Site::Here()) { TheMachine().ClusterBarrier(site); }
 
