@@ -339,6 +339,7 @@ void Job::PlanHi() {
   }
   ws.plan.groups = groups;
   ws.plan.group = ws.groups.data();
+  ws.plan.needed = reinterpret_cast<const uint16_t*>(ws.used.data());
   ws.plan.slot = ws.slots.data();
 }
 
