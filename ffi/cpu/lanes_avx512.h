@@ -34,6 +34,13 @@ ALWAYS_INLINE inline void TransposeLanes(const __m512i (&row)[4], __m512i (&out)
   out[3] = _mm512_unpackhi_epi64(high01, high23);
 }
 
+// Lane l: the sum of the lanes of the l-th register.
+ALWAYS_INLINE inline __m512i SumLanes(__m512i a, __m512i b, __m512i c, __m512i d) {
+  const __m512i ab = _mm512_add_epi32(_mm512_shuffle_i32x4(a, b, 0x44), _mm512_shuffle_i32x4(a, b, 0xee));
+  const __m512i cd = _mm512_add_epi32(_mm512_shuffle_i32x4(c, d, 0x44), _mm512_shuffle_i32x4(c, d, 0xee));
+  return _mm512_add_epi32(_mm512_shuffle_i32x4(ab, cd, 0x88), _mm512_shuffle_i32x4(ab, cd, 0xdd));
+}
+
 // A piece of a block.
 struct LanesPart {
   int64_t i;           // the first row of codes
@@ -85,22 +92,23 @@ void Lanes(const Block& b, const LanesPart& part) {
   for (int64_t t = part.begin; t < whole; t += 64) {
     step(t, [](const int8_t* from) ALWAYS_INLINE { return _mm512_loadu_si512(from); });
   }
+  // What comes after the loop is no reason to move sums about in it.
+  Unroll<M * G>([&](auto i) ALWAYS_INLINE { asm("" : "+v"(acc[i / G][i % G])); });
   // In locals, because a store to c might change *b or part for all the compiler knows.
   int32_t* c = b.c + part.i * kBlockN + part.j;
   const Row* rows = b.rows + part.i;
   const bool adds = part.begin > 0;
-  Unroll<M>([&](auto i) ALWAYS_INLINE {
-    __m128i before[G];
-    Unroll<G>([&](auto g) ALWAYS_INLINE {
-      before[g] = adds ? _mm_load_si128(reinterpret_cast<__m128i*>(c + i * kBlockN + g * 4))
-                       : _mm_set1_epi32(Correction(rows[i]));
-    });
-    Unroll<G>([&](auto g) ALWAYS_INLINE {
-      const __m512i sums = acc[i][g];
-      const __m256i half = _mm256_add_epi32(_mm512_castsi512_si256(sums), _mm512_extracti64x4_epi64(sums, 1));
-      const __m128i four = _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
-      _mm_store_si128(reinterpret_cast<__m128i*>(c + i * kBlockN + g * 4), _mm_add_epi32(before[g], four));
-    });
+  Unroll<(M + 1) / 2>([&](auto pair) ALWAYS_INLINE {
+    constexpr int kLow = pair * 2, kHigh = kLow + 1 < M ? kLow + 1 : kLow;
+    auto* low = reinterpret_cast<__m256i*>(c + kLow * kBlockN);
+    auto* high = reinterpret_cast<__m256i*>(c + kHigh * kBlockN);
+    const __m256i before[2] = {adds ? _mm256_load_si256(low) : _mm256_set1_epi32(Correction(rows[kLow])),
+                               adds ? _mm256_load_si256(high) : _mm256_set1_epi32(Correction(rows[kHigh]))};
+    const __m512i sums = SumLanes(acc[kLow][0], acc[kLow][1], acc[kHigh][0], acc[kHigh][1]);
+    _mm256_store_si256(low, _mm256_add_epi32(before[0], _mm512_castsi512_si256(sums)));
+    if constexpr (kHigh != kLow) {
+      _mm256_store_si256(high, _mm256_add_epi32(before[1], _mm512_extracti64x4_epi64(sums, 1)));
+    }
   });
 }
 
