@@ -72,10 +72,13 @@ void Lanes(const Block& b, const LanesPart& part) {
       TransposeLanes(row, weights[g]);
     });
     if constexpr (kKeeps) {
-      if (needed[t / 64] != 0) {
-        Unroll<G * 4>([&](auto i)
-                          ALWAYS_INLINE { _mm512_store_si512(kept + t * 4 * G + i * 64, weights[i / 4][i % 4]); });
-      }
+      const unsigned words = needed[t / 64];
+      Unroll<4>([&](auto q) ALWAYS_INLINE {
+        if (words & 0x1111 << q) {
+          Unroll<G>([&](auto g)
+                        ALWAYS_INLINE { _mm512_store_si512(kept + t * 4 * G + (g * 4 + q) * 64, weights[g][q]); });
+        }
+      });
     }
     Unroll<4>([&](auto q) ALWAYS_INLINE {
       Unroll<M>([&](auto i) ALWAYS_INLINE {
