@@ -277,7 +277,11 @@ void Job::QuantizeRows(int64_t item) {
     const size_t words = lists.words.size();
     for (int32_t j = 0; j < row.count; ++j) {
       const int32_t column = scratch.index[j];
-      const int32_t hi = p_.options.float_outliers ? 0 : (scratch.codes[j] + 64) >> 7;
+      int32_t hi = p_.options.float_outliers ? 0 : (scratch.codes[j] + 64) >> 7;
+      if (hi != 0 && std::abs(scratch.codes[j]) <= 127) {  // needs no high part: most outliers of a column are small
+        lo[column] = static_cast<int8_t>(scratch.codes[j]);
+        hi = 0;
+      }
       lists.outliers.push_back({column, hi, scratch.outliers[j]});
       if (hi == 0) continue;
       if (lists.words.size() == words || lists.words.back().group != column / 4) lists.words.push_back({column / 4, 0});
