@@ -291,11 +291,11 @@ void Multiply(const Block& b) {
 }
 
 // The same with lanes (measured on Zen 5): 0.06 cycles more than tiles for each row and column, and 30 for each group
-// of high parts. Tiles: 5.5 * k up to 16 rows, else 3.6 * k. Dot products of up to four rows are as fast as lanes, but
-// gathering takes 70 cycles a group.
+// of high parts. Tiles: 5.5 * k up to 16 rows, else 3.6 * k. One row, and two without outliers, are a stream of
+// weights.
 void MultiplyWithLanes(const Block& b) {
   const int64_t groups = b.plan ? b.plan->groups : 0;
-  if (b.k == 0 || (Planned(b) && (b.m <= 2 || (b.m <= 4 && groups * 100 <= b.k)))) return MultiplyDots(b);
+  if (b.k == 0 || (Planned(b) && (b.m == 1 || (b.m == 2 && groups == 0)))) return MultiplyDots(b);
   if (Planned(b) && 6 * b.m * b.k + 3000 * groups <= (b.m <= 16 ? 550 : 360) * b.k) return MultiplyLanes(b);
   MultiplyTiled(b);
 }
