@@ -39,15 +39,18 @@ struct Case {
   int64_t m, k, n;
   Type type;
   Options options;
-  bool bias;
+  bool bias, residual;
+  Prologue::Kind prologue;
+
+  int64_t columns() const { return prologue == Prologue::Kind::kSiluGate ? 2 * k : k; }
 };
 
 struct Inputs {
-  Bytes x, w, w_scale, bias, a;
+  Bytes x, w, w_scale, bias, norm, residual, a;
 };
 
 struct Outputs {
-  Bytes y, product, lo, hi, row_scale;
+  Bytes y, product, rows, lo, hi, row_scale;
 };
 
 uint16_t ToHalf(float x) {  // truncates; inputs only
@@ -79,7 +82,10 @@ float Uniform(std::mt19937& random) { return static_cast<float>(random() >> 8) *
 Inputs Make(const Case& c, uint32_t seed) {
   std::mt19937 random(seed);
   Inputs in;
-  in.x.resize(c.m * c.k * (c.type == Type::kF32 ? 4 : 2));
+  const int64_t size = c.type == Type::kF32 ? 4 : 2;
+  in.x.resize(c.m * c.columns() * size);
+  in.norm.resize(c.k * 4);
+  in.residual.resize(c.m * c.n * size);
   in.w.resize(c.n * c.k);
   in.a.resize(c.m * c.k);
   in.w_scale.resize(c.n * 4);
@@ -91,17 +97,19 @@ Inputs Make(const Case& c, uint32_t seed) {
     Put(in.w_scale, j, 0.01f * (Uniform(random) + 1.5f));
     Put(in.bias, j, Uniform(random));
   }
+  for (int64_t j = 0; j < c.k; ++j) Put(in.norm, j, Uniform(random));
+  for (int64_t j = 0; j < c.m * c.n; ++j) PutActivation(in.residual, c.type, j, 8 * Uniform(random));
   const float nan = std::numeric_limits<float>::quiet_NaN(), inf = std::numeric_limits<float>::infinity();
   for (int64_t i = 0; i < c.m; ++i) {
-    const float size = std::ldexp(1.0f, static_cast<int>(random() % 9) - 4);
-    for (int64_t j = 0; j < c.k; ++j) {
-      float value = size * Uniform(random) * (random() % 64 == 0 ? 12 : 1);
+    const float scale = std::ldexp(1.0f, static_cast<int>(random() % 9) - 4);
+    for (int64_t j = 0; j < c.columns(); ++j) {
+      float value = scale * Uniform(random) * (random() % 64 == 0 ? 12 : 1);
       if (i % 16 == 3) value = j % 2 ? 0.0f : -0.0f;
       if (i % 16 == 5) value = j % 3 ? 2.0f : -2.0f;  // ties everywhere
       if (i % 16 == 7 && j == c.k / 2) value = nan;
       if (i % 16 == 9 && j == c.k - 1) value = -inf;
       if (i % 16 == 11) value *= 0x1p-123f;
-      PutActivation(in.x, c.type, i * c.k + j, value);
+      PutActivation(in.x, c.type, i * c.columns() + j, value);
     }
   }
   return in;
@@ -117,7 +125,9 @@ void RunOn(int threads, const Problem& problem) {
 
 Outputs Run(const Case& c, const Inputs& in, const Rung* rung, int threads) {
   Outputs out;
-  out.y.resize(c.m * c.n * (c.type == Type::kF32 ? 4 : 2));
+  const int64_t size = c.type == Type::kF32 ? 4 : 2;
+  out.y.resize(c.m * c.n * size);
+  out.rows.resize(c.m * c.k * size);
   out.product.resize(c.m * c.n * 4);
   out.lo.resize(c.m * c.k);
   out.hi.resize(c.m * c.k);
@@ -136,7 +146,14 @@ Outputs Run(const Case& c, const Inputs& in, const Rung* rung, int threads) {
   p.row_scale = reinterpret_cast<float*>(out.row_scale.data());
   p.kind = Problem::Kind::kQuantize;
   RunOn(threads, p);
+  p.prologue = {c.prologue, 0x1p-17f, reinterpret_cast<const float*>(in.norm.data())};
+  if (c.prologue != Prologue::Kind::kNone) {
+    p.kind = Problem::Kind::kPrologue;
+    p.y = out.rows.data();
+    RunOn(threads, p);
+  }
   p.kind = Problem::Kind::kLinear;
+  p.residual = c.residual ? in.residual.data() : nullptr;
   p.y = out.y.data();
   RunOn(threads, p);
   p.kind = Problem::Kind::kProduct;
@@ -202,10 +219,10 @@ bool LeavesAsAllowed() {
 }
 
 int Main() {
-  const int64_t shapes[][3] = {{1, 1, 1},      {1, 3, 17},     {1, 576, 70},   {1, 1700, 66},  {2, 499, 65},
-                               {3, 130, 64},   {4, 64, 16},    {6, 65, 15},    {7, 768, 72},   {8, 1027, 40},
-                               {13, 300, 128}, {16, 2100, 66}, {17, 256, 130}, {33, 1100, 64}, {64, 1088, 200},
-                               {523, 70, 64},  {0, 5, 5},      {5, 0, 5},      {5, 5, 0},      {1040, 129, 33}};
+  const int64_t shapes[][3] = {
+      {1, 1, 1},       {1, 3, 17},    {1, 576, 70},  {1, 1700, 66},  {2, 499, 65},   {3, 130, 64},   {4, 64, 16},
+      {6, 65, 15},     {7, 768, 72},  {8, 1027, 40}, {13, 300, 128}, {16, 2100, 66}, {17, 256, 130}, {33, 1100, 64},
+      {64, 1088, 200}, {9, 5000, 77}, {523, 70, 64}, {0, 5, 5},      {5, 0, 5},      {5, 5, 0},      {1040, 129, 33}};
   const std::vector<const Rung*> rungs = AllRungs();
   const size_t count = rungs.size();
   const Rung* scalar = rungs.back();
@@ -214,21 +231,26 @@ int Main() {
   uint32_t seed = 0;
   for (const auto& shape : shapes) {
     for (const Options& rule : Rules()) {
-      Case c{shape[0], shape[1], shape[2], static_cast<Type>(seed % 3), rule, seed % 2 == 0};
+      const auto prologue = static_cast<Prologue::Kind>(seed % 5 % 3);
+      Case c{shape[0], shape[1], shape[2], static_cast<Type>(seed % 3), rule, seed % 2 == 0, seed % 4 < 2, prologue};
       const Inputs in = Make(c, ++seed);
       Outputs expected = Run(c, in, scalar, 1);
       UnifyNans(expected.y, c.type);
+      UnifyNans(expected.rows, c.type);
       UnifyNans(expected.row_scale, Type::kF32);
-      for (const Bytes* part : {&expected.y, &expected.product, &expected.lo, &expected.hi, &expected.row_scale}) {
+      for (const Bytes* part :
+           {&expected.y, &expected.product, &expected.rows, &expected.lo, &expected.hi, &expected.row_scale}) {
         sum = Checksum(sum, *part);
       }
       for (size_t r = 0; r < count; ++r) {
         if (!rungs[r]->supported()) continue;
         Outputs actual = Run(c, in, rungs[r], 1 + static_cast<int>(seed % 3));
         UnifyNans(actual.y, c.type);
+        UnifyNans(actual.rows, c.type);
         UnifyNans(actual.row_scale, Type::kF32);
-        const bool same = actual.y == expected.y && actual.product == expected.product && actual.lo == expected.lo &&
-                          actual.hi == expected.hi && actual.row_scale == expected.row_scale;
+        const bool same = actual.y == expected.y && actual.rows == expected.rows &&
+                          actual.product == expected.product && actual.lo == expected.lo && actual.hi == expected.hi &&
+                          actual.row_scale == expected.row_scale;
         if (same) continue;
         ++failures[r];
         std::printf("%s differs: m %ld k %ld n %ld type %d rule %d\n", rungs[r]->name, static_cast<long>(c.m),

@@ -93,7 +93,7 @@ struct Shape {
   int64_t m, k, n;
 };
 
-void Run(const Shape& s, int threads, Pool* pool, double peak, const std::vector<int8_t>& weights) {
+void Run(const Shape& s, int threads, Pool* pool, double peak, const int8_t* weights) {
   std::mt19937 random(1);
   std::normal_distribution<float> normal;
   std::vector<float> x(s.m * s.k), scale(s.n, 0.01f), y(s.m * s.n);
@@ -118,14 +118,14 @@ void Run(const Shape& s, int threads, Pool* pool, double peak, const std::vector
       p.rung = rung;
       p.options = options[o];
       p.m = s.m, p.k = s.k, p.n = s.n;
-      p.x = x.data(), p.w = weights.data(), p.w_scale = scale.data(), p.y = y.data();
+      p.x = x.data(), p.w = weights, p.w_scale = scale.data(), p.y = y.data();
       const double begin = Now();
       Job job(p);
       RunJob(job, threads, [&](auto task) { pool->Schedule(task); });
       best[o] = std::min(best[o], Now() - begin);
     }
   }
-  const double read = MeasureBandwidth(weights.data(), s.n * s.k, threads, 0.1) * 1e-9;
+  const double read = MeasureBandwidth(weights, s.n * s.k, threads, 0.1) * 1e-9;
   const auto [m, k, n] = s;
   const double multiplies = static_cast<double>(m) * static_cast<double>(k) * static_cast<double>(n);
   std::printf("%5ld %6ld %6ld %11.0f ns | column %.2f relative %.2f top8 %.2f float %.2f | ", static_cast<long>(m),
@@ -153,10 +153,14 @@ int main(int argc, char** argv) {
   }
   size_t largest = 0;
   for (const Shape& s : shapes) largest = std::max<size_t>(largest, s.k * s.n);
-  std::vector<int8_t> weights(largest + 4096);
-  for (size_t i = 0; i < weights.size(); ++i) weights[i] = static_cast<int8_t>((i * 2654435761u) >> 24);
+  // As XLA has them, at the beginning of a line.
+  const size_t total = (largest + 4096) / 4096 * 4096;
+  auto* const weights = static_cast<int8_t*>(std::aligned_alloc(4096, total));
+  if (weights == nullptr) return std::fprintf(stderr, "out of memory\n"), 1;
+  for (size_t i = 0; i < total; ++i) weights[i] = static_cast<int8_t>((i * 2654435761u) >> 24);
   const double peak = MeasurePeak(threads, 0.2, rung->name).multiplies_per_second * 1e-9;
   std::printf("%s, %d threads, peak %.0f multiplies per ns\n", rung->name, threads, peak);
   Pool pool(threads - 1);
   for (const Shape& s : shapes) Run(s, threads, &pool, peak, weights);
+  std::free(weights);
 }

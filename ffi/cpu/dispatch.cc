@@ -4,7 +4,7 @@
 namespace jaxint8::cpu {
 
 // Which rungs the compiler could build is told by CMakeLists.txt.
-extern const Rung kAmxInt8, kAvx512Vnni, kAvxVnni, kAvx2, kNeonI8mm, kNeonDotprod, kScalar;
+extern const Rung kAmxInt8, kAvx512VnniLanes, kAvx512Vnni, kAvxVnni, kAvx2, kNeonI8mm, kNeonDotprod, kScalar;
 
 namespace {
 
@@ -13,6 +13,7 @@ const Rung* const kRungs[] = {
     &kAmxInt8,
 #endif
 #if defined(JAXINT8_AVX512_VNNI)
+    &kAvx512VnniLanes,
     &kAvx512Vnni,
 #endif
 #if defined(JAXINT8_AVX_VNNI)

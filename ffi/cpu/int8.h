@@ -19,9 +19,10 @@ inline constexpr int64_t kMaxK = ((int64_t{1} << 31) - 1) / (127 * 127);
 // Outputs per block of work: four 512-bit registers of int32. Every rung computes blocks of at most this width.
 inline constexpr int64_t kBlockN = 64;
 // Up to this many rows a product may be a bundle of dot products that streams the weights; above, it is tiled.
-inline constexpr int64_t kSmallM = 24;
-// Weights that a waiting thread fetches at most: a part of any second-level cache, and what comes in some microseconds.
-inline constexpr int64_t kFetchBytes = 96 << 10;
+inline constexpr int64_t kSmallM = 72;
+// Weights that a waiting thread fetches at most, for so many rows: a part of any second-level cache, and what comes in
+// some microseconds.
+inline constexpr int64_t kFetchBytes = 96 << 10, kFetchM = 24;
 
 enum class Type : int32_t { kF32, kBF16, kF16, kS32 };
 enum class Rule : int32_t { kNone, kThreshold, kRelative, kTopK };
@@ -68,13 +69,14 @@ struct Row {
 // these groups are gathered once per block and serve all rows. A single row has its own lists instead, or, with many
 // outliers, keeps its high parts for all columns (dense): its weights are read more slowly than multiplied.
 struct HiPlan {
-  static constexpr int64_t kMaxGroups = 128;  // with more, a tiled product is better
+  static constexpr int64_t kMaxGroups = 256;  // with more, a tiled product is better
 
   bool dense = false;
   int64_t groups = 0;
-  const int32_t* group = {};  // [groups], ascending
-  const int32_t* slot = {};   // of every word of every row, one row after the other: which of the groups it is
-  const int8_t* hi = {};      // dense: [k rounded up to 64], zero where not an outlier
+  const int32_t* group = {};    // [groups], ascending
+  const uint16_t* needed = {};  // for every 16 groups, that is 64 columns: which of them are listed
+  const int32_t* slot = {};     // of every word of every row, one row after the other: which of the groups it is
+  const int8_t* hi = {};        // dense: [k rounded up to 64], zero where not an outlier
 };
 
 // y[i][j] = round((float(c[i][j]) * rows[i].scale) * w_scale[j] (+ extra[i][j]) (+ bias[j])) for j < n; with a residual

@@ -211,7 +211,7 @@ Job::~Job() { Release(ws_); }
 
 const int8_t* Job::WeightsOf(int64_t thread, int64_t* bytes) const {
   *bytes = 0;
-  if (p_.m > kSmallM || items_[kPhases - 1] == 0) return nullptr;
+  if (p_.m > kFetchM || items_[kPhases - 1] == 0) return nullptr;
   const int64_t begin = lane(thread) * kBlockN, end = std::min(p_.n, lane(thread + 1) * kBlockN);
   *bytes = std::min(kFetchBytes, std::max<int64_t>(0, end - begin) * p_.k);
   return p_.w + begin * p_.k;
@@ -317,7 +317,11 @@ void Job::QuantizeRows(int64_t item) {
     const size_t words = lists.words.size();
     for (int32_t j = 0; j < row.count; ++j) {
       const int32_t column = scratch.index[j];
-      const int32_t hi = p_.options.float_outliers ? 0 : (scratch.codes[j] + 64) >> 7;
+      int32_t hi = p_.options.float_outliers ? 0 : (scratch.codes[j] + 64) >> 7;
+      if (hi != 0 && std::abs(scratch.codes[j]) <= 127) {  // needs no high part: most outliers of a column are small
+        lo[column] = static_cast<int8_t>(scratch.codes[j]);
+        hi = 0;
+      }
       lists.outliers.push_back({column, hi, scratch.outliers[j]});
       if (hi == 0) continue;
       if (lists.words.size() == words || lists.words.back().group != column / 4) lists.words.push_back({column / 4, 0});
@@ -380,6 +384,7 @@ void Job::PlanHi() {
   }
   ws.plan.groups = groups;
   ws.plan.group = ws.groups.data();
+  ws.plan.needed = reinterpret_cast<const uint16_t*>(ws.used.data());
   ws.plan.slot = ws.slots.data();
 }
 

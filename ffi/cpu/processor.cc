@@ -1,6 +1,9 @@
 // See processor.h. The compiler's own tests look at cpuid and, through xgetbv, at what the operating system saves.
 #include "processor.h"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 #if defined(__linux__)
 #if defined(__x86_64__)
 #include <sys/syscall.h>
@@ -21,6 +24,15 @@ bool HasAvxVnni() { return __builtin_cpu_supports("avx2") && __builtin_cpu_suppo
 #else
 bool HasAvxVnni() { return false; }
 #endif
+
+bool HasFreeShuffles() {
+  static const bool has = [] {
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    if (!__builtin_cpu_is("amd") || __get_cpuid(1, &a, &b, &c, &d) == 0) return false;
+    return (a >> 8 & 15) + (a >> 20 & 255) >= 0x1a;  // the family
+  }();
+  return has;
+}
 
 #if defined(JAXINT8_AMX_INT8) && defined(__linux__)
 bool HasAmxInt8() {
