@@ -51,17 +51,20 @@ def test_two_processes_give_the_perplexity_of_one(checkpoint, tmp_path):  # noqa
         "--methods=relative",
         "--window=32",
         "--batch_size=2",
+        # In one process too: with other numbers of heads a device's float attention is rounded otherwise (by 1e-6),
+        # which may turn a code and then moves a perplexity by 1e-4. test_placement.py compares with one device.
+        "--mesh=2x4",
     ]
-    single = run("eval", *common, f"--output={tmp_path / 'one'}", local_devices=1)
-    both = pair("eval", *common, f"--output={tmp_path / 'two'}", "--mesh=2x4")
+    single = run("eval", *common, f"--output={tmp_path / 'one'}", local_devices=8)
+    both = pair("eval", *common, f"--output={tmp_path / 'two'}")
     assert outcome(single)[0] == 0
     first, second = map(outcome, both)
     assert (first[0], *second[:2]) == (0, 0, ""), (first, second)
     one, two = (json.loads((tmp_path / x / "report.json").read_text()) for x in ("one", "two"))
     assert two["environment"]["mesh"] == "2x4" and two["environment"]["devices"] == 8
     (one,), (two,) = one["rows"], two["rows"]
-    assert two["perplexity"] == pytest.approx(one["perplexity"], rel=1e-5)
-    assert two["outlier_fraction"] == pytest.approx(one["outlier_fraction"], rel=1e-3)
+    assert two["perplexity"] == pytest.approx(one["perplexity"], rel=1e-6)
+    assert two["outlier_fraction"] == one["outlier_fraction"]
 
 
 def test_two_processes_give_the_text_of_one(checkpoint):  # noqa: F811
