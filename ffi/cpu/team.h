@@ -8,14 +8,17 @@
 // of that pool, and helpers that start when all is done are all harmless. Scheduling later, from the last item of a
 // phase, is not an option: the context of an FFI call lives on the caller's stack and is gone once the handler returns.
 //
-// A thread that waits fetches the weights that it will multiply next, so memory is read while rows are quantised.
+// A helper that has nothing to do waits a little for the next call (Standby). A thread that waits in a call fetches the
+// weights that it will multiply next, so memory is read while rows are quantised.
 #ifndef JAXINT8_FFI_CPU_TEAM_H_
 #define JAXINT8_FFI_CPU_TEAM_H_
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cstdint>
 #include <memory>
+#include <mutex>
 #include <new>
 #include <thread>
 #include <utility>
@@ -191,6 +194,72 @@ inline void Leave(int processor) {
 #endif
 }
 
+// Helpers that have just worked and wait for the next call. A decoder's calls follow each other within a tenth of a
+// millisecond, and a thread that sleeps takes 20 us to wake in a virtual machine: as long as a small layer. While they
+// wait they yield, so that whoever else wants their processor has it.
+class Standby {
+ public:
+  static Standby& Get() {
+    static auto* const standby = new Standby;  // never destroyed: helpers may outlive static objects
+    return *standby;
+  }
+
+  // Gives the work to a helper that waits; false if none does.
+  bool Offer(const std::shared_ptr<Team>& team, int64_t lane) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (waiting_.empty()) return false;
+    Helper* const helper = waiting_.back();
+    waiting_.pop_back();
+    helper->team = team;
+    helper->lane = lane;
+    helper->called.store(true, std::memory_order_release);
+    return true;
+  }
+
+  // Works, and goes on with what is offered until nothing has been for a while.
+  void Serve(std::shared_ptr<Team> team, int64_t lane) {
+    for (;;) {
+      team->Work(lane);
+      team.reset();
+      Helper self;
+      {
+        std::lock_guard<std::mutex> lock(mutex_);
+        waiting_.push_back(&self);
+      }
+      const auto end = std::chrono::steady_clock::now() + kPatience;
+      while (!self.called.load(std::memory_order_acquire)) {
+        std::this_thread::yield();
+        if (std::chrono::steady_clock::now() > end && Withdraw(&self)) return;
+      }
+      team = std::move(self.team);
+      lane = self.lane;
+    }
+  }
+
+ private:
+  // 30 us are too short for the attention between two layers' products; with 200 or more, helpers are in the way of the
+  // float products of a long prompt.
+  static constexpr auto kPatience = std::chrono::microseconds(100);
+
+  struct Helper {
+    std::atomic<bool> called{false};
+    std::shared_ptr<Team> team;
+    int64_t lane = 0;
+  };
+
+  // False if work has been given to it meanwhile.
+  bool Withdraw(Helper* helper) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    const auto at = std::find(waiting_.begin(), waiting_.end(), helper);
+    if (at == waiting_.end()) return false;
+    waiting_.erase(at);
+    return true;
+  }
+
+  std::mutex mutex_;
+  std::vector<Helper*> waiting_;
+};
+
 // Runs jobs, each of which may read what those before it write. `schedule(task)` hands a nullary function to the pool.
 // Returns false if memory ran out.
 template <typename Schedule>
@@ -205,9 +274,10 @@ bool RunJobs(Job* const* jobs, int count, int64_t available, Schedule&& schedule
   }
   const auto team = std::make_shared<Team>(jobs, count, threads);
   for (int64_t lane = 1; lane < threads; ++lane) {
-    schedule([team, lane, caller = CurrentProcessor()] {
+    if (Standby::Get().Offer(team, lane)) continue;
+    schedule([team, lane, caller = CurrentProcessor()]() mutable {
       Leave(caller);
-      team->Work(lane);
+      Standby::Get().Serve(std::move(team), lane);
     });
   }
   team->Work(0);
