@@ -22,7 +22,7 @@ SOURCE = pathlib.Path(__file__).parents[1] / "ffi" / "cuda" / "executor" / "modu
 TYPES = {np.dtype(np.float32): 0, np.dtype(ml_dtypes.bfloat16): 1, np.dtype(np.float16): 2}
 RULES = {type(None): 0, Threshold: 1, RelativeThreshold: 2, TopK: 3}
 QUANTIZE, PRODUCT, LINEAR = range(3)
-AUTO, STREAM, TILED, WGMMA = -1, 0, 1, 2
+AUTO, STREAM, TILED, WGMMA, SPARSE = -1, 0, 1, 2, 3
 SKIP_BARRIER, SHIFT_INDEX, SWAP_FRAGMENT, SKIP_WAIT = range(1, 5)
 
 COMPILER = os.environ.get("CXX", "c++")
@@ -197,7 +197,7 @@ def test_linear(executor: Executor, shape: tuple[int, int, int], rule: Any) -> N
         expect_linear(executor, battery.make(shape, dtype), rule)
 
 
-@pytest.mark.parametrize("path", [STREAM, TILED, WGMMA])
+@pytest.mark.parametrize("path", [STREAM, TILED, WGMMA, SPARSE])
 @pytest.mark.parametrize("kind", sorted(battery.KINDS))
 def test_linear_kinds(executor: Executor, kind: str, path: int) -> None:
     dtype = np.float32 if kind in battery.FLOAT32_ONLY else ml_dtypes.bfloat16
@@ -290,6 +290,41 @@ def test_tiled(executor: Executor, shape: tuple[int, int, int]) -> None:
 def test_wgmma(executor: Executor, shape: tuple[int, int, int], rule: Any, order: int) -> None:
     executor.order = order
     expect_linear(executor, battery.make(shape, battery.DTYPES[order]), rule, WGMMA)
+
+
+# Both halves of a tile's rows and of a step's columns, with and without high parts; groups of four columns with up to
+# four; pairs of blocks whose rows differ in that; more tiles than multiprocessors; rows and columns off every boundary.
+@pytest.mark.parametrize("order", range(3))
+@pytest.mark.parametrize(
+    ("shape", "rule"),
+    [
+        ((5, 130, 20), TopK(3)),
+        ((70, 200, 132), Threshold(2.0, "column")),
+        ((130, 333, 70), Threshold(0.5, "token")),
+        ((260, 390, 200), TopK(2)),
+        ((257, 128, 132), RelativeThreshold(1.0)),
+        ((300, 64, 400), Threshold(1e9, "token")),
+    ],
+    ids=str,
+)
+def test_sparse(executor: Executor, shape: tuple[int, int, int], rule: Any, order: int) -> None:
+    executor.order = order
+    expect_linear(executor, battery.make(shape, battery.DTYPES[order]), rule, SPARSE)
+
+
+@pytest.mark.parametrize("rows", [1, 66, 130])
+def test_sparse_groups(executor: Executor, rows: int) -> None:
+    """Every set of outliers that four neighbours can be, rows whose outliers are all in one group, and rows without."""
+    case = battery.make((rows, 300, 20), np.float32, "no_bias")
+    sets = np.arange(64) % 16
+    for row in range(rows):
+        case.x[row] = np.clip(case.x[row], -3, 3)
+        groups = case.x[row, : 4 * len(sets)].reshape(len(sets), 4)
+        if row % 3 == 0:
+            groups[(sets[:, None] >> np.arange(4) & 1) == 1] *= 40
+        elif row % 3 == 1:
+            groups[row % len(sets)] = [50, -60, 70, -80]
+    expect_linear(executor, case, Threshold(6.0, "token"), SPARSE)
 
 
 @pytest.mark.parametrize("path", [STREAM, TILED, WGMMA])

@@ -28,8 +28,8 @@ struct Options {
   int64_t topk = 0;           // of kTopK, >= 1
 };
 
-// How the product is computed. kAuto chooses from the table in plan.h.
-enum class Path : int32_t { kAuto = -1, kStream = 0, kTiled = 1, kWgmma = 2 };
+// How the product is computed. kAuto chooses from the table in plan.h. kSparse: as kWgmma, but for the high parts.
+enum class Path : int32_t { kAuto = -1, kStream = 0, kTiled = 1, kWgmma = 2, kSparse = 3 };
 
 struct Problem {
   enum class Kind { kQuantize, kProduct, kLinear } kind;

@@ -10,6 +10,7 @@
 #if !defined(__CUDACC__) || defined(JAXINT8_WGMMA)
 #include "gemv.h"
 #include "skinny.h"
+#include "sparse.h"
 #include "swapped.h"
 #include "wgmma.h"
 #define JAXINT8_HAS_WGMMA
@@ -32,11 +33,13 @@ class Call {
   const char* Run() {
     JAXINT8_TRY(Multiprocessors(&multiprocessors_));
     JAXINT8_TRY(HasWgmma(&wgmma_));
-    if (p_.path == Path::kWgmma && !wgmma_) return "the wgmma kernels need compute capability 9.0";
+    if ((p_.path == Path::kWgmma || p_.path == Path::kSparse) && !wgmma_)
+      return "the wgmma kernels need compute capability 9.0";
     wgmma_ = wgmma_ && p_.path != Path::kTiled && p_.k > 0;
-    swapped_ = wgmma_ && !plan_.stream && p_.m <= (plan_.has_rule ? kSwappedM : kSwappedPlainM);  // or skinny
+    swapped_ =
+        wgmma_ && !plan_.stream && !plan_.sparse && p_.m <= (plan_.has_rule ? kSwappedM : kSwappedPlainM);  // or skinny
     const bool bits = plan_.by_column || !swapped_;  // marked columns, or those to gather
-    if (plan_.bits_bytes > 0 && bits) JAXINT8_TRY(Clear(stream_, p_.workspace + plan_.bits, plan_.bits_bytes));
+    if (plan_.cleared > 0 && bits) JAXINT8_TRY(Clear(stream_, p_.workspace, plan_.cleared));
     switch (p_.kind) {
       case Problem::Kind::kQuantize:
         return Quantize();
@@ -79,6 +82,13 @@ class Call {
     q.stride = p_.k;
     q.row_scale = Memory<float>(p_.row_scale, 4 * p_.m);
     return QuantizeRows(q);
+  }
+
+  template <typename Byte, typename Word>
+  SparseCodes<Byte, Word> Sparse() const {
+    return {Scratch<Byte>(plan_.sparse_first, plan_.sparse_bytes),
+            Scratch<Byte>(plan_.sparse_second, plan_.sparse_bytes),
+            Scratch<Word>(plan_.sparse_flags, plan_.sparse_flags_bytes), (p_.k + 127) / 128};
   }
 
   // The columns first, if they are taken out whole, then the codes.
@@ -192,7 +202,9 @@ class Call {
     q.lo = Scratch<int8_t>(plan_.lo, p_.m * plan_.stride);
     q.row_scale = Scratch<float>(plan_.row_scale, 4 * p_.m);
     q.stride = plan_.stride;
-    if (plan_.has_rule) {
+    if (plan_.sparse) {
+      q.sparse = Sparse<uint8_t, uint32_t>();
+    } else if (plan_.has_rule) {
       q.hi = Scratch<int8_t>(plan_.hi, p_.m * plan_.stride);
       if (plan_.stream) {
         q.pieces = Scratch<uint8_t>(plan_.pieces, p_.m * plan_.piece_stride);
@@ -263,6 +275,7 @@ class Call {
     }
 #ifdef JAXINT8_HAS_WGMMA
     if (plan_.skinny) return Skinny(lo, stride, hi, w);
+    if (plan_.sparse) return SparseProduct(lo, stride, w, w_stride);
     if (swapped_) return Swapped(lo, stride, hi, w, w_stride);
 #endif
     // Columns beyond k are zeros in padded codes and aligned copies, and are not read elsewhere.
@@ -412,7 +425,7 @@ class Call {
   }
 
   const char* Wgmma(const TiledParams& t) {
-    switch (ChooseWgmma(p_.m, p_.n, multiprocessors_)) {
+    switch (ChooseWgmma(kWgmmaShapes, p_.m, p_.n, multiprocessors_)) {
       case 0:
         return WgmmaWith<WgmmaKernel<256, 2>>(t, kWgmmaShapes[0]);
       case 1:
@@ -443,13 +456,42 @@ class Call {
       JAXINT8_TRY(maps(&w.gathered, t.gathered, t.capacity));
       JAXINT8_TRY(maps(&w.all, t.all, p_.k));
     }
-    const int64_t tiles_m = (t.m + Kernel::kTileM - 1) / Kernel::kTileM;
-    const int64_t clusters = (tiles_m + shape.cluster - 1) / shape.cluster * ((t.n + shape.n - 1) / shape.n);
+    return LaunchTiles<Kernel>(shape, w);
+  }
+
+  // Blocks of the tiled kernels take turns if there are more tiles than multiprocessors.
+  template <typename Kernel>
+  const char* LaunchTiles(const WgmmaShape& shape, const typename Kernel::Params& params) {
+    const int64_t tiles_m = (p_.m + Kernel::kTileM - 1) / Kernel::kTileM;
+    const int64_t clusters = (tiles_m + shape.cluster - 1) / shape.cluster * ((p_.n + shape.n - 1) / shape.n);
     const int64_t most = multiprocessors_ / shape.cluster > 0 ? multiprocessors_ / shape.cluster : 1;
     const bool overlapped = follows_;
     follows_ = true;
     return cuda::Launch<Kernel>(stream_, shape.cluster * (clusters < most ? clusters : most), Kernel::kMaxThreads,
-                                Kernel::kShared, w, overlapped, static_cast<int>(shape.cluster));
+                                Kernel::kShared, params, overlapped, static_cast<int>(shape.cluster));
+  }
+
+  const char* SparseProduct(Ptr<const int8_t> lo, int64_t stride, Ptr<const int8_t> w, int64_t w_stride) {
+    const int chosen = ChooseWgmma(kSparseShapes, p_.m, p_.n, multiprocessors_);
+    const WgmmaShape& shape = kSparseShapes[chosen];
+    SparseParams s{};
+    s.hi = Sparse<const uint8_t, const uint32_t>();
+    s.m = p_.m;
+    s.n = p_.n;
+    s.k = p_.k;
+    s.epilogue = MakeEpilogue();
+    JAXINT8_TRY(MakeTileMap(&s.lo, lo, p_.m, p_.k, stride, 128));
+    JAXINT8_TRY(MakeTileMap(&s.w, w, p_.n, p_.k, w_stride, static_cast<int>(shape.n / shape.cluster)));
+    switch (chosen) {
+      case 0:
+        return LaunchTiles<SparseKernel<192, 2>>(shape, s);
+      case 1:
+        return LaunchTiles<SparseKernel<128, 2>>(shape, s);
+      case 2:
+        return LaunchTiles<SparseKernel<128, 1>>(shape, s);
+      default:
+        return LaunchTiles<SparseKernel<64, 1>>(shape, s);
+    }
   }
 #endif
 

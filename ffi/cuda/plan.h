@@ -8,6 +8,7 @@
 #include "gemv.h"
 #include "int8.h"
 #include "skinny.h"
+#include "sparse_codes.h"
 #include "stream.h"
 
 namespace jaxint8::cuda {
@@ -58,12 +59,12 @@ struct WgmmaShape {
 inline constexpr WgmmaShape kWgmmaShapes[] = {{256, 2, 1.0}, {128, 2, 0.53}, {128, 1, 0.56}, {64, 1, 0.33}};
 inline constexpr int kWgmmaShapeCount = 4;
 
-inline int ChooseWgmma(int64_t m, int64_t n, int64_t multiprocessors) {
+inline int ChooseWgmma(const WgmmaShape (&shapes)[kWgmmaShapeCount], int64_t m, int64_t n, int64_t multiprocessors) {
   int best = -1;
   double least = 0;
   const int64_t tiles_m = (m + 127) / 128;
   for (int i = 0; i < kWgmmaShapeCount; ++i) {
-    const WgmmaShape& s = kWgmmaShapes[i];
+    const WgmmaShape& s = shapes[i];
     if (s.cluster > tiles_m) continue;
     const int64_t turns = (tiles_m + s.cluster - 1) / s.cluster * ((n + s.n - 1) / s.n);
     const int64_t at_once = multiprocessors / s.cluster > 0 ? multiprocessors / s.cluster : 1;
@@ -75,6 +76,9 @@ inline int ChooseWgmma(int64_t m, int64_t n, int64_t multiprocessors) {
   }
   return best;
 }
+
+// The same for the product with sparse high parts.
+inline constexpr WgmmaShape kSparseShapes[] = {{192, 2, 1.0}, {128, 2, 0.69}, {128, 1, 0.75}, {64, 1, 0.4}};
 
 // Up to this many rows Hopper's product has the weights in the place of the rows (swapped.h), with outliers and
 // without: measured on an H200.
@@ -157,13 +161,16 @@ struct Plan {
   bool stream = false, fused = false;
   bool gemv = false;    // Hopper's fused kernel; then `fused` as well
   bool skinny = false;  // Hopper's kernel for few rows; then not `stream`
+  bool sparse = false;  // high parts are compressed, and multiplied by sparse.h
   bool has_rule = false, by_column = false;
   bool align_a = false, align_w = false;  // copy to a stride that is a multiple of 16
   int64_t stride = 0;                     // of codes (and aligned copies)
   int64_t piece_stride = 0;
   int64_t capacity = 0;  // gathered columns
-  // Offsets in the workspace; 0 where unused. The bits come first: they are cleared before each call.
-  int64_t bits = 0, bits_bytes = 0;
+  // Offsets in the workspace; 0 where unused. What is to be cleared before each call comes first: bits of columns, or
+  // the flags and both matrices of compressed high parts.
+  int64_t cleared = 0, bits = 0, bits_bytes = 0;
+  int64_t sparse_flags = 0, sparse_flags_bytes = 0, sparse_first = 0, sparse_second = 0, sparse_bytes = 0;
   int64_t lo = 0, hi = 0, row_scale = 0, pieces = 0, count = 0, gathered_a = 0, gathered_w = 0;
   int64_t aligned_w = 0;
   int64_t bytes = 0;
@@ -184,7 +191,7 @@ inline Plan MakePlan(const Problem& p, bool hopper) {
   const bool scoped = p.options.rule == Rule::kThreshold || p.options.rule == Rule::kRelative;
   plan.by_column = plan.has_rule && scoped && p.options.column_scope && p.m > 1;
   const bool few = p.m <= kStreamM;
-  plan.stream = !quantize && few && p.path != Path::kTiled && p.path != Path::kWgmma;
+  plan.stream = !quantize && few && p.path != Path::kTiled && p.path != Path::kWgmma && p.path != Path::kSparse;
   plan.stride = quantize ? p.k : RoundUp(p.k, kCodeAlign);
   plan.gemv = hopper && linear && (p.path == Path::kAuto || p.path == Path::kWgmma) && p.k % 16 == 0 && p.k > 0 &&
               p.m <= (plan.has_rule ? 1 : kGemvM) &&
@@ -194,6 +201,8 @@ inline Plan MakePlan(const Problem& p, bool hopper) {
   plan.stream = (plan.stream && !plan.skinny) || plan.gemv;
   plan.fused =
       plan.gemv || (plan.stream && linear && p.k % 16 == 0 && p.m <= kFusedM && p.m * p.k <= kFusedActivations);
+  plan.sparse = hopper && linear && plan.has_rule && !plan.stream && !plan.skinny && p.k > 0 &&
+                (p.path == Path::kSparse || (p.path == Path::kAuto && p.m > kSwappedM));
   plan.align_w = !quantize && !plan.stream && p.k % 16 != 0;
   plan.align_a = p.kind == Problem::Kind::kProduct && (plan.stream || plan.align_w);
 
@@ -204,15 +213,24 @@ inline Plan MakePlan(const Problem& p, bool hopper) {
     return at;
   };
   const bool prepared = linear && !plan.fused;
-  const bool gather = prepared && plan.has_rule && !plan.stream && !plan.skinny;
+  const bool gather = prepared && plan.has_rule && !plan.stream && !plan.skinny && !plan.sparse;
   if ((plan.by_column && !plan.fused) || gather) {
     plan.bits_bytes = (p.k + 31) / 32 * 4;
     plan.bits = take(plan.bits_bytes);
   }
+  if (plan.sparse) {
+    const int64_t blocks = (p.k + 127) / 128;
+    plan.sparse_flags_bytes = (p.m + 127) / 128 * blocks * 4;
+    plan.sparse_bytes = (p.m + 63) / 64 * blocks * kSparseBytes;
+    plan.sparse_flags = take(plan.sparse_flags_bytes);
+    plan.sparse_first = take(plan.sparse_bytes);
+    plan.sparse_second = take(plan.sparse_bytes);
+  }
+  plan.cleared = end;
   if (prepared || plan.align_a) plan.lo = take(p.m * plan.stride);
   if (prepared) {
     plan.row_scale = take(4 * p.m);
-    if (plan.has_rule) plan.hi = take(p.m * plan.stride);
+    if (plan.has_rule && !plan.sparse) plan.hi = take(p.m * plan.stride);
     if (plan.has_rule && plan.stream) {
       plan.piece_stride = (p.k + kPiece - 1) / kPiece;
       plan.pieces = take(p.m * plan.piece_stride);

@@ -21,6 +21,7 @@ struct QuantizeParams {
   Ptr<uint32_t> used;    // bit per column with a high part in some row; or null
   Ptr<uint8_t> pieces;   // [m][piece_stride]: 1 where a piece of the row has high parts; or null
   int64_t piece_stride;
+  SparseCodes<uint8_t, uint32_t> sparse;  // in the place of hi, zeroed before; or null
 };
 
 // Rows of 16-bit elements are held in registers if this many times eight per thread suffice; more would not fit beside
@@ -69,7 +70,7 @@ struct QuantizeKernel {
       return;
     }
     for (int j = ThreadIndex(); j < kPieceWords; j += BlockThreads()) Store(row.pieces() + j, 0u);
-    RowOutput out{p.lo + i * p.stride, p.hi, p.stride, p.marks, p.used};
+    RowOutput out{p.lo + i * p.stride, p.hi, p.stride, p.marks, p.used, p.sparse, i};
     if (p.hi) out.hi = p.hi + i * p.stride;
     const float scale = row.Quantize(out);  // has a barrier between the zeros above and its first use of the pieces
     if (ThreadIndex() == 0) Store(p.row_scale + i, scale);

@@ -8,6 +8,7 @@
 #include "device.h"
 #include "int8.h"
 #include "reader.h"
+#include "sparse_codes.h"
 
 namespace jaxint8::cuda {
 
@@ -45,6 +46,9 @@ struct RowOutput {
   int64_t stride;
   Ptr<const uint32_t> marks;  // column scope: bit per column, set where the column is out
   Ptr<uint32_t> used;         // bit per column, set where a high part is not 0; or null
+  // In the place of hi: compressed high parts, and which row of them this is; or null.
+  SparseCodes<uint8_t, uint32_t> sparse = {};
+  int64_t row = 0;
 };
 
 // Which magnitudes of a row are outliers: those above the threshold, and those equal to it up to a column. Whether one
@@ -484,6 +488,7 @@ class RowBlock {
       if (out.hi) Write(out.hi, static_cast<int>(out.stride), i, hi);
       if (high) {
         if (out.used) SetBits(out.used, i, high);
+        if (out.sparse.first) SparseRow(out.sparse, out.row).Put(i, hi, high);
         AtomicOr(pieces() + i / (32 * static_cast<int>(kPiece)), 1u << (i / static_cast<int>(kPiece) % 32));
       }
     });
