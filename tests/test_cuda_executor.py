@@ -292,8 +292,8 @@ def test_wgmma(executor: Executor, shape: tuple[int, int, int], rule: Any, order
     expect_linear(executor, battery.make(shape, battery.DTYPES[order]), rule, WGMMA)
 
 
-# Both halves of a tile's rows and of a step's columns, with and without high parts; groups of four columns with up to
-# four; pairs of blocks whose rows differ in that; more tiles than multiprocessors; rows and columns off every boundary.
+# Both halves of a tile's rows and of a step's columns, with and without high parts; blocks multiplied in full; tiles of
+# every width, more of them than multiprocessors; rows and columns off every boundary.
 @pytest.mark.parametrize("order", range(3))
 @pytest.mark.parametrize(
     ("shape", "rule"),
@@ -302,6 +302,11 @@ def test_wgmma(executor: Executor, shape: tuple[int, int, int], rule: Any, order
         ((70, 200, 132), Threshold(2.0, "column")),
         ((130, 333, 70), Threshold(0.5, "token")),
         ((260, 390, 200), TopK(2)),
+        ((200, 100, 448), TopK(1)),
+        ((70, 140, 470), RelativeThreshold(2.0)),
+        ((20, 260, 320), Threshold(1.0, "token")),
+        ((20, 130, 380), TopK(5)),
+        ((20, 130, 570), TopK(4)),
         ((257, 128, 132), RelativeThreshold(1.0)),
         ((300, 64, 400), Threshold(1e9, "token")),
     ],
@@ -405,9 +410,12 @@ PLANTED = [
     ((5, 272, 250), ml_dtypes.bfloat16, None, WGMMA),
     ((20, 1320, 66), np.float32, Threshold(0.5, "token"), WGMMA),
     ((40, 130, 19), ml_dtypes.bfloat16, None, WGMMA),
-    ((100, 1300, 19), ml_dtypes.bfloat16, TopK(3), WGMMA),
+    ((60, 1800, 19), ml_dtypes.bfloat16, TopK(3), WGMMA),
     ((260, 1290, 24), ml_dtypes.bfloat16, Threshold(1.5, "token"), WGMMA),
     ((257, 640, 19), np.float32, None, WGMMA),
+    ((130, 64, 520), np.float32, None, WGMMA),
+    ((133, 260, 400), ml_dtypes.bfloat16, TopK(6), SPARSE),
+    ((67, 900, 19), np.float32, Threshold(1.5, "token"), SPARSE),
 ]
 
 # A bound from another group of threads is still a bound from below, and a wrong number of candidates makes the search
@@ -424,16 +432,17 @@ def test_planted_faults_are_noticed(executor: Executor) -> None:
     places: dict[tuple[str, int], list[tuple[Any, ...]]] = {}
     calls = [(battery.make(shape, dtype), rule, path) for shape, dtype, rule, path in PLANTED]
     for call in calls:
-        executor.order = int(call[-1] == WGMMA)  # those that wait before those that they wait for
+        executor.order = int(call[-1] >= WGMMA)  # those that wait before those that they wait for
         expect_linear(executor, *call)
         for place in executor.sites():
             places.setdefault(place, []).append(call)
     missed = []
     for (place, fault), reaching in places.items():
         executor.fault, executor.site = fault, place.encode()
-        # Where warps wait for copies of their own, only lanes that run early can overtake the others.
-        early = [(call, 0) for call in reaching if call[-1] == WGMMA]
-        for call, executor.order in [(call, int(call[-1] == WGMMA)) for call in reaching] + early:
+        # Where warps wait for copies of their own, only lanes that run early can overtake the others, and where one
+        # warp waits for several, only lanes of these that run late.
+        early = [(call, order) for order in (0, 2) for call in reaching if call[-1] >= WGMMA]
+        for call, executor.order in [(call, int(call[-1] >= WGMMA)) for call in reaching] + early:
             try:
                 expect_linear(executor, *call)
             except (ExecutorError, AssertionError):

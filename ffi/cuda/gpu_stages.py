@@ -21,7 +21,7 @@ import battery
 import jaxint8
 from jaxint8 import RelativeThreshold, Threshold, TopK, kernels, reference
 
-PATHS = ("stream", "tiled", "wgmma")  # by their numbers in int8.h
+PATHS = ("stream", "tiled", "wgmma", "sparse")  # by their numbers in int8.h
 
 
 def gpu_executor() -> tests.Executor:
@@ -79,7 +79,7 @@ def stage_native(quick: bool = False) -> dict[str, Any]:
             np.float32
         )
         for index, path in enumerate(PATHS):
-            if path == "stream" and shape[0] > 16:
+            if (path == "stream" and shape[0] > 16) or (path == "sparse" and rule is None):
                 continue
             count += 1
             try:

@@ -36,10 +36,9 @@ class Call {
     if ((p_.path == Path::kWgmma || p_.path == Path::kSparse) && !wgmma_)
       return "the wgmma kernels need compute capability 9.0";
     wgmma_ = wgmma_ && p_.path != Path::kTiled && p_.k > 0;
-    swapped_ =
-        wgmma_ && !plan_.stream && !plan_.sparse && p_.m <= (plan_.has_rule ? kSwappedM : kSwappedPlainM);  // or skinny
-    const bool bits = plan_.by_column || !swapped_;  // marked columns, or those to gather
-    if (plan_.cleared > 0 && bits) JAXINT8_TRY(Clear(stream_, p_.workspace, plan_.cleared));
+    swapped_ = wgmma_ && !plan_.stream && !plan_.sparse && p_.m <= kSwappedM;  // or skinny
+    const bool bits = plan_.by_column || !swapped_;                            // marked columns, or those to gather
+    if (plan_.bits_bytes > 0 && bits) JAXINT8_TRY(Clear(stream_, p_.workspace + plan_.bits, plan_.bits_bytes));
     switch (p_.kind) {
       case Problem::Kind::kQuantize:
         return Quantize();
@@ -84,11 +83,10 @@ class Call {
     return QuantizeRows(q);
   }
 
-  template <typename Byte, typename Word>
-  SparseCodes<Byte, Word> Sparse() const {
-    return {Scratch<Byte>(plan_.sparse_first, plan_.sparse_bytes),
-            Scratch<Byte>(plan_.sparse_second, plan_.sparse_bytes),
-            Scratch<Word>(plan_.sparse_flags, plan_.sparse_flags_bytes), (p_.k + 127) / 128};
+  template <typename Byte>
+  SparseCodes<Byte> Sparse() const {
+    return {Scratch<Byte>(plan_.sparse_codes, plan_.sparse_codes_bytes),
+            Scratch<Byte>(plan_.sparse_flags, plan_.sparse_flags_bytes), plan_.stride / 128};
   }
 
   // The columns first, if they are taken out whole, then the codes.
@@ -202,11 +200,11 @@ class Call {
     q.lo = Scratch<int8_t>(plan_.lo, p_.m * plan_.stride);
     q.row_scale = Scratch<float>(plan_.row_scale, 4 * p_.m);
     q.stride = plan_.stride;
-    if (plan_.sparse) {
-      q.sparse = Sparse<uint8_t, uint32_t>();
-    } else if (plan_.has_rule) {
+    if (plan_.has_rule) {
       q.hi = Scratch<int8_t>(plan_.hi, p_.m * plan_.stride);
-      if (plan_.stream) {
+      if (plan_.sparse) {
+        q.sparse = Sparse<uint8_t>();
+      } else if (plan_.stream) {
         q.pieces = Scratch<uint8_t>(plan_.pieces, p_.m * plan_.piece_stride);
         q.piece_stride = plan_.piece_stride;
       } else if (!plan_.by_column && !swapped_) {
@@ -275,7 +273,7 @@ class Call {
     }
 #ifdef JAXINT8_HAS_WGMMA
     if (plan_.skinny) return Skinny(lo, stride, hi, w);
-    if (plan_.sparse) return SparseProduct(lo, stride, w, w_stride);
+    if (plan_.sparse) return SparseProduct(lo, stride, hi, w, w_stride);
     if (swapped_) return Swapped(lo, stride, hi, w, w_stride);
 #endif
     // Columns beyond k are zeros in padded codes and aligned copies, and are not read elsewhere.
@@ -405,13 +403,12 @@ class Call {
     s.k = p_.k;
     s.weights_first = follows_ && !plan_.align_w;
     s.epilogue = MakeEpilogue();
-    const int rows = p_.m <= 32 ? 32 : p_.m <= 64 ? 64 : 128;
+    const int rows = p_.m <= 32 ? 32 : 64;
     JAXINT8_TRY(MakeTileMap(&s.w, w, p_.n, p_.k, w_stride, 128));
     JAXINT8_TRY(MakeTileMap(&s.lo, lo, p_.m, p_.k, stride, rows));
     if (hi) JAXINT8_TRY(MakeTileMap(&s.hi, hi, p_.m, p_.k, stride, rows));
     if (rows == 32) return hi ? SwappedWith<SwappedKernel<32, true>>(s) : SwappedWith<SwappedKernel<32, false>>(s);
-    if (rows == 64) return hi ? SwappedWith<SwappedKernel<64, true>>(s) : SwappedWith<SwappedKernel<64, false>>(s);
-    return SwappedWith<SwappedKernel<128, true>>(s);
+    return hi ? SwappedWith<SwappedKernel<64, true>>(s) : SwappedWith<SwappedKernel<64, false>>(s);
   }
 
   template <typename Kernel>
@@ -425,15 +422,19 @@ class Call {
   }
 
   const char* Wgmma(const TiledParams& t) {
-    switch (ChooseWgmma(kWgmmaShapes, p_.m, p_.n, multiprocessors_)) {
+    const int chosen = ChooseWgmma(kWgmmaShapes, p_.m, p_.n, multiprocessors_);
+    const WgmmaShape& shape = kWgmmaShapes[chosen];
+    switch (chosen) {
       case 0:
-        return WgmmaWith<WgmmaKernel<256, 2>>(t, kWgmmaShapes[0]);
+        return WgmmaWith<WgmmaKernel<256, 2>>(t, shape);
       case 1:
-        return WgmmaWith<WgmmaKernel<128, 2>>(t, kWgmmaShapes[1]);
+        return WgmmaWith<WgmmaKernel<128, 2>>(t, shape);
       case 2:
-        return WgmmaWith<WgmmaKernel<128, 1>>(t, kWgmmaShapes[2]);
+        return WgmmaWith<WgmmaKernel<192, 1>>(t, shape);
+      case 3:
+        return WgmmaWith<WgmmaKernel<128, 1>>(t, shape);
       default:
-        return WgmmaWith<WgmmaKernel<64, 1>>(t, kWgmmaShapes[3]);
+        return WgmmaWith<WgmmaKernel<64, 1>>(t, shape);
     }
   }
 
@@ -471,26 +472,32 @@ class Call {
                                 Kernel::kShared, params, overlapped, static_cast<int>(shape.cluster));
   }
 
-  const char* SparseProduct(Ptr<const int8_t> lo, int64_t stride, Ptr<const int8_t> w, int64_t w_stride) {
+  const char* SparseProduct(Ptr<const int8_t> lo, int64_t stride, Ptr<const int8_t> hi, Ptr<const int8_t> w,
+                            int64_t w_stride) {
     const int chosen = ChooseWgmma(kSparseShapes, p_.m, p_.n, multiprocessors_);
     const WgmmaShape& shape = kSparseShapes[chosen];
     SparseParams s{};
-    s.hi = Sparse<const uint8_t, const uint32_t>();
+    s.sparse = Sparse<const uint8_t>();
     s.m = p_.m;
     s.n = p_.n;
     s.k = p_.k;
     s.epilogue = MakeEpilogue();
     JAXINT8_TRY(MakeTileMap(&s.lo, lo, p_.m, p_.k, stride, 128));
-    JAXINT8_TRY(MakeTileMap(&s.w, w, p_.n, p_.k, w_stride, static_cast<int>(shape.n / shape.cluster)));
+    JAXINT8_TRY(MakeTileMap(&s.hi, hi, p_.m, p_.k, stride, 128));
+    JAXINT8_TRY(MakeTileMap(&s.w, w, p_.n, p_.k, w_stride, static_cast<int>(shape.n)));
     switch (chosen) {
       case 0:
-        return LaunchTiles<SparseKernel<192, 2>>(shape, s);
+        return LaunchTiles<SparseKernel<192>>(shape, s);
       case 1:
-        return LaunchTiles<SparseKernel<128, 2>>(shape, s);
+        return LaunchTiles<SparseKernel<160>>(shape, s);
       case 2:
-        return LaunchTiles<SparseKernel<128, 1>>(shape, s);
+        return LaunchTiles<SparseKernel<128>>(shape, s);
+      case 3:
+        return LaunchTiles<SparseKernel<112>>(shape, s);
+      case 4:
+        return LaunchTiles<SparseKernel<96>>(shape, s);
       default:
-        return LaunchTiles<SparseKernel<64, 1>>(shape, s);
+        return LaunchTiles<SparseKernel<64>>(shape, s);
     }
   }
 #endif

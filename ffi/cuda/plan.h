@@ -51,19 +51,23 @@ inline int ChooseTile(int64_t m, int64_t n, int64_t multiprocessors) {
   return best;
 }
 
-// The same for the wgmma kernel: columns of a tile of 128 rows, blocks of a cluster, time per k.
+// The same for the wgmma kernel: columns of a tile of 128 rows, blocks of a cluster, time per k; measured on an H200.
 struct WgmmaShape {
   int64_t n, cluster;
   double cost;
 };
-inline constexpr WgmmaShape kWgmmaShapes[] = {{256, 2, 1.0}, {128, 2, 0.53}, {128, 1, 0.56}, {64, 1, 0.33}};
-inline constexpr int kWgmmaShapeCount = 4;
+inline constexpr WgmmaShape kWgmmaShapes[] = {
+    {256, 2, 1.0}, {128, 2, 0.53}, {192, 1, 0.76}, {128, 1, 0.54}, {64, 1, 0.39}};
+// And for the one with sparse high parts.
+inline constexpr WgmmaShape kSparseShapes[] = {{192, 1, 1.0}, {160, 1, 0.855}, {128, 1, 0.755},
+                                               {112, 1, 0.7}, {96, 1, 0.62},   {64, 1, 0.54}};
 
-inline int ChooseWgmma(const WgmmaShape (&shapes)[kWgmmaShapeCount], int64_t m, int64_t n, int64_t multiprocessors) {
+template <int kCount>
+int ChooseWgmma(const WgmmaShape (&shapes)[kCount], int64_t m, int64_t n, int64_t multiprocessors) {
   int best = -1;
   double least = 0;
   const int64_t tiles_m = (m + 127) / 128;
-  for (int i = 0; i < kWgmmaShapeCount; ++i) {
+  for (int i = 0; i < kCount; ++i) {
     const WgmmaShape& s = shapes[i];
     if (s.cluster > tiles_m) continue;
     const int64_t turns = (tiles_m + s.cluster - 1) / s.cluster * ((n + s.n - 1) / s.n);
@@ -77,12 +81,16 @@ inline int ChooseWgmma(const WgmmaShape (&shapes)[kWgmmaShapeCount], int64_t m, 
   return best;
 }
 
-// The same for the product with sparse high parts.
-inline constexpr WgmmaShape kSparseShapes[] = {{192, 2, 1.0}, {128, 2, 0.69}, {128, 1, 0.75}, {64, 1, 0.4}};
+// Whether high parts are multiplied as sparse operands, and not gathered by columns, which costs another reading of all
+// weights but fewer products: measured on an H200. Those of the largest values of each row stand in too many columns.
+inline bool PrefersSparse(const Problem& p, bool by_column) {
+  if (p.options.rule == Rule::kTopK) return true;
+  if (by_column) return p.m <= 256;
+  return p.m <= 768 || p.m * p.n <= int64_t{5000000000} / p.k;
+}
 
-// Up to this many rows Hopper's product has the weights in the place of the rows (swapped.h), with outliers and
-// without: measured on an H200.
-inline constexpr int64_t kSwappedM = 128, kSwappedPlainM = 64;
+// Up to this many rows Hopper's product has the weights in the place of the rows (swapped.h): measured on an H200.
+inline constexpr int64_t kSwappedM = 64;
 
 // Blocks that share the k of 128 outputs there: enough for all multiprocessors, with two steps of k for each. Larger
 // clusters than pairs do not fill the chip, whose multiprocessors come in groups that are no multiple of four.
@@ -167,10 +175,9 @@ struct Plan {
   int64_t stride = 0;                     // of codes (and aligned copies)
   int64_t piece_stride = 0;
   int64_t capacity = 0;  // gathered columns
-  // Offsets in the workspace; 0 where unused. What is to be cleared before each call comes first: bits of columns, or
-  // the flags and both matrices of compressed high parts.
-  int64_t cleared = 0, bits = 0, bits_bytes = 0;
-  int64_t sparse_flags = 0, sparse_flags_bytes = 0, sparse_first = 0, sparse_second = 0, sparse_bytes = 0;
+  // Offsets in the workspace; 0 where unused. The bits come first: they are cleared before each call.
+  int64_t bits = 0, bits_bytes = 0;
+  int64_t sparse_codes = 0, sparse_codes_bytes = 0, sparse_flags = 0, sparse_flags_bytes = 0;
   int64_t lo = 0, hi = 0, row_scale = 0, pieces = 0, count = 0, gathered_a = 0, gathered_w = 0;
   int64_t aligned_w = 0;
   int64_t bytes = 0;
@@ -201,8 +208,9 @@ inline Plan MakePlan(const Problem& p, bool hopper) {
   plan.stream = (plan.stream && !plan.skinny) || plan.gemv;
   plan.fused =
       plan.gemv || (plan.stream && linear && p.k % 16 == 0 && p.m <= kFusedM && p.m * p.k <= kFusedActivations);
-  plan.sparse = hopper && linear && plan.has_rule && !plan.stream && !plan.skinny && p.k > 0 &&
-                (p.path == Path::kSparse || (p.path == Path::kAuto && p.m > kSwappedM));
+  plan.sparse =
+      hopper && linear && plan.has_rule && !plan.stream && !plan.skinny && p.k > 0 &&
+      (p.path == Path::kSparse || (p.path == Path::kAuto && p.m > kSwappedM && PrefersSparse(p, plan.by_column)));
   plan.align_w = !quantize && !plan.stream && p.k % 16 != 0;
   plan.align_a = p.kind == Problem::Kind::kProduct && (plan.stream || plan.align_w);
 
@@ -218,23 +226,21 @@ inline Plan MakePlan(const Problem& p, bool hopper) {
     plan.bits_bytes = (p.k + 31) / 32 * 4;
     plan.bits = take(plan.bits_bytes);
   }
-  if (plan.sparse) {
-    const int64_t blocks = (p.k + 127) / 128;
-    plan.sparse_flags_bytes = (p.m + 127) / 128 * blocks * 4;
-    plan.sparse_bytes = (p.m + 63) / 64 * blocks * kSparseBytes;
-    plan.sparse_flags = take(plan.sparse_flags_bytes);
-    plan.sparse_first = take(plan.sparse_bytes);
-    plan.sparse_second = take(plan.sparse_bytes);
-  }
-  plan.cleared = end;
   if (prepared || plan.align_a) plan.lo = take(p.m * plan.stride);
   if (prepared) {
     plan.row_scale = take(4 * p.m);
-    if (plan.has_rule && !plan.sparse) plan.hi = take(p.m * plan.stride);
+    if (plan.has_rule) plan.hi = take(p.m * plan.stride);
     if (plan.has_rule && plan.stream) {
       plan.piece_stride = (p.k + kPiece - 1) / kPiece;
       plan.pieces = take(p.m * plan.piece_stride);
     }
+  }
+  if (plan.sparse) {
+    const int64_t blocks = (p.m + 63) / 64 * (plan.stride / 128);
+    plan.sparse_codes_bytes = blocks * kSparseBytes;
+    plan.sparse_flags_bytes = blocks * 64;
+    plan.sparse_codes = take(plan.sparse_codes_bytes);
+    plan.sparse_flags = take(plan.sparse_flags_bytes);
   }
   if (gather) {
     const int64_t quarter = RoundUp((p.k + 3) / 4, kGatherStep);

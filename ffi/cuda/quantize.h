@@ -21,7 +21,7 @@ struct QuantizeParams {
   Ptr<uint32_t> used;    // bit per column with a high part in some row; or null
   Ptr<uint8_t> pieces;   // [m][piece_stride]: 1 where a piece of the row has high parts; or null
   int64_t piece_stride;
-  SparseCodes<uint8_t, uint32_t> sparse;  // in the place of hi, zeroed before; or null
+  SparseCodes<uint8_t> sparse;  // beside hi; or null
 };
 
 // Rows of 16-bit elements are held in registers if this many times eight per thread suffice; more would not fit beside
@@ -37,8 +37,9 @@ struct QuantizeKernel {
   using Params = QuantizeParams;
   static constexpr int kMaxThreads = kHeld > 0 ? 256 : 512;
   static constexpr int kMinBlocks = kHeld > 0 ? 3 : 2;
+  static constexpr int kWords = kScratchWords + (kSparseWords + 31) / 32 * 32;
   // Without a staged row, which lies behind this.
-  static constexpr int64_t kShared = 4 * kScratchWords + (kHeld == kStaged ? 128 : 0);
+  static constexpr int64_t kShared = 4 * kWords + (kHeld == kStaged ? 128 : 0);
 
   static JAXINT8_DEVICE void Run(const Params& p) {
     WaitForPreviousKernel();
@@ -50,7 +51,7 @@ struct QuantizeKernel {
     if constexpr (kHeld == kStaged) {
 #ifdef JAXINT8_HOPPER
       const auto bytes = static_cast<uint32_t>(p.k) * RowReader<kType, kVector>::kBytes;
-      const uint32_t barrier = SharedAddress(SharedMemory() + 4 * kScratchWords);
+      const uint32_t barrier = SharedAddress(SharedMemory() + 4 * kWords);
       if (ThreadIndex() == 0) {
         InitBarrier(barrier, 1);
         FenceBarrierInit();
@@ -70,10 +71,18 @@ struct QuantizeKernel {
       return;
     }
     for (int j = ThreadIndex(); j < kPieceWords; j += BlockThreads()) Store(row.pieces() + j, 0u);
+    for (int j = ThreadIndex(); p.sparse.codes && j < kSparseWords; j += BlockThreads()) {
+      Store(row.sparse_bits() + j, 0u);
+    }
     RowOutput out{p.lo + i * p.stride, p.hi, p.stride, p.marks, p.used, p.sparse, i};
     if (p.hi) out.hi = p.hi + i * p.stride;
     const float scale = row.Quantize(out);  // has a barrier between the zeros above and its first use of the pieces
     if (ThreadIndex() == 0) Store(p.row_scale + i, scale);
+    if (p.sparse.codes) {
+      Barrier();
+      SparseRow(p.sparse, i).WriteFlags(row.sparse_bits());
+      for (int64_t r = p.m + i; r < (p.m + 63) / 64 * 64; r += p.m) SparseRow(p.sparse, r).WriteZeros();
+    }
     if (!p.pieces) return;
     Barrier();
     for (int64_t j = ThreadIndex(); j < p.piece_stride; j += BlockThreads()) {

@@ -46,8 +46,8 @@ struct RowOutput {
   int64_t stride;
   Ptr<const uint32_t> marks;  // column scope: bit per column, set where the column is out
   Ptr<uint32_t> used;         // bit per column, set where a high part is not 0; or null
-  // In the place of hi: compressed high parts, and which row of them this is; or null.
-  SparseCodes<uint8_t, uint32_t> sparse = {};
+  // Beside hi: compressed high parts, and which row of them this is; or null.
+  SparseCodes<uint8_t> sparse = {};
   int64_t row = 0;
 };
 
@@ -124,6 +124,8 @@ class RowBlock {
   }
 
   JAXINT8_DEVICE Ptr<uint32_t> pieces() const { return scratch_ + kPiecesAt; }
+  // Behind the scratch, if compressed high parts are wanted; likewise zeroed by the caller.
+  JAXINT8_DEVICE Ptr<uint32_t> sparse_bits() const { return scratch_ + kScratchWords; }
 
  private:
   using Reader = RowReader<kType, kVector>;
@@ -486,9 +488,9 @@ class RowBlock {
       }
       Write(out.lo, static_cast<int>(out.stride), i, lo);
       if (out.hi) Write(out.hi, static_cast<int>(out.stride), i, hi);
+      if (out.sparse.codes) SparseRow(out.sparse, out.row).Put(i, hi, high, sparse_bits());
       if (high) {
         if (out.used) SetBits(out.used, i, high);
-        if (out.sparse.first) SparseRow(out.sparse, out.row).Put(i, hi, high);
         AtomicOr(pieces() + i / (32 * static_cast<int>(kPiece)), 1u << (i / static_cast<int>(kPiece) % 32));
       }
     });

@@ -71,7 +71,7 @@ class TileOutput {
         empty_(full_ + 8) {}
 
   JAXINT8_DEVICE void InitBarriers() const {
-    InitBarrier(full_, 1);
+    InitBarrier(full_, 32);  // one arrival of each lane that fetches
     InitBarrier(empty_, 8);  // one arrival of each multiplying warp
   }
 
@@ -86,8 +86,7 @@ class TileOutput {
       const float scale = valid ? Load(e_.w_scale + n) : 0, bias = valid && e_.bias ? Load(e_.bias + n) : 0;
       StoreAs<Word2>(columns_ + 8 * i, Word2{Bits(scale), Bits(bias)});
     }
-    WarpBarrier();
-    if (lane == 0) Arrive(full_);
+    Arrive(full_);
     parity_ ^= 1;
   }
 
@@ -143,12 +142,12 @@ class TileOutput {
     const int64_t row = Row(place);
     const bool whole = n_ % 8 == 0;
 #pragma unroll
-    for (int j = 0; j < kTileN / 32; ++j) {
+    for (int j = 0; j < (kTileN + 31) / 32; ++j) {
       const int64_t first = place.n + 32 * j;
       if (first >= n_) break;
-      uint32_t y[2][4][2];
+      uint32_t y[2][4][2] = {};
 #pragma unroll
-      for (int q = 0; q < 4; ++q) {
+      for (int q = 0; q < 4 && 32 * j + 8 * q < kTileN; ++q) {
         const Word4 columns = LoadAs<Word4>(columns_ + 8 * (32 * j + 8 * q + 2 * t));
         const float w_scale[2] = {FloatFromBits(columns.x), FloatFromBits(columns.z)};
         const float bias[2] = {FloatFromBits(columns.y), FloatFromBits(columns.w)};
@@ -164,11 +163,11 @@ class TileOutput {
 #pragma unroll
           for (int i = 0; i < 8; ++i) {
             const int64_t n = first + 8 * (i / 2) + 2 * t + i % 2;
-            if (m < m_ && n < n_) StoreOutput(e, m, n, y[half][i / 2][i % 2]);
+            if (32 * j + 8 * (i / 2) < kTileN && m < m_ && n < n_) StoreOutput(e, m, n, y[half][i / 2][i % 2]);
           }
-        } else if constexpr (kWide) {
+        } else if (kWide || 32 * j + 32 > kTileN) {
 #pragma unroll
-          for (int q = 0; q < 4; ++q) {
+          for (int q = 0; q < 4 && 32 * j + 8 * q < kTileN; ++q) {
             const int64_t n = first + 8 * q + 2 * t;
             if (m < m_ && n < n_) StoreOutputs(e, m, n, y[half][q][0], y[half][q][1]);
           }
