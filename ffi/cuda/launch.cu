@@ -1,5 +1,6 @@
 // Run: chooses kernels by the plan and queues them. Compiled by nvcc, and by the C++ compiler for the block executor.
 #include <cstdint>
+#include <iterator>
 
 #include "host.h"
 #include "int8.h"
@@ -422,20 +423,15 @@ class Call {
   }
 
   const char* Wgmma(const TiledParams& t) {
-    const int chosen = ChooseWgmma(kWgmmaShapes, p_.m, p_.n, multiprocessors_);
-    const WgmmaShape& shape = kWgmmaShapes[chosen];
-    switch (chosen) {
-      case 0:
-        return WgmmaWith<WgmmaKernel<256, 2>>(t, shape);
-      case 1:
-        return WgmmaWith<WgmmaKernel<128, 2>>(t, shape);
-      case 2:
-        return WgmmaWith<WgmmaKernel<192, 1>>(t, shape);
-      case 3:
-        return WgmmaWith<WgmmaKernel<128, 1>>(t, shape);
-      default:
-        return WgmmaWith<WgmmaKernel<64, 1>>(t, shape);
-    }
+    return WgmmaShaped<0>(t, ChooseWgmma(kWgmmaShapes, p_.m, p_.n, multiprocessors_));
+  }
+
+  template <int kShape>
+  const char* WgmmaShaped(const TiledParams& t, int chosen) {
+    constexpr const WgmmaShape& shape = kWgmmaShapes[kShape];
+    if (chosen == kShape) return WgmmaWith<WgmmaKernel<shape.n, shape.cluster>>(t, shape);
+    if constexpr (kShape + 1 < std::size(kWgmmaShapes)) return WgmmaShaped<kShape + 1>(t, chosen);
+    return nullptr;
   }
 
   template <typename Kernel>
@@ -475,7 +471,6 @@ class Call {
   const char* SparseProduct(Ptr<const int8_t> lo, int64_t stride, Ptr<const int8_t> hi, Ptr<const int8_t> w,
                             int64_t w_stride) {
     const int chosen = ChooseWgmma(kSparseShapes, p_.m, p_.n, multiprocessors_);
-    const WgmmaShape& shape = kSparseShapes[chosen];
     SparseParams s{};
     s.sparse = Sparse<const uint8_t>();
     s.m = p_.m;
@@ -484,21 +479,16 @@ class Call {
     s.epilogue = MakeEpilogue();
     JAXINT8_TRY(MakeTileMap(&s.lo, lo, p_.m, p_.k, stride, 128));
     JAXINT8_TRY(MakeTileMap(&s.hi, hi, p_.m, p_.k, stride, 128));
-    JAXINT8_TRY(MakeTileMap(&s.w, w, p_.n, p_.k, w_stride, static_cast<int>(shape.n)));
-    switch (chosen) {
-      case 0:
-        return LaunchTiles<SparseKernel<192>>(shape, s);
-      case 1:
-        return LaunchTiles<SparseKernel<160>>(shape, s);
-      case 2:
-        return LaunchTiles<SparseKernel<128>>(shape, s);
-      case 3:
-        return LaunchTiles<SparseKernel<112>>(shape, s);
-      case 4:
-        return LaunchTiles<SparseKernel<96>>(shape, s);
-      default:
-        return LaunchTiles<SparseKernel<64>>(shape, s);
-    }
+    JAXINT8_TRY(MakeTileMap(&s.w, w, p_.n, p_.k, w_stride, static_cast<int>(kSparseShapes[chosen].n)));
+    return SparseShaped<0>(s, chosen);
+  }
+
+  template <int kShape>
+  const char* SparseShaped(const SparseParams& s, int chosen) {
+    constexpr const WgmmaShape& shape = kSparseShapes[kShape];
+    if (chosen == kShape) return LaunchTiles<SparseKernel<shape.n>>(shape, s);
+    if constexpr (kShape + 1 < std::size(kSparseShapes)) return SparseShaped<kShape + 1>(s, chosen);
+    return nullptr;
   }
 #endif
 

@@ -81,12 +81,13 @@ int ChooseWgmma(const WgmmaShape (&shapes)[kCount], int64_t m, int64_t n, int64_
   return best;
 }
 
-// Whether high parts are multiplied as sparse operands, and not gathered by columns, which costs another reading of all
-// weights but fewer products: measured on an H200. Those of the largest values of each row stand in too many columns.
+// Whether high parts are multiplied as sparse operands, at half the cost of all low parts, or gathered by columns,
+// which costs another reading of all weights and fewer products: measured on an H200. The largest values of each row
+// stand in more columns than values above a threshold do.
 inline bool PrefersSparse(const Problem& p, bool by_column) {
-  if (p.options.rule == Rule::kTopK) return true;
-  if (by_column) return p.m <= 256;
-  return p.m <= 768 || p.m * p.n <= int64_t{5000000000} / p.k;
+  const double products = static_cast<double>(p.m) * static_cast<double>(p.n) * static_cast<double>(p.k);
+  if (p.options.rule == Rule::kTopK) return products <= 5e11;
+  return by_column ? p.m <= 512 || products <= 4e9 : p.m <= 768 || products <= 2e10;
 }
 
 // Up to this many rows Hopper's product has the weights in the place of the rows (swapped.h): measured on an H200.
