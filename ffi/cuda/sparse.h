@@ -78,7 +78,7 @@ class SparseKernel {
         InitBarrier(empty_ + 8 * s, 8);  // one arrival of each multiplying warp
       }
       InitBarrier(flags_ready_, 32);  // one arrival of each lane that collects
-      InitBarrier(flags_read_, 9);    // of each multiplying warp and the producer
+      InitBarrier(flags_read_, 257);  // of each multiplying thread and the producer
       output_.InitBarriers();
       FenceBarrierInit();
     }
@@ -202,7 +202,7 @@ class SparseKernel {
       const typename TileOutput<kTileN>::Rows rows = output.RowsOf(place);
       WaitBarrier(flags_ready_, parity);
       Accumulate(c, high, turn);
-      if (ThreadIndex() % 32 == 0) Arrive(flags_read_);
+      Arrive(flags_read_);
       parity ^= 1;
 #pragma unroll
       for (int i = 0; i < kSums; ++i) c[i] = Combine(c[i], high[i]);
