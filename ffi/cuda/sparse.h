@@ -75,7 +75,7 @@ class SparseKernel {
     if (ThreadIndex() == 0) {
       for (int s = 0; s < kStages; ++s) {
         InitBarrier(full_ + 8 * s, 1);
-        InitBarrier(empty_ + 8 * s, 8);  // one arrival of each multiplying warp
+        InitBarrier(empty_ + 8 * s, 256);  // one arrival of each multiplying thread
       }
       InitBarrier(flags_ready_, 32);  // one arrival of each lane that collects
       InitBarrier(flags_read_, 257);  // of each multiplying thread and the producer
@@ -282,10 +282,8 @@ class SparseKernel {
     turn.Next();
   }
 
-  // Tells the producer that this warp has read the stage.
-  JAXINT8_DEVICE void Release(int stage) const {
-    if (ThreadIndex() % 32 == 0) Arrive(empty_ + 8 * stage);
-  }
+  // Tells the producer that this thread and its warp have read the stage.
+  JAXINT8_DEVICE void Release(int stage) const { Arrive(empty_ + 8 * stage); }
 
   const Params& p_;
   const int steps_;  // of kTileK columns
