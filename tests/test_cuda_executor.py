@@ -24,7 +24,7 @@ TYPES = {np.dtype(np.float32): 0, np.dtype(ml_dtypes.bfloat16): 1, np.dtype(np.f
 RULES = {type(None): 0, Threshold: 1, RelativeThreshold: 2, TopK: 3}
 QUANTIZE, PRODUCT, LINEAR, PROLOGUE = range(4)
 RMS_NORM, SILU_GATE = 1, 2
-AUTO, STREAM, TILED, WGMMA = -1, 0, 1, 2
+AUTO, STREAM, TILED, WGMMA, SPARSE = -1, 0, 1, 2, 3
 SKIP_BARRIER, SHIFT_INDEX, SWAP_FRAGMENT, SKIP_WAIT = range(1, 5)
 
 COMPILER = os.environ.get("CXX", "c++")
@@ -279,7 +279,7 @@ def test_linear(executor: Executor, shape: tuple[int, int, int], rule: Any) -> N
         expect_linear(executor, battery.make(shape, dtype), rule)
 
 
-@pytest.mark.parametrize("path", [STREAM, TILED, WGMMA])
+@pytest.mark.parametrize("path", [STREAM, TILED, WGMMA, SPARSE])
 @pytest.mark.parametrize("kind", sorted(battery.KINDS))
 def test_linear_kinds(executor: Executor, kind: str, path: int) -> None:
     dtype = np.float32 if kind in battery.FLOAT32_ONLY else ml_dtypes.bfloat16
@@ -374,6 +374,46 @@ def test_wgmma(executor: Executor, shape: tuple[int, int, int], rule: Any, order
     expect_linear(executor, battery.make(shape, battery.DTYPES[order]), rule, WGMMA)
 
 
+# Both halves of a tile's rows and of a step's columns, with and without high parts; blocks multiplied in full; tiles of
+# every width, more of them than multiprocessors; rows and columns off every boundary.
+@pytest.mark.parametrize("order", range(3))
+@pytest.mark.parametrize(
+    ("shape", "rule"),
+    [
+        ((5, 130, 20), TopK(3)),
+        ((70, 200, 132), Threshold(2.0, "column")),
+        ((130, 333, 70), Threshold(0.5, "token")),
+        ((260, 390, 200), TopK(2)),
+        ((200, 100, 448), TopK(1)),
+        ((70, 140, 470), RelativeThreshold(2.0)),
+        ((20, 260, 320), Threshold(1.0, "token")),
+        ((20, 130, 380), TopK(5)),
+        ((20, 130, 570), TopK(4)),
+        ((257, 128, 132), RelativeThreshold(1.0)),
+        ((300, 64, 400), Threshold(1e9, "token")),
+    ],
+    ids=str,
+)
+def test_sparse(executor: Executor, shape: tuple[int, int, int], rule: Any, order: int) -> None:
+    executor.order = order
+    expect_linear(executor, battery.make(shape, battery.DTYPES[order]), rule, SPARSE)
+
+
+@pytest.mark.parametrize("rows", [1, 66, 130])
+def test_sparse_groups(executor: Executor, rows: int) -> None:
+    """Every set of outliers that four neighbours can be, rows whose outliers are all in one group, and rows without."""
+    case = battery.make((rows, 300, 20), np.float32, "no_bias")
+    sets = np.arange(64) % 16
+    for row in range(rows):
+        case.x[row] = np.clip(case.x[row], -3, 3)
+        groups = case.x[row, : 4 * len(sets)].reshape(len(sets), 4)
+        if row % 3 == 0:
+            groups[(sets[:, None] >> np.arange(4) & 1) == 1] *= 40
+        elif row % 3 == 1:
+            groups[row % len(sets)] = [50, -60, 70, -80]
+    expect_linear(executor, case, Threshold(6.0, "token"), SPARSE)
+
+
 def expect_prologue(executor: Executor, x: np.ndarray, k: int, around: Around) -> None:
     wanted = around.rows(x)
     got = executor.prologue(x, k, around)
@@ -417,8 +457,8 @@ def test_gate_of_extremes(executor: Executor) -> None:
     expect_prologue(executor, x, 262, Around(SILU_GATE))
 
 
-# Rows in registers, staged, and done apart (float32, and k no multiple of 8); the gemv, skinny, swapped and wgmma
-# kernels, the stream, fused and not, and the tiled product, each with a residual in another buffer and in its own.
+# Rows staged, and done apart (k no multiple of 8); the gemv, skinny, swapped, wgmma and sparse kernels, the stream,
+# fused and not, and the tiled product, each with a residual in another buffer and in its own.
 @pytest.mark.parametrize("prologue", [0, RMS_NORM, SILU_GATE])
 @pytest.mark.parametrize(
     ("shape", "path"),
@@ -431,6 +471,10 @@ def test_gate_of_extremes(executor: Executor) -> None:
         ((40, 130, 21), WGMMA),
         ((130, 72, 264), WGMMA),
         ((140, 64, 70), WGMMA),
+        ((66, 272, 168), SPARSE),
+        ((70, 130, 90), SPARSE),
+        ((130, 528, 232), SPARSE),
+        ((5, 136, 512), SPARSE),
         ((1, 256, 40), STREAM),
         ((2, 48, 17), STREAM),
         ((5, 333, 18), STREAM),
@@ -459,6 +503,7 @@ def test_around_kinds(executor: Executor, kind: str, prologue: int) -> None:
         ((1, 272, 10), RelativeThreshold(), WGMMA),
         ((3, 528, 10), TopK(8), WGMMA),
         ((20, 272, 18), Threshold(6.0, "column"), TILED),
+        ((66, 528, 40), TopK(8), SPARSE),
     ):
         case, around = make_around(shape, dtype, prologue, kind)
         expect_linear(executor, case, rule, path, around)
@@ -470,6 +515,7 @@ def test_around_long_rows(executor: Executor, prologue: int) -> None:
     for shape, dtype in [((3, 4112, 3), ml_dtypes.bfloat16), ((17, 1040, 3), np.float32)]:
         case, around = make_around(shape, dtype, prologue)
         expect_linear(executor, case, RelativeThreshold(3.0), WGMMA, around)
+        expect_linear(executor, case, RelativeThreshold(3.0), SPARSE, around)
 
 
 @pytest.mark.parametrize("path", [STREAM, TILED, WGMMA])
@@ -551,9 +597,12 @@ PLANTED = [
     ((5, 272, 250), ml_dtypes.bfloat16, None, WGMMA),
     ((20, 1320, 66), np.float32, Threshold(0.5, "token"), WGMMA),
     ((40, 130, 19), ml_dtypes.bfloat16, None, WGMMA),
-    ((100, 1300, 19), ml_dtypes.bfloat16, TopK(3), WGMMA),
+    ((60, 1800, 19), ml_dtypes.bfloat16, TopK(3), WGMMA),
     ((260, 1290, 24), ml_dtypes.bfloat16, Threshold(1.5, "token"), WGMMA),
     ((257, 640, 19), np.float32, None, WGMMA),
+    ((130, 64, 520), np.float32, None, WGMMA),
+    ((133, 260, 400), ml_dtypes.bfloat16, TopK(6), SPARSE),
+    ((67, 900, 19), np.float32, Threshold(1.5, "token"), SPARSE),
 ]
 # The same, with something before the layer and a residual.
 PLANTED_AROUND = [
@@ -564,6 +613,8 @@ PLANTED_AROUND = [
     ((18, 24, 32), ml_dtypes.bfloat16, TopK(2), WGMMA, SILU_GATE),
     ((18, 24, 16), np.float32, None, WGMMA, SILU_GATE),
     ((130, 24, 40), ml_dtypes.bfloat16, None, WGMMA, RMS_NORM),
+    ((67, 272, 168), ml_dtypes.bfloat16, TopK(6), SPARSE, RMS_NORM),
+    ((20, 136, 104), np.float32, Threshold(1.0, "column"), SPARSE, SILU_GATE),
     ((5, 37, 9), np.float16, TopK(2), STREAM, RMS_NORM),
     ((2, 32, 8), np.float32, TopK(2), STREAM, SILU_GATE),
     ((17, 40, 8), np.float32, TopK(2), TILED, RMS_NORM),
@@ -589,16 +640,17 @@ def test_planted_faults_are_noticed(executor: Executor) -> None:
         case, around = make_around(shape, dtype, prologue)
         calls.append((case, rule, path, around))
     for call in calls:
-        executor.order = int(call[2] == WGMMA)  # those that wait before those that they wait for
+        executor.order = int(call[2] >= WGMMA)  # those that wait before those that they wait for
         expect_linear(executor, *call)
         for place in executor.sites():
             places.setdefault(place, []).append(call)
     missed = []
     for (place, fault), reaching in places.items():
         executor.fault, executor.site = fault, place.encode()
-        # Where warps wait for copies of their own, only lanes that run early can overtake the others.
-        early = [(call, 0) for call in reaching if call[2] == WGMMA]
-        for call, executor.order in [(call, int(call[2] == WGMMA)) for call in reaching] + early:
+        # Where warps wait for copies of their own, only lanes that run early can overtake the others, and where one
+        # warp waits for several, only lanes of these that run late.
+        early = [(call, order) for order in (0, 2) for call in reaching if call[2] >= WGMMA]
+        for call, executor.order in [(call, int(call[2] >= WGMMA)) for call in reaching] + early:
             try:
                 expect_linear(executor, *call)
             except (ExecutorError, AssertionError):

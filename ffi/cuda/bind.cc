@@ -20,8 +20,8 @@ namespace py = pybind11;
 using Stream = ffi::PlatformStream<CUstream_st*>;
 using Workspace = ffi::Result<ffi::BufferR1<ffi::U8>>;
 
-constexpr const char* kPathNames[] = {"stream", "tiled", "wgmma"};
-constexpr int64_t kPathCount = 3;
+constexpr const char* kPathNames[] = {"stream", "tiled", "wgmma", "sparse"};
+constexpr int64_t kPathCount = 4;
 
 // Attributes of a call, decoded; the names are those of jaxint8/kernels.py.
 struct Attributes {

@@ -22,12 +22,13 @@ REQUIRED = {
     "StreamKernel": r"IMMA\.16832\.S8\.S8",
     "TiledKernel": r"IMMA\.16832\.S8\.S8",
     "WgmmaKernel": r"IGMMA",
+    "SparseKernel": r"IGMMA\.SP",
     "SwappedKernel": r"IGMMA",
     "SkinnyKernel": r"IMMA\.16832\.S8\.S8",
     "GemvKernel": r"IDP\.4A\.S8\.S8",
 }
 # Empty on other architectures than sm_90a.
-HOPPER = ("WgmmaKernel", "SwappedKernel", "SkinnyKernel", "GemvKernel")
+HOPPER = ("WgmmaKernel", "SparseKernel", "SwappedKernel", "SkinnyKernel", "GemvKernel")
 FORBIDDEN = {"": r"\b(LDL|STL)\b"}  # local memory: registers that did not fit
 TYPES = {"0": "f32", "1": "bf16", "2": "f16"}
 

@@ -24,7 +24,7 @@ from jaxint8.block import Block, Weights, mlp_block
 from jaxint8.dispatch import Layer
 from jaxint8.prologue import RMSNorm
 
-PATHS = ("stream", "tiled", "wgmma")  # by their numbers in int8.h
+PATHS = ("stream", "tiled", "wgmma", "sparse")  # by their numbers in int8.h
 
 
 def gpu_executor() -> tests.Executor:
@@ -73,7 +73,14 @@ def _cases(quick: bool) -> Iterator[tuple[tuple[int, int, int], type, str, Any]]
 
 def _around_cases(quick: bool) -> Iterator[tuple[tuple[int, int, int], type, str, Any, int]]:
     """Yields (shape, dtype, kind, rule, prologue)."""
-    shapes = [(1, 272, 34), (2, 528, 35), (5, 333, 18), (20, 144, 132), (140, 64, 70)]
+    shapes = [
+        (1, 272, 34),
+        (2, 528, 35),
+        (5, 333, 18),
+        (20, 144, 132),
+        (140, 64, 70),
+        (130, 528, 232),
+    ]
     for number, shape in enumerate(shapes):
         for prologue in range(3):
             rule, dtype = battery.FEW_RULES[(number + prologue) % 4], battery.DTYPES[number % 3]
@@ -82,6 +89,7 @@ def _around_cases(quick: bool) -> Iterator[tuple[tuple[int, int, int], type, str
         return
     large = [(1, 4096, 4096), (1, 14336, 512), (2, 4096, 512), (8, 4096, 1024), (16, 14336, 64)]
     large += [(32, 14336, 256), (32, 4096, 512), (64, 768, 3072), (130, 4104, 1030)]
+    large += [(100, 4096, 1024), (300, 5140, 1032)]
     for shape in large:
         for prologue in range(3):
             for rule in (None, RelativeThreshold(), TopK(8)):
@@ -110,7 +118,7 @@ def stage_native(quick: bool = False) -> dict[str, Any]:
     for shape, dtype, kind, rule, case, around in cases:
         wanted = tests.wanted_linear(case, rule, around).astype(np.float32)
         for index, path in enumerate(PATHS):
-            if path == "stream" and shape[0] > 16:
+            if (path == "stream" and shape[0] > 16) or (path == "sparse" and rule is None):
                 continue
             count += 1
             try:

@@ -179,7 +179,7 @@ def stage_sweep() -> dict[str, Any]:
                 None,
             )
         for name in ("none", "relative 6"):
-            for path, index in (("stream", 0), ("tiled", 1), ("wgmma", 2)):
+            for path, index in (("stream", 0), ("tiled", 1), ("wgmma", 2), ("sparse", 3)):
                 if path != "stream" or m <= 16:
                     us = time_native(executor, case, rules()[name], path=index)
                     add(case, f"{path} {name}", us, None)

@@ -141,64 +141,71 @@ JAXINT8_DEVICE void Pin(int32_t (&c)[kSize]) {
   for (int i = 0; i < kSize; ++i) asm volatile("" : "+r"(c[i])::"memory");
 }
 
-// c[64 x n] = (add ? c : 0) + a[64 x 32] * b[n x 32]^T, int8 with int32 sums that wrap. With g = lane / 4 and
-// t = lane % 4, c[4 * j + e] of warp w of the warpgroup is row 16 * w + g + 8 * (e / 2), column 8 * j + 2 * t + e % 2.
+// The sums of a product as operands, and their names in its text.
 #define JAXINT8_R8(i)                                                                                         \
   "+r"(c[i]), "+r"(c[i + 1]), "+r"(c[i + 2]), "+r"(c[i + 3]), "+r"(c[i + 4]), "+r"(c[i + 5]), "+r"(c[i + 6]), \
       "+r"(c[i + 7])
-#define JAXINT8_R32(i) JAXINT8_R8(i), JAXINT8_R8(i + 8), JAXINT8_R8(i + 16), JAXINT8_R8(i + 24)
+#define JAXINT8_R16(i) JAXINT8_R8(i), JAXINT8_R8(i + 8)
+#define JAXINT8_R32(i) JAXINT8_R16(i), JAXINT8_R16(i + 16)
+#define JAXINT8_N16 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
+#define JAXINT8_N32 JAXINT8_N16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define JAXINT8_N48 JAXINT8_N32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
+#define JAXINT8_N56 JAXINT8_N48 ", %48, %49, %50, %51, %52, %53, %54, %55"
+#define JAXINT8_N64 JAXINT8_N56 ", %56, %57, %58, %59, %60, %61, %62, %63"
+#define JAXINT8_N80 JAXINT8_N64 ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79"
+#define JAXINT8_N96 JAXINT8_N80 ", %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
+#define JAXINT8_N128                                                                                           \
+  JAXINT8_N96                                                                                                  \
+  ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, %112, %113, " \
+  "%114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 
-JAXINT8_DEVICE void Product(int32_t (&c)[16], uint64_t a, uint64_t b, uint32_t add) {
-  asm volatile(
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %18, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n32k32.s32.s8.s8 {"
-      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
-      "}, %16, %17, p;\n}"
-      : JAXINT8_R8(0), JAXINT8_R8(8)
-      : "l"(a), "l"(b), "r"(add));
-}
+// c[64 x n] = (add ? c : 0) + a[64 x 32] * b[n x 32]^T, int8 with int32 sums that wrap. With g = lane / 4 and
+// t = lane % 4, c[4 * j + e] of warp w of the warpgroup is row 16 * w + g + 8 * (e / 2), column 8 * j + 2 * t + e % 2.
+#define JAXINT8_PRODUCT(sums, shape, names, a_b, add_at, ...)                                           \
+  JAXINT8_DEVICE void Product(int32_t (&c)[sums], uint64_t a, uint64_t b, uint32_t add) {               \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " add_at ", 0;\nwgmma.mma_async.sync.aligned." shape \
+                 ".s32.s8.s8 {" names "}, " a_b ", p;\n}"                                               \
+                 : __VA_ARGS__                                                                          \
+                 : "l"(a), "l"(b), "r"(add));                                                           \
+  }
+JAXINT8_PRODUCT(16, "m64n32k32", JAXINT8_N16, "%16, %17", "%18", JAXINT8_R16(0))
+JAXINT8_PRODUCT(32, "m64n64k32", JAXINT8_N32, "%32, %33", "%34", JAXINT8_R32(0))
+JAXINT8_PRODUCT(48, "m64n96k32", JAXINT8_N48, "%48, %49", "%50", JAXINT8_R32(0), JAXINT8_R16(32))
+JAXINT8_PRODUCT(56, "m64n112k32", JAXINT8_N56, "%56, %57", "%58", JAXINT8_R32(0), JAXINT8_R16(32), JAXINT8_R8(48))
+JAXINT8_PRODUCT(64, "m64n128k32", JAXINT8_N64, "%64, %65", "%66", JAXINT8_R32(0), JAXINT8_R32(32))
+JAXINT8_PRODUCT(80, "m64n160k32", JAXINT8_N80, "%80, %81", "%82", JAXINT8_R32(0), JAXINT8_R32(32), JAXINT8_R16(64))
+JAXINT8_PRODUCT(96, "m64n192k32", JAXINT8_N96, "%96, %97", "%98", JAXINT8_R32(0), JAXINT8_R32(32), JAXINT8_R32(64))
+JAXINT8_PRODUCT(128, "m64n256k32", JAXINT8_N128, "%128, %129", "%130", JAXINT8_R32(0), JAXINT8_R32(32), JAXINT8_R32(64),
+                JAXINT8_R32(96))
+#undef JAXINT8_PRODUCT
 
-JAXINT8_DEVICE void Product(int32_t (&c)[32], uint64_t a, uint64_t b, uint32_t add) {
-  asm volatile(
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n64k32.s32.s8.s8 {"
-      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-      "}, %32, %33, p;\n}"
-      : JAXINT8_R32(0)
-      : "l"(a), "l"(b), "r"(add));
-}
-
-JAXINT8_DEVICE void Product(int32_t (&c)[64], uint64_t a, uint64_t b, uint32_t add) {
-  asm volatile(
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8 {"
-      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
-      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-      "}, %64, %65, p;\n}"
-      : JAXINT8_R32(0), JAXINT8_R32(32)
-      : "l"(a), "l"(b), "r"(add));
-}
-
-JAXINT8_DEVICE void Product(int32_t (&c)[128], uint64_t a, uint64_t b, uint32_t add) {
-  asm volatile(
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %130, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n256k32.s32.s8.s8 {"
-      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
-      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "
-      "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "
-      "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "
-      "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, "
-      "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
-      "}, %128, %129, p;\n}"
-      : JAXINT8_R32(0), JAXINT8_R32(32), JAXINT8_R32(64), JAXINT8_R32(96)
-      : "l"(a), "l"(b), "r"(add));
-}
+// c[64 x n] += a[64 x 64] * b[n x 64]^T, where of every four neighbours in a row of a two at most are not 0, and a is
+// stored as those two: 32 bytes a row. Bits 4i to 4i + 3 of `places` say where in group i of eight the two belong, the
+// first one's lowest; the first stands before the second. The word of a lane is that of row 16 * w + g + 8 * (t % 2)
+// and columns from 32 * (t / 2) on.
+#define JAXINT8_SPARSE(sums, shape, names, operands, ...)                                               \
+  JAXINT8_DEVICE void SparseProduct(int32_t (&c)[sums], uint64_t a, uint64_t b, uint32_t places) {      \
+    asm volatile("wgmma.mma_async.sp.sync.aligned." shape ".s32.s8.s8 {" names "}, " operands ", 0, 1;" \
+                 : __VA_ARGS__                                                                          \
+                 : "l"(a), "l"(b), "r"(places));                                                        \
+  }
+JAXINT8_SPARSE(32, "m64n64k64", JAXINT8_N32, "%32, %33, %34", JAXINT8_R32(0))
+JAXINT8_SPARSE(48, "m64n96k64", JAXINT8_N48, "%48, %49, %50", JAXINT8_R32(0), JAXINT8_R16(32))
+JAXINT8_SPARSE(56, "m64n112k64", JAXINT8_N56, "%56, %57, %58", JAXINT8_R32(0), JAXINT8_R16(32), JAXINT8_R8(48))
+JAXINT8_SPARSE(64, "m64n128k64", JAXINT8_N64, "%64, %65, %66", JAXINT8_R32(0), JAXINT8_R32(32))
+JAXINT8_SPARSE(80, "m64n160k64", JAXINT8_N80, "%80, %81, %82", JAXINT8_R32(0), JAXINT8_R32(32), JAXINT8_R16(64))
+JAXINT8_SPARSE(96, "m64n192k64", JAXINT8_N96, "%96, %97, %98", JAXINT8_R32(0), JAXINT8_R32(32), JAXINT8_R32(64))
+#undef JAXINT8_SPARSE
+#undef JAXINT8_N128
+#undef JAXINT8_N96
+#undef JAXINT8_N80
+#undef JAXINT8_N64
+#undef JAXINT8_N56
+#undef JAXINT8_N48
+#undef JAXINT8_N32
+#undef JAXINT8_N16
 #undef JAXINT8_R32
+#undef JAXINT8_R16
 #undef JAXINT8_R8
 
 template <int kRegisters>

@@ -31,8 +31,8 @@ struct Options {
 // What is done to a row before it is quantised; its result is rounded to the type of x. See jaxint8/reference.py.
 enum class Prologue : int32_t { kNone, kRmsNorm, kSiluGate };
 
-// How the product is computed. kAuto chooses from the table in plan.h.
-enum class Path : int32_t { kAuto = -1, kStream = 0, kTiled = 1, kWgmma = 2 };
+// How the product is computed. kAuto chooses from the table in plan.h. kSparse: as kWgmma, but for the high parts.
+enum class Path : int32_t { kAuto = -1, kStream = 0, kTiled = 1, kWgmma = 2, kSparse = 3 };
 
 struct Problem {
   enum class Kind { kQuantize, kProduct, kLinear, kPrologue } kind;

@@ -1,15 +1,18 @@
 // Run: chooses kernels by the plan and queues them. Compiled by nvcc, and by the C++ compiler for the block executor.
 #include <cstdint>
+#include <iterator>
 
 #include "host.h"
 #include "int8.h"
 #include "plan.h"
 #include "quantize.h"
+#include "queue.h"
 #include "stream.h"
 #include "tiled.h"
 #if !defined(__CUDACC__) || defined(JAXINT8_WGMMA)
 #include "gemv.h"
 #include "skinny.h"
+#include "sparse.h"
 #include "swapped.h"
 #include "wgmma.h"
 #define JAXINT8_HAS_WGMMA
@@ -18,46 +21,21 @@
 namespace jaxint8::cuda {
 namespace {
 
-// Return the error of a step, if any, to the caller.
-#define JAXINT8_TRY(step) \
-  if (const char* error = (step)) return error
-
-template <Type kValue>
-struct TypeConstant {
-  static constexpr Type kType = kValue;
-};
-// Calls f with the type of the activations as a constant.
-template <typename F>
-const char* WithType(Type type, F f) {
-  switch (type) {
-    case Type::kF32:
-      return f(TypeConstant<Type::kF32>());
-    case Type::kBF16:
-      return f(TypeConstant<Type::kBF16>());
-    case Type::kF16:
-      return f(TypeConstant<Type::kF16>());
-    default:
-      return "x: expected float32, bfloat16 or float16";
-  }
-}
-
-// The state of one call: where things lie, and whether the next kernel follows one of ours.
+// The state of one call: where things lie.
 class Call {
  public:
   Call(const Problem& p, const Plan& plan, CUstream_st* stream, bool follows)
-      : p_(p), plan_(plan), stream_(stream), follows_(follows) {}
+      : p_(p), plan_(plan), queue_(stream, follows) {}
 
   const char* Run() {
     JAXINT8_TRY(Multiprocessors(&multiprocessors_));
     JAXINT8_TRY(HasWgmma(&wgmma_));
-    if (p_.path == Path::kWgmma && !wgmma_) return "the wgmma kernels need compute capability 9.0";
+    if ((p_.path == Path::kWgmma || p_.path == Path::kSparse) && !wgmma_)
+      return "the wgmma kernels need compute capability 9.0";
     wgmma_ = wgmma_ && p_.path != Path::kTiled && p_.k > 0;
-    swapped_ = wgmma_ && !plan_.stream && p_.m <= (plan_.has_rule ? kSwappedM : kSwappedPlainM);  // or skinny
-    const bool bits = plan_.by_column || !swapped_;  // marked columns, or those to gather
-    if (plan_.bits_bytes > 0 && bits) {
-      JAXINT8_TRY(Clear(stream_, p_.workspace + plan_.bits, plan_.bits_bytes));
-      follows_ = false;  // a kernel behind a memset cannot start early
-    }
+    swapped_ = wgmma_ && !plan_.stream && !plan_.sparse && p_.m <= kSwappedM;  // or skinny
+    const bool bits = plan_.by_column || !swapped_;                            // marked columns, or those to gather
+    if (plan_.bits_bytes > 0 && bits) JAXINT8_TRY(queue_.Clear(p_.workspace + plan_.bits, plan_.bits_bytes));
     switch (p_.kind) {
       case Problem::Kind::kQuantize:
         return Quantize();
@@ -66,7 +44,7 @@ class Call {
       case Problem::Kind::kLinear:
         return Linear();
       case Problem::Kind::kPrologue:
-        return LaunchPrologue(Rows(), Memory<uint8_t>(p_.y, p_.m * p_.k * TypeBytes(p_.type)));
+        return QueuePrologue(queue_, p_.type, Rows(), Memory<uint8_t>(p_.y, p_.m * p_.k * TypeBytes(p_.type)));
     }
     return "unknown kind";
   }
@@ -75,13 +53,6 @@ class Call {
   template <typename T>
   Ptr<T> Scratch(int64_t offset, int64_t bytes) const {
     return Memory<T>(p_.workspace + offset, bytes);
-  }
-
-  template <typename Kernel>
-  const char* Launch(int64_t blocks, int threads, int64_t shared, const typename Kernel::Params& params) {
-    const bool overlapped = follows_;
-    follows_ = true;
-    return cuda::Launch<Kernel>(stream_, blocks, threads, shared, params, overlapped);
   }
 
   QuantizeParams Rows() const {
@@ -98,65 +69,19 @@ class Call {
     return q;
   }
 
-  // Does what stands before the layer with a kernel of its own.
-  const char* LaunchPrologue(const QuantizeParams& q, Ptr<uint8_t> y) {
-    const PrologueKernelParams params{q.x, y, q.k, q.prologue};
-    return WithType(p_.type, [&](auto type) {
-      constexpr Type kType = decltype(type)::kType;
-      const int threads = RowThreads(q.m, q.k);
-      return q.k % 8 == 0 ? Launch<PrologueKernel<kType, true>>(q.m, threads, 4 * kTeamWords, params)
-                          : Launch<PrologueKernel<kType, false>>(q.m, threads, 4 * kTeamWords, params);
-    });
-  }
-
   const char* Quantize() {
     QuantizeParams q = Rows();
     q.lo = Memory<int8_t>(p_.lo, p_.m * p_.k);
     q.hi = Memory<int8_t>(p_.hi, p_.m * p_.k);
     q.stride = p_.k;
     q.row_scale = Memory<float>(p_.row_scale, 4 * p_.m);
-    return QuantizeRows(q);
+    return QueueQuantizers(queue_, p_.type, q);
   }
 
-  // The columns first, if they are taken out whole, then the codes.
-  const char* QuantizeRows(QuantizeParams q) {
-    if (plan_.by_column) {
-      q.marking = true;
-      JAXINT8_TRY(LaunchQuantize(q));
-      q.marking = false;
-    }
-    return LaunchQuantize(q);
-  }
-
-  const char* LaunchQuantize(const QuantizeParams& q) {
-    return WithType(p_.type, [&](auto type) {
-      constexpr Type kType = decltype(type)::kType;
-      const int64_t staged = StagedBytes(kType, q.k, q.stride, q.prologue.kind);
-      if (staged > 0) return QuantizeRule<kType>(q, staged);
-      return q.k % 8 == 0 && q.stride % 8 == 0 ? QuantizeLaunch<QuantizeKernel<kType, true, false, -1>>(q, 0)
-                                               : QuantizeLaunch<QuantizeKernel<kType, false, false, -1>>(q, 0);
-    });
-  }
-
-  template <Type kType>
-  const char* QuantizeRule(const QuantizeParams& q, int64_t staged) {
-    if (q.marking) return QuantizeLaunch<QuantizeKernel<kType, true, true, -1>>(q, staged);
-    if (plan_.by_column) return QuantizeLaunch<QuantizeKernel<kType, true, true, kMarked>>(q, staged);
-    switch (q.options.rule) {
-      case Rule::kNone:
-        return QuantizeLaunch<QuantizeKernel<kType, true, true, static_cast<int>(Rule::kNone)>>(q, staged);
-      case Rule::kThreshold:
-        return QuantizeLaunch<QuantizeKernel<kType, true, true, static_cast<int>(Rule::kThreshold)>>(q, staged);
-      case Rule::kRelative:
-        return QuantizeLaunch<QuantizeKernel<kType, true, true, static_cast<int>(Rule::kRelative)>>(q, staged);
-      default:
-        return QuantizeLaunch<QuantizeKernel<kType, true, true, static_cast<int>(Rule::kTopK)>>(q, staged);
-    }
-  }
-
-  template <typename Kernel>
-  const char* QuantizeLaunch(const QuantizeParams& q, int64_t staged) {
-    return Launch<Kernel>(q.m, RowThreads(q.m, q.stride), Kernel::kShared + staged, q);
+  template <typename Byte>
+  SparseCodes<Byte> Sparse() const {
+    return {Scratch<Byte>(plan_.sparse_codes, plan_.sparse_codes_bytes),
+            Scratch<Byte>(plan_.sparse_flags, plan_.sparse_flags_bytes), plan_.stride / 128};
   }
 
   Epilogue MakeEpilogue() const {
@@ -179,7 +104,7 @@ class Call {
     const AlignParams a{in, rows, p_.k, plan_.stride, Scratch<int8_t>(offset, rows * plan_.stride)};
     const int64_t blocks = (rows * plan_.stride / 16 + AlignKernel::kMaxThreads - 1) / AlignKernel::kMaxThreads;
     const int64_t most = 8 * multiprocessors_;
-    return Launch<AlignKernel>(blocks < most ? blocks : most, AlignKernel::kMaxThreads, AlignKernel::kShared, a);
+    return queue_.Launch<AlignKernel>(blocks < most ? blocks : most, AlignKernel::kMaxThreads, AlignKernel::kShared, a);
   }
 
   const char* Product() {
@@ -206,7 +131,7 @@ class Call {
     QuantizeParams q = Rows();
     if (plan_.apart) {
       const Ptr<uint8_t> rows = Scratch<uint8_t>(plan_.rows, p_.m * p_.k * TypeBytes(p_.type));
-      JAXINT8_TRY(LaunchPrologue(q, rows));
+      JAXINT8_TRY(QueuePrologue(queue_, p_.type, q, rows));
       q.x = rows;
       q.prologue.kind = Prologue::kNone;
     }
@@ -216,14 +141,16 @@ class Call {
     q.stride = plan_.stride;
     if (plan_.has_rule) {
       q.hi = Scratch<int8_t>(plan_.hi, p_.m * plan_.stride);
-      if (plan_.stream) {
+      if (plan_.sparse) {
+        q.sparse = Sparse<uint8_t>();
+      } else if (plan_.stream) {
         q.pieces = Scratch<uint8_t>(plan_.pieces, p_.m * plan_.piece_stride);
         q.piece_stride = plan_.piece_stride;
       } else if (!plan_.by_column && !swapped_) {
         q.used = Scratch<uint32_t>(plan_.bits, plan_.bits_bytes);
       }
     }
-    JAXINT8_TRY(QuantizeRows(q));
+    JAXINT8_TRY(QueueQuantizers(queue_, p_.type, q));
     if (plan_.stream) return StreamWeights(q);
     return Tiled(q.lo, plan_.stride, q.hi);
   }
@@ -254,7 +181,7 @@ class Call {
     const int64_t outputs = kStreamOutputs * (kStreamWarps / s.split);
     const int64_t blocks = (s.n + outputs - 1) / outputs;
     const int64_t most = Kernel::kMinBlocks * multiprocessors_;
-    return Launch<Kernel>(blocks < most ? blocks : most, kStreamThreads, layout.bytes, s);
+    return queue_.Launch<Kernel>(blocks < most ? blocks : most, kStreamThreads, layout.bytes, s);
   }
 
   const char* Tiled(Ptr<const int8_t> lo, int64_t stride, Ptr<const int8_t> hi) {
@@ -271,6 +198,7 @@ class Call {
     }
 #ifdef JAXINT8_HAS_WGMMA
     if (plan_.skinny) return Skinny(lo, stride, hi, w);
+    if (plan_.sparse) return SparseProduct(lo, stride, hi, w, w_stride);
     if (swapped_) return Swapped(lo, stride, hi, w, w_stride);
 #endif
     // Columns beyond k are zeros in padded codes and aligned copies, and are not read elsewhere.
@@ -309,8 +237,8 @@ class Call {
     g.count = Scratch<uint32_t>(plan_.count, 4);
     const int64_t blocks = (p_.m + p_.n + GatherKernel::kMaxThreads / 32 - 1) / (GatherKernel::kMaxThreads / 32);
     const int64_t most = 8 * multiprocessors_;
-    JAXINT8_TRY(Launch<GatherKernel>(blocks < most ? blocks : most, GatherKernel::kMaxThreads,
-                                     GatherKernel::Shared(plan_.capacity), g));
+    JAXINT8_TRY(queue_.Launch<GatherKernel>(blocks < most ? blocks : most, GatherKernel::kMaxThreads,
+                                            GatherKernel::Shared(plan_.capacity), g));
     t->count = g.count;
     t->capacity = plan_.capacity;
     t->gathered = {g.out_a, g.out_b, plan_.capacity, plan_.capacity, 0};
@@ -320,7 +248,7 @@ class Call {
   template <typename Kernel>
   const char* TiledWith(const TiledParams& t, const TileShape& shape) {
     const int64_t blocks = ((t.m + shape.m - 1) / shape.m) * ((t.n + shape.n - 1) / shape.n);
-    return Launch<Kernel>(blocks, Kernel::kMaxThreads, Kernel::kShared, t);
+    return queue_.Launch<Kernel>(blocks, Kernel::kMaxThreads, Kernel::kShared, t);
   }
 
 #ifdef JAXINT8_HAS_WGMMA
@@ -357,7 +285,7 @@ class Call {
     g.piece = shape.piece;
     g.depth = shape.depth;
     g.epilogue = MakeEpilogue();
-    return Launch<Kernel>(blocks, Kernel::kMaxThreads, shape.shared, g);
+    return queue_.Launch<Kernel>(blocks, Kernel::kMaxThreads, shape.shared, g);
   }
 
   const char* Skinny(Ptr<const int8_t> lo, int64_t stride, Ptr<const int8_t> hi, Ptr<const int8_t> w) {
@@ -370,7 +298,7 @@ class Call {
     using Kernel = SkinnyKernel<kTiles, kHigh>;
     const int64_t groups = (p_.n + kStreamOutputs - 1) / kStreamOutputs;
     const int64_t blocks = groups < multiprocessors_ ? groups : multiprocessors_;
-    const int64_t staged = follows_ ? StagedBytes(p_.type, p_.k, stride, p_.prologue) : 0;
+    const int64_t staged = queue_.follows() ? StagedBytes(p_.type, p_.k, stride, p_.prologue) : 0;
     const SkinnyShape shape = ChooseSkinny(kTiles, kHigh, p_.n, p_.k, blocks, staged);
     SkinnyParams s{};
     s.m = p_.m;
@@ -378,13 +306,14 @@ class Call {
     s.k = p_.k;
     s.groups = shape.groups;
     s.depth = shape.depth;
-    s.early = follows_ ? EarlySteps(kSkinnyEarly, p_.k, shape.groups * kGroupBytes * kSkinnyWarps, shape.depth) : 0;
+    s.early =
+        queue_.follows() ? EarlySteps(kSkinnyEarly, p_.k, shape.groups * kGroupBytes * kSkinnyWarps, shape.depth) : 0;
     s.epilogue = MakeEpilogue();
     JAXINT8_TRY(MakeTileMap(&s.w, w, p_.n, p_.k, p_.k, kStreamOutputs));
     s.lo = lo;
     s.hi = hi;
     s.stride = stride;
-    return Launch<Kernel>(blocks, Kernel::kMaxThreads, shape.shared, s);
+    return queue_.Launch<Kernel>(blocks, Kernel::kMaxThreads, shape.shared, s);
   }
 
   const char* Swapped(Ptr<const int8_t> lo, int64_t stride, Ptr<const int8_t> hi, Ptr<const int8_t> w,
@@ -394,37 +323,33 @@ class Call {
     s.n = p_.n;
     s.k = p_.k;
     s.epilogue = MakeEpilogue();
-    const int rows = p_.m <= 32 ? 32 : p_.m <= 64 ? 64 : 128;
+    const int rows = p_.m <= 32 ? 32 : 64;
     JAXINT8_TRY(MakeTileMap(&s.w, w, p_.n, p_.k, w_stride, 128));
     JAXINT8_TRY(MakeTileMap(&s.lo, lo, p_.m, p_.k, stride, rows));
     if (hi) JAXINT8_TRY(MakeTileMap(&s.hi, hi, p_.m, p_.k, stride, rows));
     if (rows == 32) return hi ? SwappedWith<SwappedKernel<32, true>>(s) : SwappedWith<SwappedKernel<32, false>>(s);
-    if (rows == 64) return hi ? SwappedWith<SwappedKernel<64, true>>(s) : SwappedWith<SwappedKernel<64, false>>(s);
-    return SwappedWith<SwappedKernel<128, true>>(s);
+    return hi ? SwappedWith<SwappedKernel<64, true>>(s) : SwappedWith<SwappedKernel<64, false>>(s);
   }
 
   template <typename Kernel>
   const char* SwappedWith(SwappedParams& s) {
     s.cluster = ChooseCluster(p_.n, p_.k, multiprocessors_);
     s.stages = ChooseStages(p_.n, multiprocessors_, Kernel::kMinBlocks, Kernel::kStageBytes);
-    s.early = follows_ && !plan_.align_w ? EarlySteps(kSwappedEarly, p_.k, Kernel::kBytesW, s.stages) : 0;
-    const bool overlapped = follows_;
-    follows_ = true;
-    return cuda::Launch<Kernel>(stream_, (p_.n + 127) / 128 * s.cluster, Kernel::kMaxThreads, Kernel::Shared(s.stages),
-                                s, overlapped, s.cluster);
+    s.early = queue_.follows() && !plan_.align_w ? EarlySteps(kSwappedEarly, p_.k, Kernel::kBytesW, s.stages) : 0;
+    return queue_.Launch<Kernel>((p_.n + 127) / 128 * s.cluster, Kernel::kMaxThreads, Kernel::Shared(s.stages), s,
+                                 s.cluster);
   }
 
   const char* Wgmma(const TiledParams& t) {
-    switch (ChooseWgmma(p_.m, p_.n, multiprocessors_)) {
-      case 0:
-        return WgmmaWith<WgmmaKernel<256, 2>>(t, kWgmmaShapes[0]);
-      case 1:
-        return WgmmaWith<WgmmaKernel<128, 2>>(t, kWgmmaShapes[1]);
-      case 2:
-        return WgmmaWith<WgmmaKernel<128, 1>>(t, kWgmmaShapes[2]);
-      default:
-        return WgmmaWith<WgmmaKernel<64, 1>>(t, kWgmmaShapes[3]);
-    }
+    return WgmmaShaped<0>(t, ChooseWgmma(kWgmmaShapes, p_.m, p_.n, multiprocessors_));
+  }
+
+  template <int kShape>
+  const char* WgmmaShaped(const TiledParams& t, int chosen) {
+    constexpr const WgmmaShape& shape = kWgmmaShapes[kShape];
+    if (chosen == kShape) return WgmmaWith<WgmmaKernel<shape.n, shape.cluster>>(t, shape);
+    if constexpr (kShape + 1 < std::size(kWgmmaShapes)) return WgmmaShaped<kShape + 1>(t, chosen);
+    return nullptr;
   }
 
   template <typename Kernel>
@@ -446,22 +371,48 @@ class Call {
       JAXINT8_TRY(maps(&w.gathered, t.gathered, t.capacity));
       JAXINT8_TRY(maps(&w.all, t.all, p_.k));
     }
-    const int64_t tiles_m = (t.m + Kernel::kTileM - 1) / Kernel::kTileM;
-    const int64_t clusters = (tiles_m + shape.cluster - 1) / shape.cluster * ((t.n + shape.n - 1) / shape.n);
+    return LaunchTiles<Kernel>(shape, w);
+  }
+
+  // Blocks of the tiled kernels take turns if there are more tiles than multiprocessors.
+  template <typename Kernel>
+  const char* LaunchTiles(const WgmmaShape& shape, const typename Kernel::Params& params) {
+    const int64_t tiles_m = (p_.m + Kernel::kTileM - 1) / Kernel::kTileM;
+    const int64_t clusters = (tiles_m + shape.cluster - 1) / shape.cluster * ((p_.n + shape.n - 1) / shape.n);
     const int64_t most = multiprocessors_ / shape.cluster > 0 ? multiprocessors_ / shape.cluster : 1;
-    const bool overlapped = follows_;
-    follows_ = true;
-    return cuda::Launch<Kernel>(stream_, shape.cluster * (clusters < most ? clusters : most), Kernel::kMaxThreads,
-                                Kernel::kShared, w, overlapped, static_cast<int>(shape.cluster));
+    return queue_.Launch<Kernel>(shape.cluster * (clusters < most ? clusters : most), Kernel::kMaxThreads,
+                                 Kernel::kShared, params, static_cast<int>(shape.cluster));
+  }
+
+  const char* SparseProduct(Ptr<const int8_t> lo, int64_t stride, Ptr<const int8_t> hi, Ptr<const int8_t> w,
+                            int64_t w_stride) {
+    const int chosen = ChooseWgmma(kSparseShapes, p_.m, p_.n, multiprocessors_);
+    SparseParams s{};
+    s.sparse = Sparse<const uint8_t>();
+    s.m = p_.m;
+    s.n = p_.n;
+    s.k = p_.k;
+    s.epilogue = MakeEpilogue();
+    JAXINT8_TRY(MakeTileMap(&s.lo, lo, p_.m, p_.k, stride, 128));
+    JAXINT8_TRY(MakeTileMap(&s.hi, hi, p_.m, p_.k, stride, 128));
+    JAXINT8_TRY(MakeTileMap(&s.w, w, p_.n, p_.k, w_stride, static_cast<int>(kSparseShapes[chosen].n)));
+    return SparseShaped<0>(s, chosen);
+  }
+
+  template <int kShape>
+  const char* SparseShaped(const SparseParams& s, int chosen) {
+    constexpr const WgmmaShape& shape = kSparseShapes[kShape];
+    if (chosen == kShape) return LaunchTiles<SparseKernel<shape.n>>(shape, s);
+    if constexpr (kShape + 1 < std::size(kSparseShapes)) return SparseShaped<kShape + 1>(s, chosen);
+    return nullptr;
   }
 #endif
 
   const Problem& p_;
   const Plan& plan_;
-  CUstream_st* const stream_;
+  LaunchQueue queue_;
   int64_t multiprocessors_ = 1;
   bool wgmma_ = false, swapped_ = false;
-  bool follows_;
 };
 
 bool Aligned(const void* p, uintptr_t to) { return reinterpret_cast<uintptr_t>(p) % to == 0; }

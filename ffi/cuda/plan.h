@@ -8,6 +8,7 @@
 #include "gemv.h"
 #include "int8.h"
 #include "skinny.h"
+#include "sparse_codes.h"
 #include "stream.h"
 
 namespace jaxint8::cuda {
@@ -50,20 +51,24 @@ inline int ChooseTile(int64_t m, int64_t n, int64_t multiprocessors) {
   return best;
 }
 
-// The same for the wgmma kernel: columns of a tile of 128 rows, blocks of a cluster, time per k.
+// The same for the wgmma kernel: columns of a tile of 128 rows, blocks of a cluster, time per k; measured on an H200.
 struct WgmmaShape {
   int64_t n, cluster;
   double cost;
 };
-inline constexpr WgmmaShape kWgmmaShapes[] = {{256, 2, 1.0}, {128, 2, 0.53}, {128, 1, 0.56}, {64, 1, 0.33}};
-inline constexpr int kWgmmaShapeCount = 4;
+inline constexpr WgmmaShape kWgmmaShapes[] = {
+    {256, 2, 1.0}, {128, 2, 0.53}, {192, 1, 0.76}, {128, 1, 0.54}, {64, 1, 0.39}};
+// And for the one with sparse high parts.
+inline constexpr WgmmaShape kSparseShapes[] = {{192, 1, 1.0}, {160, 1, 0.855}, {128, 1, 0.755},
+                                               {112, 1, 0.7}, {96, 1, 0.62},   {64, 1, 0.54}};
 
-inline int ChooseWgmma(int64_t m, int64_t n, int64_t multiprocessors) {
+template <int kCount>
+int ChooseWgmma(const WgmmaShape (&shapes)[kCount], int64_t m, int64_t n, int64_t multiprocessors) {
   int best = -1;
   double least = 0;
   const int64_t tiles_m = (m + 127) / 128;
-  for (int i = 0; i < kWgmmaShapeCount; ++i) {
-    const WgmmaShape& s = kWgmmaShapes[i];
+  for (int i = 0; i < kCount; ++i) {
+    const WgmmaShape& s = shapes[i];
     if (s.cluster > tiles_m) continue;
     const int64_t turns = (tiles_m + s.cluster - 1) / s.cluster * ((n + s.n - 1) / s.n);
     const int64_t at_once = multiprocessors / s.cluster > 0 ? multiprocessors / s.cluster : 1;
@@ -76,9 +81,17 @@ inline int ChooseWgmma(int64_t m, int64_t n, int64_t multiprocessors) {
   return best;
 }
 
-// Up to this many rows Hopper's product has the weights in the place of the rows (swapped.h), with outliers and
-// without: measured on an H200.
-inline constexpr int64_t kSwappedM = 128, kSwappedPlainM = 64;
+// Whether high parts are multiplied as sparse operands, at half the cost of all low parts, or gathered by columns,
+// which costs another reading of all weights and fewer products: measured on an H200. The largest values of each row
+// stand in more columns than values above a threshold do.
+inline bool PrefersSparse(const Problem& p, bool by_column) {
+  const double products = static_cast<double>(p.m) * static_cast<double>(p.n) * static_cast<double>(p.k);
+  if (p.options.rule == Rule::kTopK) return products <= 5e11;
+  return by_column ? p.m <= 512 || products <= 4e9 : p.m <= 768 || products <= 2e10;
+}
+
+// Up to this many rows Hopper's product has the weights in the place of the rows (swapped.h): measured on an H200.
+inline constexpr int64_t kSwappedM = 64;
 
 // Blocks that share the k of 128 outputs there: enough for all multiprocessors, with two steps of k for each. Larger
 // clusters than pairs do not fill the chip, whose multiprocessors come in groups that are no multiple of four.
@@ -166,6 +179,7 @@ struct Plan {
   bool stream = false, fused = false;
   bool gemv = false;    // Hopper's fused kernel; then `fused` as well
   bool skinny = false;  // Hopper's kernel for few rows; then not `stream`
+  bool sparse = false;  // high parts are compressed, and multiplied by sparse.h
   bool has_rule = false, by_column = false;
   bool apart = false;                     // what stands before the layer is done by a kernel of its own
   bool align_a = false, align_w = false;  // copy to a stride that is a multiple of 16
@@ -174,6 +188,7 @@ struct Plan {
   int64_t capacity = 0;  // gathered columns
   // Offsets in the workspace; 0 where unused. The bits come first: they are cleared before each call.
   int64_t bits = 0, bits_bytes = 0;
+  int64_t sparse_codes = 0, sparse_codes_bytes = 0, sparse_flags = 0, sparse_flags_bytes = 0;
   int64_t rows = 0, lo = 0, hi = 0, row_scale = 0, pieces = 0, count = 0, gathered_a = 0, gathered_w = 0;
   int64_t aligned_w = 0;
   int64_t bytes = 0;
@@ -195,7 +210,7 @@ inline Plan MakePlan(const Problem& p, bool hopper) {
   const bool scoped = p.options.rule == Rule::kThreshold || p.options.rule == Rule::kRelative;
   plan.by_column = plan.has_rule && scoped && p.options.column_scope && p.m > 1;
   const bool few = p.m <= kStreamM;
-  plan.stream = !quantize && few && p.path != Path::kTiled && p.path != Path::kWgmma;
+  plan.stream = !quantize && few && p.path != Path::kTiled && p.path != Path::kWgmma && p.path != Path::kSparse;
   plan.stride = quantize ? p.k : RoundUp(p.k, kCodeAlign);
   const int rows = static_cast<int>(p.m < kGemvM ? p.m : kGemvM);
   const int64_t row_bytes = p.k * TypeBytes(p.type);
@@ -209,6 +224,9 @@ inline Plan MakePlan(const Problem& p, bool hopper) {
       plan.gemv || (plan.stream && linear && p.k % 16 == 0 && p.m <= kFusedM && p.m * p.k <= kFusedActivations);
   plan.apart = linear && p.prologue != Prologue::kNone && !plan.gemv &&
                (plan.fused || StagedBytes(p.type, p.k, plan.stride, p.prologue) == 0);
+  plan.sparse =
+      hopper && linear && plan.has_rule && !plan.stream && !plan.skinny && p.k > 0 &&
+      (p.path == Path::kSparse || (p.path == Path::kAuto && p.m > kSwappedM && PrefersSparse(p, plan.by_column)));
   plan.align_w = !quantize && !plan.stream && p.k % 16 != 0;
   plan.align_a = p.kind == Problem::Kind::kProduct && (plan.stream || plan.align_w);
 
@@ -219,7 +237,7 @@ inline Plan MakePlan(const Problem& p, bool hopper) {
     return at;
   };
   const bool prepared = linear && !plan.fused;
-  const bool gather = prepared && plan.has_rule && !plan.stream && !plan.skinny;
+  const bool gather = prepared && plan.has_rule && !plan.stream && !plan.skinny && !plan.sparse;
   if ((plan.by_column && !plan.fused) || gather) {
     plan.bits_bytes = (p.k + 31) / 32 * 4;
     plan.bits = take(plan.bits_bytes);
@@ -233,6 +251,13 @@ inline Plan MakePlan(const Problem& p, bool hopper) {
       plan.piece_stride = (p.k + kPiece - 1) / kPiece;
       plan.pieces = take(p.m * plan.piece_stride);
     }
+  }
+  if (plan.sparse) {
+    const int64_t blocks = (p.m + 63) / 64 * (plan.stride / 128);
+    plan.sparse_codes_bytes = blocks * kSparseBytes;
+    plan.sparse_flags_bytes = blocks * 64;
+    plan.sparse_codes = take(plan.sparse_codes_bytes);
+    plan.sparse_flags = take(plan.sparse_flags_bytes);
   }
   if (gather) {
     const int64_t quarter = RoundUp((p.k + 3) / 4, kGatherStep);

@@ -23,6 +23,8 @@ struct QuantizeParams {
   Ptr<uint32_t> used;    // bit per column with a high part in some row; or null
   Ptr<uint8_t> pieces;   // [m][piece_stride]: 1 where a piece of the row has high parts; or null
   int64_t piece_stride;
+  SparseCodes<uint8_t> sparse;  // beside hi; or null
+  int sparse_at;                // where in shared memory the bits of its flags are, kSparseWords; or 0
 };
 
 // A row is copied to shared memory, which suits most: no more than this, and with what stands before the layer no more
@@ -46,8 +48,8 @@ inline int RowThreads(int64_t rows, int64_t columns) {
   return threads < 32 ? 32 : threads < kQuantizeThreads ? static_cast<int>(threads) : kQuantizeThreads;
 }
 
-// One block per row. Short rows have blocks of one warp.
-template <Type kType, bool kVector, bool kStaged, int kRule>
+// One block per row. Short rows have blocks of one warp. kSparse: with compressed high parts.
+template <Type kType, bool kVector, bool kStaged, int kRule, bool kSparse = false>
 struct QuantizeKernel {
   using Params = QuantizeParams;
   static constexpr int kMaxThreads = kQuantizeThreads;
@@ -76,22 +78,47 @@ struct QuantizeKernel {
     }
     RowOutput out{Keep(p.lo + i * p.stride), p.hi, p.stride, p.marks, p.used, {}};
     if (p.hi) out.hi = Keep(p.hi + i * p.stride);
-    if (p.pieces) {
-      out.pieces = scratch + RowScratch<false>::kPieces;
-      for (int j = ThreadIndex(); j < kPieceWords; j += BlockThreads()) Store(out.pieces + j, 0u);
-      Barrier();
+    float scale;
+    if constexpr (kSparse) {
+      scale = QuantizeSparse(p, i, row, out);
+    } else {
+      scale = Quantize(p, i, row, out, scratch + RowScratch<false>::kPieces);
     }
-    const float scale = row.Quantize(out);
     if (ThreadIndex() == 0) Store(p.row_scale + i, scale);
-    if (!p.pieces) return;
-    Barrier();
-    for (int64_t j = ThreadIndex(); j < p.piece_stride; j += BlockThreads()) {
-      Store(p.pieces + i * p.piece_stride + j, static_cast<uint8_t>(Load(out.pieces + j / 32) >> (j % 32) & 1));
-    }
   }
 
  private:
   static constexpr int kBytes = RowReader<kType, kVector>::kBytes;
+
+  static JAXINT8_DEVICE float Quantize(const Params& p, int64_t i, Row<kType, kVector, kRule>& row, RowOutput& out,
+                                       Ptr<uint32_t> pieces) {
+    if (p.pieces) {
+      out.pieces = pieces;
+      for (int j = ThreadIndex(); j < kPieceWords; j += BlockThreads()) Store(pieces + j, 0u);
+      Barrier();
+    }
+    const float scale = row.Quantize(out);
+    if (!p.pieces) return scale;
+    Barrier();
+    for (int64_t j = ThreadIndex(); j < p.piece_stride; j += BlockThreads()) {
+      Store(p.pieces + i * p.piece_stride + j, static_cast<uint8_t>(Load(pieces + j / 32) >> (j % 32) & 1));
+    }
+    return scale;
+  }
+
+  // The last block of compressed high parts may have places for rows beyond the last: these are zeros.
+  static JAXINT8_DEVICE float QuantizeSparse(const Params& p, int64_t i, Row<kType, kVector, kRule>& row,
+                                             const RowOutput& out) {
+    const Ptr<uint32_t> bits = Cast<uint32_t>(SharedMemory() + p.sparse_at);
+    for (int j = ThreadIndex(); j < kSparseWords; j += BlockThreads()) Store(bits + j, 0u);
+    Barrier();
+    const SparseRow sparse(p.sparse, i, bits);
+    const float scale = row.Quantize(SparseRowOutput{out, sparse});
+    Barrier();
+    sparse.WriteFlags();
+    for (int64_t r = p.m + i; r < (p.m + 63) / 64 * 64; r += p.m) SparseRow(p.sparse, r, {}).WriteZeros();
+    return scale;
+  }
 
   // Copies the row to shared memory and does what stands before the layer to it. Each thread copies, and then reads,
   // its own elements.

@@ -9,6 +9,7 @@
 #include "device.h"
 #include "int8.h"
 #include "reader.h"
+#include "sparse_codes.h"
 #include "team.h"
 
 namespace jaxint8::cuda {
@@ -50,6 +51,12 @@ struct RowOutput {
   Ptr<const uint32_t> marks;  // column scope: bit per column, set where the column is out
   Ptr<uint32_t> used;         // bit per column, set where a high part is not 0; or null
   Ptr<uint32_t> pieces;       // [kPieceWords], zeroed: bits are set where a piece of columns has high parts; or null
+  static constexpr bool kSparse = false;
+};
+// The same with compressed high parts beside hi: a type of its own, as the others have less code without them.
+struct SparseRowOutput : RowOutput {
+  SparseRow sparse;
+  static constexpr bool kSparse = true;
 };
 
 // Which magnitudes of a row are outliers: those above the threshold, and those equal to it up to a column.
@@ -83,7 +90,8 @@ class Row {
   }
 
   // Writes codes and returns the row scale, NaN if the row is not finite.
-  JAXINT8_DEVICE float Quantize(const RowOutput& out) {
+  template <typename Output>
+  JAXINT8_DEVICE float Quantize(const Output& out) {
     Selection selection{kNothing, 0};
     const Tally tally = Measure(out, &selection);
     const bool finite = tally.absmax < kInfinity;
@@ -350,7 +358,8 @@ class Row {
   }
 
   // No code needs clipping: the scale is at least absmax / limit rounded, so no rounded quotient passes limit + 1/2.
-  JAXINT8_DEVICE void WriteCodes(const RowOutput& out, const Selection& selection, bool split, float scale) {
+  template <typename Output>
+  JAXINT8_DEVICE void WriteCodes(const Output& out, const Selection& selection, bool split, float scale) {
     const int stride = static_cast<int>(out.stride);
     const Quotients quotients(scale);
     ForEach(row_.k, [&](int i, const Group& group) {
@@ -367,7 +376,7 @@ class Row {
       if (mask) {
         Split(out, i, mask, lo);
       } else {
-        WriteZeros(out.hi, stride, i);
+        WriteNoHigh(out, i);
       }
       Write(out.lo, stride, i, lo);
     });
@@ -375,7 +384,8 @@ class Row {
   }
 
   // Of the outliers in a group: writes the high parts, and takes them from the codes.
-  JAXINT8_DEVICE void Split(const RowOutput& out, int i, uint32_t mask, uint32_t (&lo)[8]) {
+  template <typename Output>
+  JAXINT8_DEVICE void Split(const Output& out, int i, uint32_t mask, uint32_t (&lo)[8]) {
     uint32_t hi[8], high = 0;
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
@@ -385,6 +395,7 @@ class Row {
       lo[j] -= hi[j] << 7;
     }
     Write(out.hi, static_cast<int>(out.stride), i, hi);
+    if constexpr (Output::kSparse) out.sparse.Put(i, hi, high);
     if (!high) return;
     if (out.used) SetBits(out.used, i, high);
     const int piece = i / static_cast<int>(kPiece);
@@ -392,13 +403,19 @@ class Row {
   }
 
   // Zeros from a multiple of 8 on.
-  JAXINT8_DEVICE void WriteAllZeros(const RowOutput& out, int from) {
+  template <typename Output>
+  JAXINT8_DEVICE void WriteAllZeros(const Output& out, int from) {
     const int stride = static_cast<int>(out.stride);
 #pragma unroll 1
     for (int i = from + 8 * team_.Index(); i < stride; i += 8 * team_.Size()) {
       WriteZeros(out.lo, stride, i);
-      WriteZeros(out.hi, stride, i);
+      WriteNoHigh(out, i);
     }
+  }
+  template <typename Output>
+  static JAXINT8_DEVICE void WriteNoHigh(const Output& out, int i) {
+    WriteZeros(out.hi, static_cast<int>(out.stride), i);
+    if constexpr (Output::kSparse) out.sparse.PutZeros(i);
   }
   static JAXINT8_DEVICE void WriteZeros(Ptr<int8_t> to, int stride, int i) {
     constexpr uint32_t kZeros[8] = {};

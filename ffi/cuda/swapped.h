@@ -4,7 +4,7 @@
 // Two warpgroups multiply; one thread beside them keeps some stages of shared memory filled, beginning with some
 // weights while the activations are still being quantised (see EarlySteps). The blocks of a cluster share the k of a
 // tile, so that also a narrow layer keeps all multiprocessors reading, and add their sums through each other's shared
-// memory. Up to 64 rows two blocks fit on a multiprocessor: a second tile is on its way while the first ends.
+// memory. Two blocks fit on a multiprocessor: a second tile is on its way while the first ends.
 //
 // High parts (kHigh) are multiplied in full, with sums of their own: reading the weights takes longer than both.
 #ifndef JAXINT8_FFI_CUDA_SWAPPED_H_
@@ -30,7 +30,7 @@ class SwappedKernel {
   using Params = SwappedParams;
   static constexpr int kTileM = 128, kTileK = 128;
   static constexpr int kMaxThreads = 2 * 128 + 32;
-  static constexpr int kMinBlocks = kTileN <= 64 ? 2 : 1;
+  static constexpr int kMinBlocks = 2;
   static constexpr int kBytesW = kTileM * kTileK, kBytesX = kTileN * kTileK;
   static constexpr int kStageBytes = kBytesW + kBytesX * (kHigh ? 2 : 1);
   // Stages first, in 1024-byte units; then two barriers per stage.

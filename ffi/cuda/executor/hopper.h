@@ -214,8 +214,9 @@ uint64_t TileDescriptor(uint32_t address) {
 // The products that a warp has queued: each is a quarter of its warpgroup's.
 struct QueuedProduct {
   uint64_t a, b;
-  bool add, swapped;
+  bool add, swapped, sparse;
   int columns;
+  uint32_t places[32];  // of sparse ones, by lane
   int32_t* c[32];
   Site site;
 };
@@ -247,42 +248,65 @@ inline void ReadTileRow(uint64_t descriptor, int row, int8_t* to, const Site& si
   }
 }
 
-inline void Multiply(const QueuedProduct& p, ProductQueue& queue) {
+// The warp's 16 rows of a in full: 32 columns, or 64 of which 32 are stored.
+inline void ReadRowsOfA(const QueuedProduct& p, int8_t (&a)[16][64]) {
   const int first = TheMachine().thread() / 32 % 4 * 16;
-  int8_t a[16][32];
-  std::vector<int8_t> b(static_cast<size_t>(p.columns) * 32);
-  for (int r = 0; r < 16; ++r) ReadTileRow(p.a, first + (p.swapped ? r ^ 8 : r), a[r], p.site);
-  for (int r = 0; r < p.columns; ++r) ReadTileRow(p.b, r, &b[static_cast<size_t>(r) * 32], p.site);
+  for (int r = 0; r < 16; ++r) {
+    int8_t stored[32];
+    ReadTileRow(p.a, first + (p.swapped ? r ^ 8 : r), stored, p.site);
+    std::memset(a[r], 0, 64);
+    if (!p.sparse) std::memcpy(a[r], stored, 32);
+    for (int i = 0; p.sparse && i < 16; ++i) {
+      const uint32_t places = p.places[4 * (r % 8) + i / 8 * 2 + r / 8] >> i % 8 * 4;
+      const uint32_t one = places & 3, other = places >> 2 & 3;
+      if (one >= other) TheMachine().Fail(p.site, "places of a sparse product that are not in order");
+      a[r][4 * i + static_cast<int>(one)] = stored[2 * i];
+      a[r][4 * i + static_cast<int>(other)] = stored[2 * i + 1];
+    }
+  }
+}
+
+inline void Multiply(const QueuedProduct& p, ProductQueue& queue) {
+  int8_t a[16][64];
+  ReadRowsOfA(p, a);
+  const int depth = p.sparse ? 64 : 32;
+  std::vector<int8_t> b(static_cast<size_t>(p.columns) * 64);
+  for (int r = 0; r < p.columns; ++r) {
+    int8_t* row = &b[static_cast<size_t>(r) * 64];
+    ReadTileRow(p.b, r, row, p.site);
+    if (p.sparse) ReadTileRow(p.b + 2, r, row + 32, p.site);  // 32 bytes further
+  }
   for (int lane = 0; lane < 32; ++lane) {
     std::vector<int32_t>& c = queue.sums.at(p.c[lane]);
     for (int e = 0; e < p.columns / 2; ++e) {
       const int row = lane / 4 + 8 * (e / 2 % 2), column = 8 * (e / 4) + 2 * (lane % 4) + e % 2;
+      const int8_t* of_b = &b[static_cast<size_t>(column) * 64];
       uint32_t sum = p.add ? static_cast<uint32_t>(c[static_cast<size_t>(e)]) : 0;
-      for (int i = 0; i < 32; ++i) {
-        sum += static_cast<uint32_t>(int32_t{a[row][i]} * b[static_cast<size_t>(column) * 32 + static_cast<size_t>(i)]);
-      }
+      for (int i = 0; i < depth; ++i) sum += static_cast<uint32_t>(int32_t{a[row][i]} * of_b[i]);
       c[static_cast<size_t>(e)] = static_cast<int32_t>(sum);
     }
   }
 }
 
+// Queues a product of the warp; places: null if a is dense.
 template <int kSize>
-void Product(int32_t (&c)[kSize], uint64_t a, uint64_t b, uint32_t add, Site site = Site::Here()) {
+void Queue(int32_t (&c)[kSize], uint64_t a, uint64_t b, uint32_t add, const uint32_t* places, Site site) {
   struct Argument {
     uint64_t a, b;
-    uint32_t add;
+    uint32_t add, places;
     int32_t* c;
-  } argument{a, b, add, c};
+  } argument{a, b, add, places == nullptr ? 0 : *places, c};
   Machine& m = TheMachine();
-  const bool swapped = m.Planted(site, Fault::kSwapFragment);
+  const bool swapped = m.Planted(site, Fault::kSwapFragment), sparse = places != nullptr;
   ProductQueue& queue = QueueOfWarp();
   m.Collective(site, &argument, [&](void* const* all) {
     const auto* first = static_cast<Argument*>(all[0]);
-    QueuedProduct p{first->a, first->b, first->add != 0, swapped, 2 * kSize, {}, site};
+    QueuedProduct p{first->a, first->b, first->add != 0, swapped, sparse, 2 * kSize, {}, {}, site};
     for (int lane = 0; lane < 32; ++lane) {
       const auto* other = static_cast<Argument*>(all[lane]);
       if (other->a != p.a || other->b != p.b || (other->add != 0) != p.add) m.Fail(site, "lanes differ in a product");
       p.c[lane] = other->c;
+      p.places[lane] = other->places;
       if (queue.sums.count(other->c) == 0) {
         queue.sums[other->c].assign(other->c, other->c + kSize);
         for (int i = 0; i < kSize; ++i) other->c[i] = 0x5bad5bad;
@@ -290,6 +314,14 @@ void Product(int32_t (&c)[kSize], uint64_t a, uint64_t b, uint32_t add, Site sit
     }
     queue.open.push_back(p);
   });
+}
+template <int kSize>
+void Product(int32_t (&c)[kSize], uint64_t a, uint64_t b, uint32_t add, Site site = Site::Here()) {
+  Queue(c, a, b, add, nullptr, site);
+}
+template <int kSize>
+void SparseProduct(int32_t (&c)[kSize], uint64_t a, uint64_t b, uint32_t places, Site site = Site::Here()) {
+  Queue(c, a, b, 1, &places, site);
 }
 
 inline void ProductFence() {}

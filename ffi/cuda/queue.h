@@ -1,0 +1,126 @@
+// What queues kernels, one after the other, and with it those that quantise rows.
+#ifndef JAXINT8_FFI_CUDA_QUEUE_H_
+#define JAXINT8_FFI_CUDA_QUEUE_H_
+
+#include <cstdint>
+
+#include "host.h"
+#include "int8.h"
+#include "quantize.h"
+
+namespace jaxint8::cuda {
+
+// Return the error of a step, if any, to the caller.
+#define JAXINT8_TRY(step) \
+  if (const char* error = (step)) return error
+
+template <Type kValue>
+struct TypeConstant {
+  static constexpr Type kType = kValue;
+};
+// Calls f with the type of the activations as a constant.
+template <typename F>
+const char* WithType(Type type, F f) {
+  switch (type) {
+    case Type::kF32:
+      return f(TypeConstant<Type::kF32>());
+    case Type::kBF16:
+      return f(TypeConstant<Type::kBF16>());
+    case Type::kF16:
+      return f(TypeConstant<Type::kF16>());
+    default:
+      return "x: expected float32, bfloat16 or float16";
+  }
+}
+
+// A stream, and whether its next kernel follows one of ours.
+class LaunchQueue {
+ public:
+  LaunchQueue(CUstream_st* stream, bool follows) : stream_(stream), follows_(follows) {}
+
+  bool follows() const { return follows_; }
+
+  template <typename Kernel>
+  const char* Launch(int64_t blocks, int threads, int64_t shared, const typename Kernel::Params& params,
+                     int cluster = 1) {
+    const bool overlapped = follows_;
+    follows_ = true;
+    return cuda::Launch<Kernel>(stream_, blocks, threads, shared, params, overlapped, cluster);
+  }
+
+  const char* Clear(uint8_t* at, int64_t bytes) {
+    follows_ = false;  // a kernel behind a memset cannot start early
+    return cuda::Clear(stream_, at, bytes);
+  }
+
+ private:
+  CUstream_st* const stream_;
+  bool follows_;
+};
+
+// Does what stands before a layer with a kernel of its own.
+inline const char* QueuePrologue(LaunchQueue& queue, Type type, const QuantizeParams& q, Ptr<uint8_t> y) {
+  const PrologueKernelParams params{q.x, y, q.k, q.prologue};
+  return WithType(type, [&](auto constant) {
+    constexpr Type kType = decltype(constant)::kType;
+    const int threads = RowThreads(q.m, q.k);
+    return q.k % 8 == 0 ? queue.Launch<PrologueKernel<kType, true>>(q.m, threads, 4 * kTeamWords, params)
+                        : queue.Launch<PrologueKernel<kType, false>>(q.m, threads, 4 * kTeamWords, params);
+  });
+}
+
+template <Type kType, bool kVector, bool kStaged, int kRule>
+const char* QueueQuantizer(LaunchQueue& queue, QuantizeParams q, int64_t staged) {
+  const int threads = RowThreads(q.m, q.stride);
+  constexpr bool kMarks = kStaged && kRule < 0;
+  if constexpr (kRule != 0 && !kMarks) {
+    if (q.sparse.codes && !q.marking) {
+      using Kernel = QuantizeKernel<kType, kVector, kStaged, kRule, true>;
+      q.sparse_at = static_cast<int>(Kernel::kShared + staged);
+      return queue.Launch<Kernel>(q.m, threads, q.sparse_at + 4 * kSparseWords, q);
+    }
+  }
+  using Kernel = QuantizeKernel<kType, kVector, kStaged, kRule>;
+  return queue.Launch<Kernel>(q.m, threads, Kernel::kShared + staged, q);
+}
+
+// Of rows that are staged.
+template <Type kType>
+const char* QueueQuantizerOfRule(LaunchQueue& queue, const QuantizeParams& q, int64_t staged) {
+  if (q.marking) return QueueQuantizer<kType, true, true, -1>(queue, q, staged);
+  if (q.options.column_scope) return QueueQuantizer<kType, true, true, kMarked>(queue, q, staged);
+  switch (q.options.rule) {
+    case Rule::kNone:
+      return QueueQuantizer<kType, true, true, static_cast<int>(Rule::kNone)>(queue, q, staged);
+    case Rule::kThreshold:
+      return QueueQuantizer<kType, true, true, static_cast<int>(Rule::kThreshold)>(queue, q, staged);
+    case Rule::kRelative:
+      return QueueQuantizer<kType, true, true, static_cast<int>(Rule::kRelative)>(queue, q, staged);
+    default:
+      return QueueQuantizer<kType, true, true, static_cast<int>(Rule::kTopK)>(queue, q, staged);
+  }
+}
+
+// Columns are marked first, if they are taken out whole, then codes are written.
+inline const char* QueueQuantizers(LaunchQueue& queue, Type type, QuantizeParams q) {
+  return WithType(type, [&](auto constant) -> const char* {
+    constexpr Type kType = decltype(constant)::kType;
+    const int64_t staged = StagedBytes(kType, q.k, q.stride, q.prologue.kind);
+    for (const bool marking : {true, false}) {
+      if (marking && !q.options.column_scope) continue;
+      q.marking = marking;
+      if (staged > 0) {
+        JAXINT8_TRY(QueueQuantizerOfRule<kType>(queue, q, staged));
+      } else if (q.k % 8 == 0 && q.stride % 8 == 0) {
+        JAXINT8_TRY((QueueQuantizer<kType, true, false, -1>(queue, q, 0)));
+      } else {
+        JAXINT8_TRY((QueueQuantizer<kType, false, false, -1>(queue, q, 0)));
+      }
+    }
+    return nullptr;
+  });
+}
+
+}  // namespace jaxint8::cuda
+
+#endif  // JAXINT8_FFI_CUDA_QUEUE_H_
