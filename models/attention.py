@@ -18,7 +18,7 @@ from flax import linen as nn
 from jaxint8.models.config import DecoderConfig
 
 # Queries of a block: at least so many, and at most so many blocks, each being compiled by itself.
-SMALLEST_BLOCK = 256
+SMALLEST_BLOCK = 128
 MOST_BLOCKS = 8
 
 
