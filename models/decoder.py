@@ -245,6 +245,23 @@ def _layer(
     return x if config.norm_first else apply_norm(config, x, mlp_norm), stored
 
 
+def with_wide_norms(params: Params) -> dict[str, Any]:
+    """The same parameters with the weights of norms in float32, as `forward` multiplies them.
+
+    For whoever runs many steps: 16-bit ones are converted by each step, two kernels a layer of a GPU.
+    """
+
+    def wide(tree: Params) -> dict[str, Any]:
+        return {
+            name: jax.tree.map(lambda a: a.astype(jnp.float32), node)
+            if name.endswith("_norm")
+            else node
+            for name, node in tree.items()
+        }
+
+    return {**wide(params), "layers": [wide(layer) for layer in params["layers"]]}
+
+
 # Layers of one shape are traced once and called; XLA sees through the call.
 _traced_once = jax.jit(_layer, static_argnums=(0, 5))
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from jaxint8.models.cache import KVCache, capacity_for, grow_cache, init_cache, rounded_length
 from jaxint8.models.config import DecoderConfig, QuantizationConfig
-from jaxint8.models.decoder import Params, forward
+from jaxint8.models.decoder import Params, forward, with_wide_norms
 from jaxint8.models.placement import Placement, check
 from jaxint8.models.sampling import Draw, Sampling, next_tokens
 
@@ -125,6 +125,7 @@ def _decode(
         step = state.step + jnp.int32(1)
         return _State(cache, token, done, step, state.keys), made
 
+    params = with_wide_norms(params)
     made = jnp.zeros((state.token.shape[0], CHUNK), jnp.int32)
     return jax.lax.while_loop(more, body, (state, made))
 
