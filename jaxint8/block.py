@@ -14,7 +14,7 @@ from typing import NamedTuple
 import jax
 
 from jaxint8 import kernels
-from jaxint8.dispatch import Layer, Operands, one_device
+from jaxint8.dispatch import Layer, Operands, has_kernel, one_device
 from jaxint8.linear import linear
 from jaxint8.prologue import SiluGate
 from jaxint8.shards import vary_like
@@ -105,7 +105,7 @@ _traced_once = jax.jit(_block, static_argnums=1)
 def _compiled(layer: Layer, platform: kernels.Platform) -> Callable[[Block], jax.Array]:
     """The kernel as a function that vmap takes apart into its layers."""
     alone = dataclasses.replace(layer, implementation=platform)
-    if platform == "cuda" and layer.arithmetic == "float":
+    if not has_kernel(layer, platform):
         return functools.partial(_apart, layer=alone)
 
     @jax.custom_batching.custom_vmap

@@ -60,21 +60,33 @@ class Layer:
     prologue: Prologue | None = None
 
 
+def check_available(implementation: Implementation | None) -> None:
+    """Raises ValueError if kernels are asked for that this installation or machine does not have."""
+    if implementation in ("cuda", "cpu") and implementation not in kernels.available():
+        raise ValueError(
+            f"implementation: {implementation!r} is not available: {kernels.why_not(implementation)}"
+        )
+
+
+def has_kernel(layer: Layer, platform: str) -> bool:
+    """Whether a platform's kernels carry a layer out: CUDA's know no "float" arithmetic."""
+    return not (platform == "cuda" and layer.arithmetic == "float")
+
+
 def one_device(operands: Operands, layer: Layer) -> jax.Array:
     """Returns x.dtype[m, n]: ``residual + linear(prologue(x))``, each rounded to the dtype of x."""
     portable = functools.partial(_portable, layer=layer)
     implementation = layer.implementation
-    without_kernel = ("cuda",) if layer.arithmetic == "float" else ()
     if implementation == "reference":
         return _reference(operands, layer)
-    if implementation == "xla" or implementation in without_kernel:
+    if implementation == "xla" or (implementation and not has_kernel(layer, implementation)):
         return portable(operands)
     if implementation is not None:
         return _compiled(layer, implementation)(operands)
     platforms = {
         platform: _compiled(layer, platform)
         for platform in kernels.platforms()
-        if platform not in without_kernel
+        if has_kernel(layer, platform)
     }
     return jax.lax.platform_dependent(operands, default=portable, **platforms)
 
@@ -87,7 +99,8 @@ def entered(operands: Operands, layer: Layer) -> jax.Array:
     if layer.implementation == "reference":
         return _reference_rows(operands, layer)
     portable = functools.partial(enter, prologue=prologue)
-    if layer.implementation == "xla":
+    implementation = layer.implementation
+    if implementation == "xla" or (implementation and not has_kernel(layer, implementation)):
         return portable(x, norm)
 
     def compiled(
@@ -99,9 +112,13 @@ def entered(operands: Operands, layer: Layer) -> jax.Array:
 
         return call
 
-    if layer.implementation is not None:
-        return compiled(layer.implementation)(x, norm)
-    platforms = {platform: compiled(platform) for platform in kernels.platforms()}
+    if implementation is not None:
+        return compiled(implementation)(x, norm)
+    platforms = {
+        platform: compiled(platform)
+        for platform in kernels.platforms()
+        if has_kernel(layer, platform)
+    }
     return jax.lax.platform_dependent(x, norm, default=portable, **platforms)
 
 

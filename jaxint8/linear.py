@@ -13,8 +13,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxint8 import kernels
-from jaxint8.dispatch import Implementation, Layer, Operands, entered, integer_product, one_device
+from jaxint8.dispatch import (
+    Implementation,
+    Layer,
+    Operands,
+    check_available,
+    entered,
+    integer_product,
+    one_device,
+)
 from jaxint8.outliers import OutlierRule, as_rule, is_token_scope
 from jaxint8.partition import Partition, partition_of
 from jaxint8.portable import finish, xla_linear
@@ -155,10 +162,7 @@ def _check(
         raise ValueError(
             f"implementation: expected 'cuda', 'cpu', 'xla', 'reference' or None, got {implementation!r}"
         )
-    if implementation in ("cuda", "cpu") and implementation not in kernels.available():
-        raise ValueError(
-            f"implementation: {implementation!r} is not available: {kernels.why_not(implementation)}"
-        )
+    check_available(implementation)
     return arithmetic or "int15"
 
 

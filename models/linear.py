@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from jaxint8 import QuantizedMatrix
 from jaxint8.block import Block, Weights, mlp_block
-from jaxint8.dispatch import Layer, Operands, entered
+from jaxint8.dispatch import Layer, Operands, check_available, entered
 from jaxint8.linear import linear as int8_linear
 from jaxint8.linear import local_linear
 from jaxint8.models.config import DecoderConfig, QuantizationConfig
@@ -62,6 +62,7 @@ def linear(
     weight, bias = layer["weight"], layer.get("bias")
     bias = None if bias is None else bias.astype(jnp.float32)
     how = quantization or QuantizationConfig()
+    check_available(how.implementation)
     if isinstance(weight, QuantizedMatrix) and (split or how.native):
         norm = None if norm is None else norm.astype(jnp.float32)
         operands = Operands(x, weight.codes, weight.scale, bias, norm, residual)
@@ -127,6 +128,7 @@ def block(
         return None
     if not all(isinstance(node["weight"], QuantizedMatrix) for node in nodes):
         return None
+    check_available(how.implementation)
     weights = []
     for node in nodes:
         bias = node.get("bias")

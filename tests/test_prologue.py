@@ -9,9 +9,20 @@ import numpy as np
 import pytest
 from test_kernels import DTYPES, RULES, RUNGS, activations, assert_equal, weights
 
-from jaxint8 import RelativeThreshold, Threshold, TopK, kernels, quantize, reference
+from jaxint8 import (
+    QuantizedMatrix,
+    RelativeThreshold,
+    Threshold,
+    TopK,
+    kernels,
+    models,
+    quantize,
+    reference,
+)
 from jaxint8.dispatch import Layer, Operands, entered, one_device
 from jaxint8.linear import linear
+from jaxint8.models.config import QuantizationConfig
+from jaxint8.models.split import ALONE
 from jaxint8.prologue import Prologue, RMSNorm, SiluGate, enter, width
 
 PROLOGUES = [RMSNorm(1e-5), SiluGate()]
@@ -157,3 +168,12 @@ def test_one_row_of_bfloat16_does_not_depend_on_the_others():
 def test_an_epsilon_that_the_integers_do_not_carry_is_refused():
     with pytest.raises(ValueError, match="epsilon: expected at least"):
         RMSNorm(0.0)
+
+
+def test_a_decoder_says_in_one_line_which_kernels_are_missing():
+    missing = next(name for name in ("cuda", "cpu") if name not in kernels.available())
+    operands = make(None)
+    layer = {"weight": QuantizedMatrix(operands.codes, operands.scale)}
+    how = QuantizationConfig(implementation=missing)
+    with pytest.raises(ValueError, match=f"implementation: '{missing}' is not available"):
+        models.linear.linear(operands.x[None], layer, how, ALONE)

@@ -4,6 +4,7 @@
 //
 //   battery            prints one line per rung and a checksum of the scalar results, which must be the same everywhere
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -239,11 +240,17 @@ bool HelpersStandBy() {
   Job* const jobs[] = {&job};
   job.set_threads(2);
   const auto nothing = std::make_shared<Team>(nullptr, 0, 2), team = std::make_shared<Team>(jobs, 1, 2);
-  std::thread helper([&] { Standby::Get().Serve(nothing, 1); });
   bool taken = false;
-  for (int i = 0; i < 100000000 && !taken; ++i) taken = Standby::Get().Offer(team, 1);
-  team->Work(0);
-  helper.join();
+  for (int attempt = 0; attempt < 1000 && !taken; ++attempt) {  // on a busy machine a helper's patience may end first
+    std::atomic<bool> left{false};
+    std::thread helper([&] {
+      Standby::Get().Serve(nothing, 1);
+      left = true;
+    });
+    while (!taken && !left) taken = Standby::Get().Offer(team, 1);
+    if (taken) team->Work(0);
+    helper.join();
+  }
   UnifyNans(y, c.type);
   UnifyNans(expected.y, c.type);
   return taken && y == expected.y;

@@ -157,8 +157,8 @@ ffi::Error Linear(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::BufferR2<ffi::S8>
   if (!Is(y->dimensions(), p.m, p.n) || y->element_type() != x.element_type()) {
     return ffi::Error::InvalidArgument("y: expected [m, n] of the dtype of x");
   }
-  const bool adds = residual.element_count() != 0;
-  if (adds && (!Is(residual.dimensions(), p.m, p.n) || residual.element_type() != x.element_type())) {
+  const bool adds = !Is(residual.dimensions(), 0, 0);
+  if (residual.element_type() != x.element_type() || (adds && !Is(residual.dimensions(), p.m, p.n))) {
     return ffi::Error::InvalidArgument("residual: expected [m, n] of the dtype of x, or [0, 0]");
   }
   p.residual = adds ? residual.untyped_data() : nullptr;

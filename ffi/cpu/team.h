@@ -216,11 +216,14 @@ class Standby {
     return true;
   }
 
-  // Works, and goes on with what is offered until nothing has been for a while.
+  // Works, and goes on with what is offered until nothing has been for a while, or for so long that what others have
+  // queued in the pool must have its turn.
   void Serve(std::shared_ptr<Team> team, int64_t lane) {
+    const auto leave = std::chrono::steady_clock::now() + kShift;
     for (;;) {
       team->Work(lane);
       team.reset();
+      if (std::chrono::steady_clock::now() > leave) return;
       Helper self;
       {
         std::lock_guard<std::mutex> lock(mutex_);
@@ -240,6 +243,7 @@ class Standby {
   // 30 us are too short for the attention between two layers' products; with 200 or more, helpers are in the way of the
   // float products of a long prompt.
   static constexpr auto kPatience = std::chrono::microseconds(100);
+  static constexpr auto kShift = std::chrono::milliseconds(10);
 
   struct Helper {
     std::atomic<bool> called{false};
