@@ -216,7 +216,10 @@ def _place(
         # One token at a time is never padding.
         valid = (slots >= start)[:, :, None] if t > 1 else None
     factors = params.get("rope_factors")
-    rope = rope_tables(config, positions, factors) if config.positions == "rope" else None
+    rope = None
+    if config.positions == "rope":
+        # Behind a barrier, or XLA computes every angle again in each head of each layer.
+        rope = jax.lax.optimization_barrier(rope_tables(config, positions, factors))
     bias = None
     if config.positions == "alibi":
         bias = alibi_bias(split.of_heads(alibi_slopes, config.heads), seen)
