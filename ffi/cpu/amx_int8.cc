@@ -7,6 +7,7 @@
 
 #include "int8.h"
 #include "processor.h"
+#include "prologue_avx512.h"
 #include "rows_avx512.h"
 #include "tiles_avx512.h"
 #if defined(JAXINT8_EMULATED_TILES)
@@ -144,12 +145,12 @@ bool Supported() { return HasAmxInt8() && kAvx512Vnni.supported(); }
 
 #if defined(JAXINT8_EMULATED_TILES)
 extern const Rung kAmxInt8Emulated;
-const Rung kAmxInt8Emulated = {"amx_int8 emulated", Supported,   EnterRow, MarkRow,
-                               QuantizeRow,         MultiplyAmx, kChunkM,  sizeof(TileScratch)};
+const Rung kAmxInt8Emulated = {"amx_int8 emulated", Supported,   EnterRowWide, MarkRow,
+                               QuantizeRow,         MultiplyAmx, kChunkM,      sizeof(TileScratch)};
 #else
 extern const Rung kAmxInt8;
-const Rung kAmxInt8 = {"amx_int8",  Supported,   EnterRow, MarkRow,
-                       QuantizeRow, MultiplyAmx, kChunkM,  sizeof(TileScratch)};
+const Rung kAmxInt8 = {"amx_int8",  Supported,   EnterRowWide, MarkRow,
+                       QuantizeRow, MultiplyAmx, kChunkM,      sizeof(TileScratch)};
 #endif
 
 }  // namespace jaxint8::cpu

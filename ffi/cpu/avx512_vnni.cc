@@ -11,6 +11,7 @@
 #include "int8.h"
 #include "lanes_avx512.h"
 #include "processor.h"
+#include "prologue_avx512.h"
 #include "rows_avx512.h"
 #include "tiles_avx512.h"
 #include "unroll.h"
@@ -357,9 +358,9 @@ void MultiplyWithLanes(const Block& b) {
 }  // namespace
 
 extern const Rung kAvx512VnniLanes, kAvx512Vnni;
-const Rung kAvx512VnniLanes = {"avx512_vnni_lanes", SupportedLanes,    EnterRow, MarkRow,
-                               QuantizeRow,         MultiplyWithLanes, kChunkM,  sizeof(TileScratch)};
-const Rung kAvx512Vnni = {"avx512_vnni", Supported, EnterRow, MarkRow,
-                          QuantizeRow,   Multiply,  kChunkM,  sizeof(TileScratch)};
+const Rung kAvx512VnniLanes = {"avx512_vnni_lanes", SupportedLanes,    EnterRowWide, MarkRow,
+                               QuantizeRow,         MultiplyWithLanes, kChunkM,      sizeof(TileScratch)};
+const Rung kAvx512Vnni = {"avx512_vnni", Supported, EnterRowWide, MarkRow,
+                          QuantizeRow,   Multiply,  kChunkM,      sizeof(TileScratch)};
 
 }  // namespace jaxint8::cpu

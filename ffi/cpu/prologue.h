@@ -38,6 +38,26 @@ struct Halves {
   static uint16_t Put(float x) { return FloatToHalf(x); }
 };
 
+// Of Exp: log2(e); ln(2) in two parts; the polynomial, highest power first. Its argument is bounded by the last two.
+constexpr float kExpLog2e = 1.44269504088896341f, kExpLn2[2] = {0.693359375f, -2.12194440e-4f};
+constexpr float kExpPolynomial[6] = {1.9875691500e-4f, 1.3981999507e-3f, 8.3334519073e-3f,
+                                     4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f};
+constexpr float kExpLeast = -87.0f, kExpMost = 88.0f;
+
+// What the squares of a row are summed of: its values in units of a power of two near its largest magnitude.
+struct NormUnit {
+  float inverse, unit;
+};
+inline NormUnit NormUnitOf(uint32_t largest) {
+  const int exponent = static_cast<int>(largest >> 23) - 127;
+  return {PowerOfTwo(kNormExponent - exponent), PowerOfTwo(exponent - kNormExponent)};
+}
+
+inline float NormScaleOf(int64_t sum, int64_t k, float unit, float epsilon) {
+  const float mean_square = (static_cast<float>(sum) / static_cast<float>(k)) * unit * unit;
+  return 1.0f / __builtin_sqrtf(mean_square + epsilon);
+}
+
 // What a row is multiplied with; NaN if it holds a non-finite value.
 template <class E>
 float NormScale(const typename E::Element* x, int64_t k, float epsilon) {
@@ -47,18 +67,14 @@ float NormScale(const typename E::Element* x, int64_t k, float epsilon) {
     largest = a > largest ? a : largest;
   }
   if (static_cast<uint32_t>(largest) >= kInfinity) return __builtin_nanf("");
-  float mean_square = 0;
-  if (FromBits(static_cast<uint32_t>(largest)) >= kSmallestNorm) {
-    const int exponent = (largest >> 23) - 127;
-    const float inverse = PowerOfTwo(kNormExponent - exponent), unit = PowerOfTwo(exponent - kNormExponent);
-    int64_t sum = 0;
-    for (int64_t i = 0; i < k; ++i) {
-      const auto q = static_cast<int32_t>(Round(E::Get(x[i]) * inverse));
-      sum += int64_t{q} * q;
-    }
-    mean_square = (static_cast<float>(sum) / static_cast<float>(k)) * unit * unit;
+  if (FromBits(static_cast<uint32_t>(largest)) < kSmallestNorm) return NormScaleOf(0, k, 1.0f, epsilon);
+  const NormUnit u = NormUnitOf(static_cast<uint32_t>(largest));
+  int64_t sum = 0;
+  for (int64_t i = 0; i < k; ++i) {
+    const auto q = static_cast<int32_t>(Round(E::Get(x[i]) * u.inverse));
+    sum += int64_t{q} * q;
   }
-  return 1.0f / __builtin_sqrtf(mean_square + epsilon);
+  return NormScaleOf(sum, k, u.unit, epsilon);
 }
 
 template <class E>
@@ -67,16 +83,12 @@ void RmsNorm(const typename E::Element* x, int64_t k, float epsilon, const float
   for (int64_t i = 0; i < k; ++i) row[i] = E::Put((E::Get(x[i]) * scale) * weight[i]);
 }
 
-// For x in [-87, 88].
+// For x in [kExpLeast, kExpMost].
 inline float Exp(float x) {
-  const float power = Round(x * 1.44269504088896341f);
-  const float r = (x - power * 0.693359375f) - power * -2.12194440e-4f;
-  float p = 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
+  const float power = Round(x * kExpLog2e);
+  const float r = (x - power * kExpLn2[0]) - power * kExpLn2[1];
+  float p = kExpPolynomial[0];
+  for (int i = 1; i < 6; ++i) p = p * r + kExpPolynomial[i];
   const float y = (p * (r * r) + r) + 1.0f;
   return FromBits(Bits(y) + (static_cast<uint32_t>(static_cast<int32_t>(power)) << 23));
 }
@@ -86,8 +98,8 @@ void SiluGate(const typename E::Element* x, int64_t k, typename E::Element* row)
   for (int64_t i = 0; i < k; ++i) {
     const float gate = E::Get(x[i]);
     float z = -gate;
-    z = z > -87.0f ? z : -87.0f;  // also of NaN, which the gate itself carries on
-    z = z < 88.0f ? z : 88.0f;
+    z = z > kExpLeast ? z : kExpLeast;  // also of NaN, which the gate itself carries on
+    z = z < kExpMost ? z : kExpMost;
     const float share = 1.0f / (1.0f + Exp(z));
     row[i] = E::Put((gate * share) * E::Get(x[k + i]));
   }
@@ -102,7 +114,7 @@ void EnterAs(const Prologue& p, const void* data, int64_t k, void* row) {
 }
 
 // Writes the row of k elements that stands behind the prologue, in the type of x.
-void EnterRow(const Prologue& p, Type type, const void* x, int64_t k, void* row) {
+[[maybe_unused]] void EnterRow(const Prologue& p, Type type, const void* x, int64_t k, void* row) {
   switch (type) {
     case Type::kBF16:
       return EnterAs<BFloats>(p, x, k, row);

@@ -8,7 +8,6 @@
 #include <immintrin.h>
 
 #include "int8.h"
-#include "prologue.h"
 #include "row_math.h"
 #include "unroll.h"
 
