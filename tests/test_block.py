@@ -34,7 +34,16 @@ def make(m, k, h, f, dtype=np.float32, biases=True):
 
 @pytest.mark.parametrize("rung", RUNGS)
 @pytest.mark.parametrize(
-    "shape", [(1, 576, 576, 1536), (3, 65, 130, 33), (40, 64, 96, 200)], ids=str
+    "shape",
+    # From 73 rows on the gate is part of the layer before it; 600 are several chunks of a block.
+    [
+        (1, 576, 576, 1536),
+        (3, 65, 130, 33),
+        (40, 64, 96, 200),
+        (73, 65, 130, 33),
+        (600, 40, 70, 100),
+    ],
+    ids=str,
 )
 def test_bits_are_those_of_three_calls(rung, shape):
     for i, rule in enumerate(RULES):

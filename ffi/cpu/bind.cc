@@ -214,7 +214,10 @@ ffi::Error MlpBlock(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer resid
   }
   out.residual = residual.untyped_data();
   up.prologue = {Prologue::Kind::kRmsNorm, epsilon, norm.typed_data()};
-  down.prologue.kind = Prologue::Kind::kSiluGate;
+  // Many rows pass the gate on their way out of a block of sums, which halves what is written and read again.
+  up.gated = out.m > kSmallM;
+  if (up.gated) up.n = down.k;
+  if (!up.gated) down.prologue.kind = Prologue::Kind::kSiluGate;
   out.y = attended->untyped_data();
   up.x = down.residual = out.y;
   up.y = gated->untyped_data();

@@ -167,10 +167,13 @@ struct Problem {
   const float* w_scale;  // [n]; kLinear
   const float* bias;     // [n] or null; kLinear
   const void* residual;  // [m][n] or null; kLinear
-  void* y;               // [m][n]; int32 in kProduct; [m][k] in kPrologue
-  int8_t* lo;            // kQuantize: [m][k]
-  int8_t* hi;            // kQuantize: [m][k]
-  float* row_scale;      // kQuantize: [m]
+  // kLinear: y is the gate of two layers of n outputs each (silu of the first times the second), whose weights, scales
+  // and biases stand one below the other; no residual.
+  bool gated = false;
+  void* y;           // [m][n]; int32 in kProduct; [m][k] in kPrologue
+  int8_t* lo;        // kQuantize: [m][k]
+  int8_t* hi;        // kQuantize: [m][k]
+  float* row_scale;  // kQuantize: [m]
 };
 
 struct Workspace;
@@ -188,8 +191,8 @@ class Job {
   int64_t items(int phase) const { return items_[phase]; }
   // Rough nanoseconds of the whole phase on one thread: decides whether waking another thread pays.
   double cost(int phase) const { return cost_[phase]; }
-  // How many threads share the items of the last phase.
-  void set_threads(int64_t threads) { threads_ = threads; }
+  // How many threads share the items of the last phase, which are cut such that all of them end together.
+  void set_threads(int64_t threads);
   // The first item of a thread's share, its lane: a stretch of adjacent blocks, so that it reads the weights as one
   // stream, and in the next call the same ones.
   int64_t lane(int64_t thread) const {
@@ -211,7 +214,10 @@ class Job {
   Columns ListColumns() const;
   const float* FloatOutliers(const Block& block, const float* w_scale);
   bool BeginsLane(int64_t item) const;
+  Block BlockOf(int64_t item) const;
+  Epilogue EpilogueOf(const Block& block, int64_t first_output);
   void Multiply(int64_t item);
+  void MultiplyGated(const Block& gate, int64_t item);
 
   Problem p_;
   Workspace* ws_;
@@ -219,7 +225,7 @@ class Job {
   double cost_[kPhases] = {};
   int64_t rows_per_item_ = 1;
   bool plans_ = false;  // whether high parts are planned: in a phase of their own, or with the one item that quantises
-  int64_t chunk_m_ = 1, chunks_ = 1;
+  int64_t chunk_m_ = 0, chunks_ = 0;  // rows of an item of the last phase, items of a block; 0 if there are none
   int64_t threads_ = 1;
   uint64_t id_;
 };

@@ -23,6 +23,10 @@ namespace {
 constexpr int64_t kAlign = 64;
 // Workspaces above this are given back to the system after use.
 constexpr size_t kKeepBytes = size_t{64} << 20;
+// Rows of a product are cut further while threads would be idle for more than this share of the time, but not into
+// chunks of fewer rows than these, whose weights would be packed too often.
+constexpr double kLeastIdle = 0.02;
+constexpr int64_t kLeastChunk = 128;
 
 int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t RoundUp(int64_t a, int64_t b) { return CeilDiv(a, b) * b; }
@@ -58,7 +62,7 @@ class Buffer {
 // Buffers of one thread; used within one item, never across.
 struct ThreadScratch {
   Buffer values, index, codes, outliers, magnitude, columns, mask, entered;
-  Buffer rung, c, extra, gathered;
+  Buffer rung, c, extra, gathered, halves;
   std::vector<int32_t> slots;
   uint64_t columns_job = 0;  // whose columns and mask these are
   int64_t columns_count = 0;
@@ -199,15 +203,33 @@ Job::Job(const Problem& problem) : p_(problem), ws_(Acquire()), id_(NextId()) {
   plans_ = quantizes && p_.options.rule != Rule::kNone && !p_.options.float_outliers && p_.m <= kSmallM;
   items_[2] = plans_ && row_items > 1;
   const int64_t blocks = CeilDiv(p_.n, kBlockN);
-  chunks_ = CeilDiv(p_.m, p_.rung->chunk_m);
+  // Both halves of a gate and its sums are to stay in the second-level cache.
+  chunks_ = CeilDiv(p_.m, p_.gated ? p_.rung->chunk_m / 2 : p_.rung->chunk_m);
   chunk_m_ = CeilDiv(p_.m, chunks_);
   items_[3] = blocks * chunks_;
   // Weights at 15 bytes, products at 250 per nanosecond and thread.
-  const double weights = static_cast<double>(p_.n) * static_cast<double>(p_.k);
+  const double weights = static_cast<double>(p_.n) * static_cast<double>(p_.k) * (p_.gated ? 2 : 1);
   cost_[3] = std::max(weights / 15, weights * static_cast<double>(p_.m) / 250);
 }
 
 Job::~Job() { Release(ws_); }
+
+void Job::set_threads(int64_t threads) {
+  threads_ = threads;
+  if (chunks_ == 0) return;
+  const int64_t blocks = items_[kPhases - 1] / chunks_, most = std::max(chunks_, p_.m / kLeastChunk);
+  const auto idle = [&](int64_t chunks) {  // of the time of all threads
+    const auto items = static_cast<double>(blocks * chunks);
+    return 1 - items / static_cast<double>(CeilDiv(blocks * chunks, threads) * threads);
+  };
+  int64_t best = chunks_;
+  for (int64_t chunks = chunks_; chunks <= most && idle(best) > kLeastIdle; ++chunks) {
+    if (idle(chunks) < idle(best)) best = chunks;
+  }
+  chunks_ = best;
+  chunk_m_ = CeilDiv(p_.m, chunks_);
+  items_[kPhases - 1] = blocks * chunks_;
+}
 
 const int8_t* Job::WeightsOf(int64_t thread, int64_t* bytes) const {
   *bytes = 0;
@@ -416,13 +438,14 @@ bool Job::BeginsLane(int64_t item) const {
   return each == 0 || (item - in_longer) % each == 0;
 }
 
-void Job::Multiply(int64_t item) {
+// The product of an item, of the gate if there is one: all but its epilogue.
+Block Job::BlockOf(int64_t item) const {
   const int64_t j0 = item / chunks_ * kBlockN, i0 = item % chunks_ * chunk_m_;
   ThreadScratch& scratch = Scratch();
-  Block b;
+  Block b{};
   b.m = std::min(chunk_m_, p_.m - i0);
   b.n = std::min(kBlockN, p_.n - j0);
-  if (b.m <= 0) return;
+  if (b.m <= 0) return b;
   b.k = p_.k;
   b.stride = ws_->stride;
   b.lo = ws_->lo.Get<int8_t>(0) + i0 * ws_->stride;
@@ -436,15 +459,29 @@ void Job::Multiply(int64_t item) {
   b.ahead_n = std::min(kBlockN, p_.n - j_next);
   b.c = scratch.c.Get<int32_t>(b.m * kBlockN);
   b.scratch = scratch.rung.Get<uint8_t>(p_.rung->scratch_bytes);
-  Epilogue e;
+  return b;
+}
+
+// What makes outputs of a block of sums; where to, is not said. Its first output is one of 2 * n behind a gate.
+Epilogue Job::EpilogueOf(const Block& b, int64_t first_output) {
+  Epilogue e{};
+  e.type = p_.type;
+  e.c = b.c;
+  e.rows = b.rows;
+  e.n = b.n;
+  e.w_scale = p_.w_scale + first_output;
+  e.extra = p_.options.float_outliers ? FloatOutliers(b, e.w_scale) : nullptr;
+  e.bias = p_.bias ? p_.bias + first_output : nullptr;
+  return e;
+}
+
+void Job::Multiply(int64_t item) {
+  Block b = BlockOf(item);
+  if (b.m <= 0) return;
+  if (p_.gated) return MultiplyGated(b, item);
+  const int64_t j0 = item / chunks_ * kBlockN, i0 = item % chunks_ * chunk_m_;
   if (p_.kind == Problem::Kind::kLinear) {
-    e.type = p_.type;
-    e.c = b.c;
-    e.rows = b.rows;
-    e.n = b.n;
-    e.w_scale = p_.w_scale + j0;
-    e.extra = p_.options.float_outliers ? FloatOutliers(b, e.w_scale) : nullptr;
-    e.bias = p_.bias ? p_.bias + j0 : nullptr;
+    Epilogue e = EpilogueOf(b, j0);
     const int64_t at = (i0 * p_.n + j0) * TypeSize(p_.type);
     e.residual = p_.residual ? static_cast<const char*>(p_.residual) + at : nullptr;
     e.y = static_cast<char*>(p_.y) + at;
@@ -457,6 +494,29 @@ void Job::Multiply(int64_t item) {
   for (int64_t i = 0; i < b.m; ++i) {
     auto* y = static_cast<int32_t*>(p_.y) + (i0 + i) * p_.n + j0;
     std::memcpy(y, b.c + i * kBlockN, static_cast<size_t>(b.n) * sizeof *y);
+  }
+}
+
+// Both halves into a buffer in the second-level cache, row by row one behind the other, then the gate.
+void Job::MultiplyGated(const Block& gate, int64_t item) {
+  const int64_t j0 = item / chunks_ * kBlockN, i0 = item % chunks_ * chunk_m_, size = TypeSize(p_.type);
+  char* halves = Scratch().halves.Get<char>(gate.m * 2 * gate.n * size);
+  const auto half = [&](Block b, int64_t which) {
+    b.w += which * p_.n * p_.k;
+    Epilogue e = EpilogueOf(b, which * p_.n + j0);
+    e.y = halves + which * b.n * size;
+    e.stride = 2 * b.n;
+    b.epilogue = &e;
+    p_.rung->block(b);
+  };
+  Block first = gate;
+  first.ahead = gate.w + p_.n * p_.k;
+  first.ahead_n = gate.n;
+  half(first, 0);
+  half(gate, 1);
+  for (int64_t i = 0; i < gate.m; ++i) {
+    char* y = static_cast<char*>(p_.y) + ((i0 + i) * p_.n + j0) * size;
+    p_.rung->enter({Prologue::Kind::kSiluGate}, p_.type, halves + i * 2 * gate.n * size, gate.n, y);
   }
 }
 
