@@ -27,6 +27,9 @@ from jaxint8.models.sampling import Draw, Sampling, next_tokens
 # them, and a bound on what is computed after the last row ended.
 CHUNK = 256
 SMALLEST_PADDED_PROMPT = 32
+# An accelerator waits while the host is asked whether the loop goes on, 5 % of a step of an 8B model. So it is asked
+# after so many steps; those of a turn that are not wanted any more change nothing. Divides CHUNK and every capacity.
+BURST = 4
 
 
 @jax.tree_util.register_dataclass
@@ -83,7 +86,7 @@ def _prefill(
     return _State(cache, token, _is_end(token, config), step + jnp.int32(1), keys)
 
 
-@functools.partial(jax.jit, static_argnames=_STATIC, donate_argnames="state")
+@functools.partial(jax.jit, static_argnames=(*_STATIC, "burst"), donate_argnames="state")
 def _decode(
     params: Params,
     state: _State,
@@ -93,21 +96,24 @@ def _decode(
     config: DecoderConfig,
     quantization: QuantizationConfig | None,
     placement: Placement | None = None,
+    burst: int = 1,
 ) -> tuple[_State, jax.Array]:
     """Makes up to ``steps`` (at most CHUNK) tokens more; stops early once every row has ended.
 
+    With a burst the cache must have room for ``steps`` rounded up to a multiple of it, or never be
+    used again.
+
     Returns:
-        The state after them, and the tokens int32[b, CHUNK]; the first ``state.step`` minus its old
-        value columns are filled. What follows a row's end token has no meaning.
+        The state after them, and the tokens int32[b, CHUNK or a few more]; the first ``state.step``
+        minus its old value columns are filled. What follows a row's end token has no meaning.
 
     """
     first = state.step
 
-    def more(carry: tuple[_State, jax.Array]) -> jax.Array:
-        state, _ = carry
+    def going(state: _State) -> jax.Array:
         return (state.step - first < steps) & ~jnp.all(state.done)
 
-    def body(carry: tuple[_State, jax.Array]) -> tuple[_State, jax.Array]:
+    def one(carry: tuple[_State, jax.Array]) -> tuple[_State, jax.Array]:
         state, made = carry
         logits, cache = forward(
             config,
@@ -125,9 +131,34 @@ def _decode(
         step = state.step + jnp.int32(1)
         return _State(cache, token, done, step, state.keys), made
 
+    def one_if_going(_: int, carry: tuple[_State, jax.Array]) -> tuple[_State, jax.Array]:
+        before = carry[0]
+        after, made = one(carry)
+        goes = going(before)
+        # What was written beyond the end, into the cache and here, is written over or never read.
+        length = jnp.where(goes, after.cache.length, before.cache.length)
+        return dataclasses.replace(
+            after,
+            cache=dataclasses.replace(after.cache, length=length),
+            token=jnp.where(goes, after.token, before.token),
+            done=jnp.where(goes, after.done, before.done),
+            step=jnp.where(goes, after.step, before.step),
+        ), made
+
+    def turn(carry: tuple[_State, jax.Array]) -> tuple[_State, jax.Array]:
+        return one(carry) if burst == 1 else jax.lax.fori_loop(0, burst, one_if_going, carry)
+
     params = with_wide_norms(params)
-    made = jnp.zeros((state.token.shape[0], CHUNK), jnp.int32)
-    return jax.lax.while_loop(more, body, (state, made))
+    made = jnp.zeros((state.token.shape[0], CHUNK + burst - 1), jnp.int32)
+    return jax.lax.while_loop(lambda carry: going(carry[0]), turn, (state, made))
+
+
+def steps_of_a_turn(params: Params, chunk: int) -> int:
+    """Returns the ``burst`` of `_decode` for parameters where they lie, making ``chunk`` steps a call."""
+    table = params["embedding"]
+    on_device = isinstance(table, jax.Array)
+    platform = next(iter(table.devices())).platform if on_device else jax.default_backend()
+    return 1 if platform == "cpu" or chunk % BURST else BURST
 
 
 @functools.partial(jax.jit, static_argnames="capacity")
@@ -211,6 +242,7 @@ def stream_tokens(
         tokens, start = placement.fill_rows(tokens), placement.fill_rows(start)
         keys = placement.fill_rows(np.asarray(jax.random.key_data(keys)))
     state = _prefill(params, tokens, start, draw, keys, **how)
+    burst = steps_of_a_turn(params, chunk)
     ended = [False] * len(prompts)
     yield _until_end(config, ended, np.asarray(state.token)[: len(prompts), None])
     made, capacity = 1, tokens.shape[1]
@@ -223,7 +255,7 @@ def stream_tokens(
             capacity = min(capacity_for(capacity * 3 // 2), capacity_for(total - 1))
             state = _grow(state, capacity=capacity)
         steps = min(chunk, max_new_tokens - made, capacity - used)
-        state, new = _decode(params, state, jnp.int32(steps), draw, **how)
+        state, new = _decode(params, state, jnp.int32(steps), draw, burst=burst, **how)
         count = int(state.step) - made
         made += count
         yield _until_end(config, ended, np.asarray(new)[: len(prompts), :count])

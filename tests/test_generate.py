@@ -212,7 +212,32 @@ def test_no_compilation_per_step_option_or_prompt() -> None:
     assert (final[0] - after[0], final[1] - after[1]) == (1, 1)
 
 
-def test_the_cache_is_updated_in_place() -> None:
+@pytest.mark.parametrize("chunk", [4, 8, generate.CHUNK])
+def test_steps_of_a_turn_that_nobody_wants_change_nothing(
+    chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, params, golden = load_case(CASE)
+    # A row ends within a turn, the other runs into longer caches.
+    config = dataclasses.replace(config, end_tokens=(golden["greedy"].tolist()[0][5],))
+    prompts = prompts_of(CASE, 16, 16)
+    how = {"sampling": SAMPLED, "seed": 3, "chunk": chunk}
+    for new in (1, 2, 6, 45):
+        expected = list(stream_tokens(config, params, prompts, new, **how))
+        monkeypatch.setattr(generate, "steps_of_a_turn", lambda *_: generate.BURST)
+        assert list(stream_tokens(config, params, prompts, new, **how)) == expected
+        monkeypatch.undo()
+
+
+def test_an_accelerator_takes_whole_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, params, _ = load_case(CASE)
+    assert generate.steps_of_a_turn(params, generate.CHUNK) == 1
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    elsewhere = {"embedding": np.asarray(params["embedding"])}
+    assert [generate.steps_of_a_turn(elsewhere, n) for n in (1, 8, generate.CHUNK)] == [1, 4, 4]
+
+
+@pytest.mark.parametrize("burst", [1, generate.BURST])
+def test_the_cache_is_updated_in_place(burst: int) -> None:
     config, params, _ = load_case("llama_mha")
     how = {"config": config, "quantization": None}
     draw, keys = Draw.of(Sampling()), row_keys([[1]], 0)
@@ -221,11 +246,12 @@ def test_the_cache_is_updated_in_place() -> None:
     state = generate._grow(state, capacity=128)
     pointers = [k.unsafe_buffer_pointer() for k in state.cache.keys + state.cache.values]
     for _ in range(3):
-        state, _ = generate._decode(params, state, jnp.int32(5), draw, **how)
+        state, _ = generate._decode(params, state, jnp.int32(5), draw, burst=burst, **how)
     after = [k.unsafe_buffer_pointer() for k in state.cache.keys + state.cache.values]
     assert after == pointers
     # And the loop's body does not copy a layer's keys or values either.
-    text = generate._decode.lower(params, state, jnp.int32(5), draw, **how).compile().as_text()
+    lowered = generate._decode.lower(params, state, jnp.int32(5), draw, burst=burst, **how)
+    text = lowered.compile().as_text()
     shape = f"f32[1,{config.kv_heads},128,{config.head_dim}]"
     assert shape in text
     assert not [line for line in text.splitlines() if f"= {shape}" in line and " copy(" in line]

@@ -120,7 +120,7 @@ class Decoding:
         """Makes STEPS tokens more."""
         draw = Draw.of(Sampling())
         self._state, made = generate._decode(
-            self._params, self._state, jnp.int32(STEPS), draw, **self._how
+            self._params, self._state, jnp.int32(STEPS), draw, burst=generate.BURST, **self._how
         )
         return made
 
