@@ -42,6 +42,7 @@ class Team {
     for (int j = 0; j < count; ++j) {
       for (int phase = 0; phase < Job::kPhases; ++phase) {
         phases += jobs[j]->items(phase) > 0;
+        if (jobs[j]->items(phase) > 0) cost_ += jobs[j]->cost(phase) / static_cast<double>(threads);
         lanes += phase < kLast ? 1 : static_cast<size_t>(threads);
       }
     }
@@ -87,6 +88,9 @@ class Team {
   }
 
   bool failed() const { return failed_.load(std::memory_order_relaxed); }
+
+  // Whether all of it takes each thread less than this by estimate.
+  bool ShorterThan(double nanoseconds) const { return cost_ < nanoseconds; }
 
  private:
   static void Pause() {
@@ -153,6 +157,7 @@ class Team {
   std::vector<Phase> phases_;  // those that have items
   std::vector<Lane> lanes_;
   std::atomic<bool> failed_{false};
+  double cost_ = 0;
 };
 
 // Threads that the costliest phase of a job deserves, the caller included.
@@ -222,7 +227,10 @@ class Standby {
     const auto leave = std::chrono::steady_clock::now() + kShift;
     for (;;) {
       team->Work(lane);
+      // Behind a long call the next is no nearer, and what comes between them wants this thread.
+      const bool brief = team->ShorterThan(kBrief);
       team.reset();
+      if (!brief) return;
       if (std::chrono::steady_clock::now() > leave) return;
       Helper self;
       {
@@ -244,6 +252,7 @@ class Standby {
   // float products of a long prompt.
   static constexpr auto kPatience = std::chrono::microseconds(100);
   static constexpr auto kShift = std::chrono::milliseconds(10);
+  static constexpr double kBrief = 5e5;  // nanoseconds
 
   struct Helper {
     std::atomic<bool> called{false};
