@@ -127,11 +127,21 @@ def _attend_grouped(
         jnp.swapaxes(value, 1, 2)[:, :, :, None],
         bias=None if bias is None else grouped(bias),
         mask=grouped(mask),
-        qk_attn_weights_einsum=jnp.einsum,
+        qk_attn_weights_einsum=_keys_as_they_lie,
         attn_weights_value_einsum=_softmax_first,
     )
     y = y.reshape(b, kv_heads, group, t, width)
     return jnp.transpose(y, (0, 3, 1, 2, 4)).reshape(query.shape)
+
+
+def _keys_as_they_lie(subscripts: str, query: jax.Array, key: jax.Array) -> jax.Array:
+    """The product that Flax calls "...qhd,...khd->...hqk", of one head, along rows of both.
+
+    Flax's own would have XLA:CPU transpose all keys for every block of queries.
+    """
+    del subscripts
+    rows, keys = jnp.squeeze(query, -2), jnp.squeeze(key, -2)
+    return jnp.expand_dims(jnp.einsum("...qd,...kd->...qk", rows, keys), -3)
 
 
 def _softmax_first(subscripts: str, share: jax.Array, value: jax.Array) -> jax.Array:
