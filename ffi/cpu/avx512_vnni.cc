@@ -65,10 +65,10 @@ void GatherGroups(const Block& b, int64_t j, int64_t rows, uint8_t* panel) {
   }
 }
 
-// c += (hi . W) << 7 of all rows of a block, as in a tile but from a panel that holds only the groups of the plan.
-void AddHiGroups(const Block& b, const uint8_t* panel) {
-  const int32_t* slot = b.plan->slot;
-  for (int64_t i = 0; i < b.m; ++i) {
+// c += (hi . W) << 7 of rows [begin, end) of a block, as in a tile but from a panel that holds only the groups of the
+// plan. `slot` is that of their first word; returns that of the next rows.
+const int32_t* AddHiGroups(const Block& b, const uint8_t* panel, int64_t begin, int64_t end, const int32_t* slot) {
+  for (int64_t i = begin; i < end; ++i) {
     const Row& row = b.rows[i];
     __m512i sum[4];
     Unroll<4>([&](auto z) ALWAYS_INLINE { sum[z] = _mm512_setzero_si512(); });
@@ -84,6 +84,7 @@ void AddHiGroups(const Block& b, const uint8_t* panel) {
       _mm512_store_si512(c + z * 16, _mm512_add_epi32(_mm512_load_si512(c + z * 16), high));
     });
   }
+  return slot;
 }
 
 // c[0..3] += (hi . W) << 7 of a single row for four rows of (unsigned) weights, outlier by outlier. To be called while
@@ -254,7 +255,7 @@ void MultiplyFewRows(const Block& b) {
     (dense ? DotsOfFewRows<1, true> : b.m == 1 ? DotsOfFewRows<1, false> : DotsOfFewRows<2, false>)(b, j, end);
     if (gathers) GatherGroups(b, j, end - j, panel);
   }
-  if (gathers) AddHiGroups(b, panel);
+  if (gathers) AddHiGroups(b, panel, 0, b.m, b.plan->slot);
   if (b.epilogue) Finish(*b.epilogue, 0, b.m);
 }
 
@@ -282,7 +283,7 @@ void MultiplyDots(const Block& b) {
     }
     begin = end;
   } while (begin < b.k);
-  if (gathers) AddHiGroups(b, panel);
+  if (gathers) AddHiGroups(b, panel, 0, b.m, b.plan->slot);
   if (b.epilogue) Finish(*b.epilogue, 0, b.m);
 }
 
@@ -347,8 +348,13 @@ void MultiplyLanes(const Block& b) {
   const int64_t octets = b.n / kLanesN, groups = b.plan ? b.plan->groups : 0;
   auto* const scratch = reinterpret_cast<TileScratch*>(b.scratch);
   uint8_t* const panel = scratch->panels[0];
+  if (octets * kLanesN < b.n) {
+    MultiplyLastOutputs(b, octets * kLanesN);
+    if (groups > 0) GatherGroups(b, octets * kLanesN, b.n % kLanesN, panel);
+  }
   int32_t at[HiPlan::kMaxGroups];
   int64_t first = 0, stop = 0;  // the groups in these columns
+  const int32_t* slot = groups > 0 ? b.plan->slot : nullptr;
   LanesCut(b).Each(b, [&](int64_t i, int64_t rows, int64_t begin, int64_t end) {
     LanesPart part{};
     part.i = i, part.begin = begin, part.end = end;
@@ -357,8 +363,8 @@ void MultiplyLanes(const Block& b) {
         at[stop] = KeptAt(b.plan->group[stop] * 4 - begin);
       }
     }
-    const bool last = b.epilogue && groups == 0 && end == b.k && octets * kLanesN == b.n;
-    if (last) FetchOutputs(*b.epilogue, i, i + rows);
+    const bool last = end == b.k;
+    if (b.epilogue && last) FetchOutputs(*b.epilogue, i, i + rows);
     if (i == 0 && stop > first) {
       part.kept = scratch->panels[1], part.needed = b.plan->needed;
       part.at = at + first, part.groups = stop - first, part.panel = panel + first * kBlockN * 4;
@@ -366,14 +372,9 @@ void MultiplyLanes(const Block& b) {
     } else {
       kLanes<HighParts::kNone>[rows - 1](b, part);
     }
-    if (last) Finish(*b.epilogue, i, i + rows);  // at once, so that it overlaps with the next team
+    if (last && groups > 0) slot = AddHiGroups(b, panel, i, i + rows, slot);
+    if (b.epilogue && last) Finish(*b.epilogue, i, i + rows);  // at once, so that it overlaps with the next team
   });
-  if (octets * kLanesN < b.n) {
-    MultiplyLastOutputs(b, octets * kLanesN);
-    if (groups > 0) GatherGroups(b, octets * kLanesN, b.n % kLanesN, panel);
-  }
-  if (groups > 0) AddHiGroups(b, panel);
-  if (b.epilogue && (groups > 0 || octets * kLanesN < b.n)) Finish(*b.epilogue, 0, b.m);
 }
 
 // The same with many high parts, which pick their weights team by team.
