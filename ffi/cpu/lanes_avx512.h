@@ -57,6 +57,15 @@ ALWAYS_INLINE inline int64_t Thrice(int64_t bytes) {
   return bytes;
 }
 
+// Nothing lives in a vector register here. Else the compiler keeps addresses there, and they come back only after the
+// multiplications that wait in the same queue.
+ALWAYS_INLINE inline void ForgetVectors() {
+  asm volatile("" ::
+                   : "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10", "xmm11",
+                     "xmm12", "xmm13", "xmm14", "xmm15", "xmm16", "xmm17", "xmm18", "xmm19", "xmm20", "xmm21", "xmm22",
+                     "xmm23", "xmm24", "xmm25", "xmm26", "xmm27", "xmm28", "xmm29", "xmm30", "xmm31");
+}
+
 // How high parts come about: not here; the weights of their groups are gathered, for all rows; or each team picks its
 // own.
 enum class HighParts { kNone, kGathered, kPicked };
@@ -152,6 +161,7 @@ void LanesOf(const Block& b, const LanesPart& part) {
   const int64_t k3 = Thrice(k), stride3 = Thrice(stride);
   for (int64_t octets = b.n / kLanesN; octets > 0; --octets, first += kLanesN * k, c += kLanesN) {
     const int8_t *w = first, *w4 = first + 4 * k, *x = codes, *x4 = codes + 4 * stride;
+    ForgetVectors();
     __m512i acc[M][G];
     Unroll<M * G>([&](auto i) ALWAYS_INLINE { acc[i / G][i % G] = _mm512_setzero_si512(); });
     const auto step = [&](auto load) ALWAYS_INLINE {
