@@ -34,6 +34,10 @@ class Call {
       return "the wgmma kernels need compute capability 9.0";
     wgmma_ = wgmma_ && p_.path != Path::kTiled && p_.k > 0;
     swapped_ = wgmma_ && !plan_.stream && !plan_.sparse && p_.m <= kSwappedM;  // or skinny
+    // Where it pays, and the first kernel reads nothing before it waits: the stream does. The blocks that quantise many
+    // rows by a rule would crowd onto the multiprocessors that are done first.
+    const bool few = p_.m <= kSwappedM || (!plan_.has_rule && p_.k <= 2048);
+    if (plan_.gemv || (wgmma_ && !plan_.stream && few)) queue_.StartEarly();
     const bool bits = plan_.by_column || !swapped_;                            // marked columns, or those to gather
     if (plan_.bits_bytes > 0 && bits) JAXINT8_TRY(queue_.Clear(p_.workspace + plan_.bits, plan_.bits_bytes));
     switch (p_.kind) {
