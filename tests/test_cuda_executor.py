@@ -24,7 +24,7 @@ TYPES = {np.dtype(np.float32): 0, np.dtype(ml_dtypes.bfloat16): 1, np.dtype(np.f
 RULES = {type(None): 0, Threshold: 1, RelativeThreshold: 2, TopK: 3}
 QUANTIZE, PRODUCT, LINEAR, PROLOGUE = range(4)
 RMS_NORM, SILU_GATE = 1, 2
-AUTO, STREAM, TILED, WGMMA, SPARSE = -1, 0, 1, 2, 3
+AUTO, STREAM, TILED, WGMMA, SPARSE, NARROW = -1, 0, 1, 2, 3, 4
 SKIP_BARRIER, SHIFT_INDEX, SWAP_FRAGMENT, SKIP_WAIT = range(1, 5)
 
 COMPILER = os.environ.get("CXX", "c++")
@@ -630,15 +630,9 @@ HARMLESS = {
 }
 
 
-def test_planted_faults_are_noticed(executor: Executor) -> None:
-    """A missing barrier, a wrong index, a swapped fragment, a copy not waited for: at every place of every kernel."""
+def unnoticed(executor: Executor, calls: list[tuple[Any, ...]]) -> tuple[list[str], list[int]]:
+    """Plants every fault that the calls reach; returns what none of them notices, and the kinds of all."""
     places: dict[tuple[str, int], list[tuple[Any, ...]]] = {}
-    calls: list[tuple[Any, ...]] = [
-        (battery.make(shape, dtype), rule, path, None) for shape, dtype, rule, path in PLANTED
-    ]
-    for shape, dtype, rule, path, prologue in PLANTED_AROUND:
-        case, around = make_around(shape, dtype, prologue)
-        calls.append((case, rule, path, around))
     for call in calls:
         executor.order = int(call[2] >= WGMMA)  # those that wait before those that they wait for
         expect_linear(executor, *call)
@@ -660,8 +654,19 @@ def test_planted_faults_are_noticed(executor: Executor) -> None:
             text = (SOURCE.parents[1] / file).read_text().split("\n")[int(line) - 1]
             if not any(harmless in text and fault == kind for harmless, kind in HARMLESS):
                 missed.append(f"{place}: fault {fault}: {text.strip()}")
+    return missed, [fault for _, fault in places]
+
+
+def test_planted_faults_are_noticed(executor: Executor) -> None:
+    """A missing barrier, a wrong index, a swapped fragment, a copy not waited for: at every place of every kernel."""
+    calls: list[tuple[Any, ...]] = [
+        (battery.make(shape, dtype), rule, path, None) for shape, dtype, rule, path in PLANTED
+    ]
+    for shape, dtype, rule, path, prologue in PLANTED_AROUND:
+        case, around = make_around(shape, dtype, prologue)
+        calls.append((case, rule, path, around))
+    missed, kinds = unnoticed(executor, calls)
     assert not missed, "\n".join(missed)
-    kinds = [fault for _, fault in places]
     assert all(
         kinds.count(fault) > 1 for fault in (SKIP_BARRIER, SHIFT_INDEX, SWAP_FRAGMENT, SKIP_WAIT)
     )

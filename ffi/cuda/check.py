@@ -24,11 +24,19 @@ REQUIRED = {
     "WgmmaKernel": r"IGMMA",
     "SparseKernel": r"IGMMA\.SP",
     "SwappedKernel": r"IGMMA",
+    "NarrowKernel": r"IGMMA",
     "SkinnyKernel": r"IMMA\.16832\.S8\.S8",
     "GemvKernel": r"IDP\.4A\.S8\.S8",
 }
 # Empty on other architectures than sm_90a.
-HOPPER = ("WgmmaKernel", "SparseKernel", "SwappedKernel", "SkinnyKernel", "GemvKernel")
+HOPPER = (
+    "WgmmaKernel",
+    "SparseKernel",
+    "SwappedKernel",
+    "NarrowKernel",
+    "SkinnyKernel",
+    "GemvKernel",
+)
 FORBIDDEN = {"": r"\b(LDL|STL)\b"}  # local memory: registers that did not fit
 TYPES = {"0": "f32", "1": "bf16", "2": "f16"}
 

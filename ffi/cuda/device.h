@@ -54,6 +54,10 @@ JAXINT8_DEVICE uint8_t* SharedMemory() {
 
 JAXINT8_DEVICE void Barrier() { __syncthreads(); }
 JAXINT8_DEVICE void WarpBarrier() { __syncwarp(); }
+// Of so many threads, whole warps, of the block: those that name the same number, from 1 to 15.
+JAXINT8_DEVICE void PartBarrier(int number, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");
+}
 
 template <typename T>
 JAXINT8_DEVICE T Load(const T* p) {

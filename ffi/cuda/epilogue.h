@@ -100,6 +100,22 @@ JAXINT8_DEVICE void StoreOutputs(const Epilogue& e, int64_t row, int64_t column,
   }
 }
 
+// Among the four lanes of a quad: afterwards words[i] is what lane i had in words[t].
+JAXINT8_DEVICE void TransposeQuad(uint32_t (&words)[4], int t) {
+  const bool odd = t & 1, upper = t & 2;
+  uint32_t a = ShuffleXor(odd ? words[0] : words[1], 1), b = ShuffleXor(odd ? words[2] : words[3], 1);
+  words[0] = odd ? a : words[0];
+  words[1] = odd ? words[1] : a;
+  words[2] = odd ? b : words[2];
+  words[3] = odd ? words[3] : b;
+  a = ShuffleXor(upper ? words[0] : words[2], 2);
+  b = ShuffleXor(upper ? words[1] : words[3], 2);
+  words[0] = upper ? a : words[0];
+  words[2] = upper ? words[2] : a;
+  words[1] = upper ? b : words[1];
+  words[3] = upper ? words[3] : b;
+}
+
 // (128 * hi + lo) . w, from the two sums; wraps on the way, the result fits.
 JAXINT8_DEVICE int32_t Combine(int32_t lo, int32_t hi) {
   return static_cast<int32_t>(static_cast<uint32_t>(lo) + (static_cast<uint32_t>(hi) << 7));

@@ -24,7 +24,7 @@ from jaxint8.block import Block, Weights, mlp_block
 from jaxint8.dispatch import Layer
 from jaxint8.prologue import RMSNorm
 
-PATHS = ("stream", "tiled", "wgmma", "sparse")  # by their numbers in int8.h
+PATHS = ("stream", "tiled", "wgmma", "sparse", "narrow")  # by their numbers in int8.h
 
 
 def gpu_executor() -> tests.Executor:

@@ -148,6 +148,7 @@ JAXINT8_DEVICE void Pin(int32_t (&c)[kSize]) {
 #define JAXINT8_R16(i) JAXINT8_R8(i), JAXINT8_R8(i + 8)
 #define JAXINT8_R32(i) JAXINT8_R16(i), JAXINT8_R16(i + 16)
 #define JAXINT8_N16 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
+#define JAXINT8_N24 JAXINT8_N16 ", %16, %17, %18, %19, %20, %21, %22, %23"
 #define JAXINT8_N32 JAXINT8_N16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
 #define JAXINT8_N48 JAXINT8_N32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
 #define JAXINT8_N56 JAXINT8_N48 ", %48, %49, %50, %51, %52, %53, %54, %55"
@@ -169,6 +170,7 @@ JAXINT8_DEVICE void Pin(int32_t (&c)[kSize]) {
                  : "l"(a), "l"(b), "r"(add));                                                           \
   }
 JAXINT8_PRODUCT(16, "m64n32k32", JAXINT8_N16, "%16, %17", "%18", JAXINT8_R16(0))
+JAXINT8_PRODUCT(24, "m64n48k32", JAXINT8_N24, "%24, %25", "%26", JAXINT8_R16(0), JAXINT8_R8(16))
 JAXINT8_PRODUCT(32, "m64n64k32", JAXINT8_N32, "%32, %33", "%34", JAXINT8_R32(0))
 JAXINT8_PRODUCT(48, "m64n96k32", JAXINT8_N48, "%48, %49", "%50", JAXINT8_R32(0), JAXINT8_R16(32))
 JAXINT8_PRODUCT(56, "m64n112k32", JAXINT8_N56, "%56, %57", "%58", JAXINT8_R32(0), JAXINT8_R16(32), JAXINT8_R8(48))
@@ -203,6 +205,7 @@ JAXINT8_SPARSE(96, "m64n192k64", JAXINT8_N96, "%96, %97, %98", JAXINT8_R32(0), J
 #undef JAXINT8_N56
 #undef JAXINT8_N48
 #undef JAXINT8_N32
+#undef JAXINT8_N24
 #undef JAXINT8_N16
 #undef JAXINT8_R32
 #undef JAXINT8_R16

@@ -32,7 +32,8 @@ struct Options {
 enum class Prologue : int32_t { kNone, kRmsNorm, kSiluGate };
 
 // How the product is computed. kAuto chooses from the table in plan.h. kSparse: as kWgmma, but for the high parts.
-enum class Path : int32_t { kAuto = -1, kStream = 0, kTiled = 1, kWgmma = 2, kSparse = 3 };
+// kNarrow: by narrow.h, whatever the number of rows.
+enum class Path : int32_t { kAuto = -1, kStream = 0, kTiled = 1, kWgmma = 2, kSparse = 3, kNarrow = 4 };
 
 struct Problem {
   enum class Kind { kQuantize, kProduct, kLinear, kPrologue } kind;

@@ -11,6 +11,7 @@
 #include "tiled.h"
 #if !defined(__CUDACC__) || defined(JAXINT8_WGMMA)
 #include "gemv.h"
+#include "narrow.h"
 #include "skinny.h"
 #include "sparse.h"
 #include "swapped.h"
@@ -30,11 +31,15 @@ class Call {
   const char* Run() {
     JAXINT8_TRY(Multiprocessors(&multiprocessors_));
     JAXINT8_TRY(HasWgmma(&wgmma_));
-    if ((p_.path == Path::kWgmma || p_.path == Path::kSparse) && !wgmma_)
+    if ((p_.path == Path::kWgmma || p_.path == Path::kSparse || p_.path == Path::kNarrow) && !wgmma_)
       return "the wgmma kernels need compute capability 9.0";
     wgmma_ = wgmma_ && p_.path != Path::kTiled && p_.k > 0;
-    swapped_ = wgmma_ && !plan_.stream && !plan_.sparse && p_.m <= kSwappedM;  // or skinny
-    const bool bits = plan_.by_column || !swapped_;                            // marked columns, or those to gather
+    swapped_ = wgmma_ && !plan_.stream && !plan_.sparse && !plan_.narrow && p_.m <= kSwappedM;  // or skinny
+    // Where it pays, and the first kernel reads nothing before it waits: the stream does. The blocks that quantise many
+    // rows by a rule would crowd onto the multiprocessors that are done first.
+    const bool few = p_.m <= kSwappedM || (!plan_.has_rule && p_.k <= 2048);
+    if (plan_.gemv || (wgmma_ && !plan_.stream && few)) queue_.StartEarly();
+    const bool bits = plan_.by_column || !(swapped_ || plan_.narrow);  // marked columns, or those to gather
     if (plan_.bits_bytes > 0 && bits) JAXINT8_TRY(queue_.Clear(p_.workspace + plan_.bits, plan_.bits_bytes));
     switch (p_.kind) {
       case Problem::Kind::kQuantize:
@@ -146,7 +151,7 @@ class Call {
       } else if (plan_.stream) {
         q.pieces = Scratch<uint8_t>(plan_.pieces, p_.m * plan_.piece_stride);
         q.piece_stride = plan_.piece_stride;
-      } else if (!plan_.by_column && !swapped_) {
+      } else if (!plan_.by_column && !swapped_ && !plan_.narrow) {
         q.used = Scratch<uint32_t>(plan_.bits, plan_.bits_bytes);
       }
     }
@@ -198,6 +203,7 @@ class Call {
     }
 #ifdef JAXINT8_HAS_WGMMA
     if (plan_.skinny) return Skinny(lo, stride, hi, w);
+    if (plan_.narrow) return Narrow(lo, stride, hi, w, w_stride);
     if (plan_.sparse) return SparseProduct(lo, stride, hi, w, w_stride);
     if (swapped_) return Swapped(lo, stride, hi, w, w_stride);
 #endif
@@ -314,6 +320,34 @@ class Call {
     s.hi = hi;
     s.stride = stride;
     return queue_.Launch<Kernel>(blocks, Kernel::kMaxThreads, shape.shared, s);
+  }
+
+  const char* Narrow(Ptr<const int8_t> lo, int64_t stride, Ptr<const int8_t> hi, Ptr<const int8_t> w,
+                     int64_t w_stride) {
+    const int chosen = ChooseNarrow(p_.m, p_.n, static_cast<bool>(hi), multiprocessors_);
+    NarrowParams s{};
+    s.m = p_.m;
+    s.n = p_.n;
+    s.k = p_.k;
+    s.epilogue = MakeEpilogue();
+    JAXINT8_TRY(MakeTileMap(&s.w, w, p_.n, p_.k, w_stride, kNarrowTiles[chosen]));
+    JAXINT8_TRY(MakeTileMap(&s.lo, lo, p_.m, p_.k, stride, 64));
+    if (hi) JAXINT8_TRY(MakeTileMap(&s.hi, hi, p_.m, p_.k, stride, 64));
+    return hi ? NarrowShaped<true, 0>(s, chosen) : NarrowShaped<false, 0>(s, chosen);
+  }
+
+  template <bool kHigh, int kShape>
+  const char* NarrowShaped(NarrowParams& s, int chosen) {
+    if constexpr (kShape + 1 < std::size(kNarrowTiles)) {
+      if (chosen != kShape) return NarrowShaped<kHigh, kShape + 1>(s, chosen);
+    }
+    using Kernel = NarrowKernel<kNarrowTiles[kShape], kHigh>;
+    constexpr int64_t kFit = (kSharedMost - Kernel::kFixedBytes) / (Kernel::kStageBytes + 16);
+    s.stages = static_cast<int>(kFit < kNarrowStages ? kFit : kNarrowStages);
+    s.early = queue_.follows() && !plan_.align_w ? EarlySteps(kSwappedEarly, p_.k, Kernel::kBytesW, s.stages) : 0;
+    const int64_t tiles = (p_.m + 63) / 64 * ((p_.n + kNarrowTiles[kShape] - 1) / kNarrowTiles[kShape]);
+    return queue_.Launch<Kernel>(tiles < multiprocessors_ ? tiles : multiprocessors_, Kernel::kMaxThreads,
+                                 Kernel::Shared(s.stages), s);
   }
 
   const char* Swapped(Ptr<const int8_t> lo, int64_t stride, Ptr<const int8_t> hi, Ptr<const int8_t> w,

@@ -39,23 +39,26 @@ class LaunchQueue {
   LaunchQueue(CUstream_st* stream, bool follows) : stream_(stream), follows_(follows) {}
 
   bool follows() const { return follows_; }
+  // The next kernel may start before what stands before the call ends, of which nothing is known: it waits for that
+  // before it reads or writes anything.
+  void StartEarly() { early_ = true; }
 
   template <typename Kernel>
   const char* Launch(int64_t blocks, int threads, int64_t shared, const typename Kernel::Params& params,
                      int cluster = 1) {
-    const bool overlapped = follows_;
+    const bool overlapped = follows_ || early_;
     follows_ = true;
     return cuda::Launch<Kernel>(stream_, blocks, threads, shared, params, overlapped, cluster);
   }
 
   const char* Clear(uint8_t* at, int64_t bytes) {
-    follows_ = false;  // a kernel behind a memset cannot start early
+    follows_ = early_ = false;  // a kernel behind a memset cannot start early
     return cuda::Clear(stream_, at, bytes);
   }
 
  private:
   CUstream_st* const stream_;
-  bool follows_;
+  bool follows_, early_ = false;
 };
 
 // Does what stands before a layer with a kernel of its own.

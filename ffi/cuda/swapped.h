@@ -90,9 +90,10 @@ class SwappedKernel {
     } else {
       WaitForPreviousKernel();
       const Tile tile = MyTile();
+      const Scales scales = LoadScales(tile);  // they arrive while the tile is multiplied
       int32_t c[kSums];
       Multiply(c, tile.steps);
-      AddBlocks(c, tile);
+      AddBlocks(c, tile, scales);
     }
   }
 
@@ -168,20 +169,37 @@ class SwappedKernel {
     if (ThreadIndex() % 32 == 0) Arrive(empty_ + 8 * stage);
   }
 
-  // Adds the sums of the blocks of the cluster, each its share of the rows of x, and stores the outputs.
-  JAXINT8_DEVICE void AddBlocks(const int32_t (&c)[kSums], const Tile& tile) const {
-    const int thread = ThreadIndex(), lane = thread % 32, g = lane / 4, t = lane % 4;
+  // Four neighbouring columns of the output and what they are scaled by; of the rows of this warp the scale of one,
+  // that of the lane's number.
+  struct Scales {
+    int first;  // within the tile
+    int64_t n;
+    float w_scale[4], bias[4], row_scale;
+  };
+  JAXINT8_DEVICE int RowOf(int turn) const {
+    return static_cast<int>(rank_) * 8 + ThreadIndex() / 32 + turn * 8 * p_.cluster;
+  }
+  JAXINT8_DEVICE Scales LoadScales(const Tile& tile) const {
+    const int lane = ThreadIndex() % 32;
     const Epilogue& e = p_.epilogue;
-    Columns columns;
-    columns.first = 4 * lane;
-    columns.n = tile.n + columns.first;
+    Scales s{};
+    s.first = 4 * lane;
+    s.n = tile.n + s.first;
+    if (e.type == Type::kS32) return s;
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      columns.w_scale[j] = columns.bias[j] = 0;
-      if (e.type == Type::kS32 || columns.n + j >= p_.n) continue;
-      columns.w_scale[j] = Load(e.w_scale + columns.n + j);
-      if (e.bias) columns.bias[j] = Load(e.bias + columns.n + j);
+      if (s.n + j >= p_.n) continue;
+      s.w_scale[j] = Load(e.w_scale + s.n + j);
+      if (e.bias) s.bias[j] = Load(e.bias + s.n + j);
     }
+    const int row = RowOf(lane);
+    if (row < kTileN && tile.m + row < p_.m) s.row_scale = Load(e.row_scale + tile.m + row);
+    return s;
+  }
+
+  // Adds the sums of the blocks of the cluster, each its share of the rows of x, and stores the outputs.
+  JAXINT8_DEVICE void AddBlocks(const int32_t (&c)[kSums], const Tile& tile, const Scales& scales) const {
+    const int thread = ThreadIndex(), lane = thread % 32, g = lane / 4, t = lane % 4;
     ClusterBarrier();  // nothing reads the stages any more
     const Ptr<int32_t> sums = Cast<int32_t>(shared_);
 #pragma unroll
@@ -192,42 +210,40 @@ class SwappedKernel {
     ClusterBarrier();
     switch (p_.cluster) {
       case 1:
-        AddRows<1>(tile, columns);
+        AddRows<1>(tile, scales);
         break;
       case 2:
-        AddRows<2>(tile, columns);
+        AddRows<2>(tile, scales);
         break;
       case 4:
-        AddRows<4>(tile, columns);
+        AddRows<4>(tile, scales);
         break;
       default:
-        AddRows<8>(tile, columns);
+        AddRows<8>(tile, scales);
         break;
     }
     ClusterBarrier();  // no block may end while another can still read its memory
   }
 
-  // Four neighbouring columns of the output and what they are scaled by.
-  struct Columns {
-    int first;  // within the tile
-    int64_t n;
-    float w_scale[4], bias[4];
-  };
-
-  // One warp a row.
+  // One warp a row. What is added to the layer is asked for a row ahead.
   template <int kBlocks>
-  JAXINT8_DEVICE void AddRows(const Tile& tile, const Columns& columns) const {
+  JAXINT8_DEVICE void AddRows(const Tile& tile, const Scales& scales) const {
     const Epilogue& e = p_.epilogue;
     const int64_t left = p_.m - tile.m;
     const int rows = left < kTileN ? static_cast<int>(left) : kTileN;
+    const bool words = p_.n % 4 == 0 && scales.n < p_.n;
+    Word4 residual = words && RowOf(0) < rows ? LoadWords(tile.m + RowOf(0), scales.n) : Word4{};
 #pragma unroll 1
-    for (int row = static_cast<int>(rank_) * 8 + ThreadIndex() / 32; row < rows; row += 8 * kBlocks) {
+    for (int turn = 0; RowOf(turn) < rows; ++turn) {
+      const int row = RowOf(turn), next = RowOf(turn + 1);
+      const int64_t m = tile.m + row, n = scales.n;
       Word4 parts[kBlocks];
 #pragma unroll
       for (int block = 0; block < kBlocks; ++block) {
-        parts[block] = LoadRemote(stages_ + 4 * static_cast<uint32_t>(row * kSumStride + columns.first), block);
+        parts[block] = LoadRemote(stages_ + 4 * static_cast<uint32_t>(row * kSumStride + scales.first), block);
       }
-      const float row_scale = e.type == Type::kS32 ? 0 : Load(e.row_scale + tile.m + row);
+      const Word4 added = residual;
+      if (words && next < rows) residual = LoadWords(tile.m + next, n);
       uint32_t sum[4] = {0, 0, 0, 0};
 #pragma unroll
       for (int block = 0; block < kBlocks; ++block) {
@@ -236,24 +252,40 @@ class SwappedKernel {
         sum[2] += parts[block].z;
         sum[3] += parts[block].w;
       }
+      const float row_scale = FloatFromBits(Shuffle(Bits(scales.row_scale), turn));
       uint32_t y[4];
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        y[j] = Output(e, static_cast<int32_t>(sum[j]), row_scale, columns.w_scale[j], columns.bias[j]);
+        y[j] = Output(e, static_cast<int32_t>(sum[j]), row_scale, scales.w_scale[j], scales.bias[j]);
       }
-      const int64_t m = tile.m + row, n = columns.n;
-      if (p_.n % 4 != 0) {
+      if (words) {
+        StoreRow(m, n, y, added);
+      } else if (p_.n % 4 != 0) {
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
           if (n + j < p_.n) StoreOutput(e, m, n + j, y[j]);
         }
-      } else if (n >= p_.n) {
-        continue;
-      } else if (IsWide(e)) {
-        StoreWords(e, 4 * (m * p_.n + n), Word4{y[0], y[1], y[2], y[3]});
-      } else {
-        StoreWords(e, 2 * (m * p_.n + n), Word2{y[0] | y[1] << 16, y[2] | y[3] << 16});
       }
+    }
+  }
+
+  // Four neighbours, and what is added to them: of 16 bits in the first two words.
+  JAXINT8_DEVICE Word4 LoadWords(int64_t m, int64_t n) const {
+    const Epilogue& e = p_.epilogue;
+    if (!e.residual) return {};
+    if (IsWide(e)) return LoadAs<Word4>(e.residual + 4 * (m * p_.n + n));
+    const Word2 two = LoadAs<Word2>(e.residual + 2 * (m * p_.n + n));
+    return {two.x, two.y, 0, 0};
+  }
+  JAXINT8_DEVICE void StoreRow(int64_t m, int64_t n, const uint32_t (&y)[4], const Word4& added) const {
+    const Epilogue& e = p_.epilogue;
+    const auto add = [&](uint32_t word, uint32_t other) { return e.residual ? AddResiduals(e, word, other) : word; };
+    if (IsWide(e)) {
+      const Word4 sums{add(y[0], added.x), add(y[1], added.y), add(y[2], added.z), add(y[3], added.w)};
+      StoreAs<Word4>(e.y + 4 * (m * p_.n + n), sums);
+    } else {
+      const Word2 sums{add(y[0] | y[1] << 16, added.x), add(y[2] | y[3] << 16, added.y)};
+      StoreAs<Word2>(e.y + 2 * (m * p_.n + n), sums);
     }
   }
 

@@ -225,7 +225,7 @@ class TileOutput {
     } else {
 #pragma unroll
       for (int q = 0; q < 4; ++q) words[q] = y[2 * q] | y[2 * q + 1] << 16;
-      if (InOne<kType>(j)) Transpose(words, ThreadIndex() % 4);
+      if (InOne<kType>(j)) TransposeQuad(words, ThreadIndex() % 4);
     }
   }
 
@@ -283,22 +283,6 @@ class TileOutput {
         StoreAs<uint32_t>(to + at, from[i]);
       }
     });
-  }
-
-  // Among the four lanes of a quad: afterwards words[i] is what lane i had in words[t].
-  static JAXINT8_DEVICE void Transpose(uint32_t (&words)[4], int t) {
-    const bool odd = t & 1, upper = t & 2;
-    uint32_t a = ShuffleXor(odd ? words[0] : words[1], 1), b = ShuffleXor(odd ? words[2] : words[3], 1);
-    words[0] = odd ? a : words[0];
-    words[1] = odd ? words[1] : a;
-    words[2] = odd ? b : words[2];
-    words[3] = odd ? words[3] : b;
-    a = ShuffleXor(upper ? words[0] : words[2], 2);
-    b = ShuffleXor(upper ? words[1] : words[3], 2);
-    words[0] = upper ? a : words[0];
-    words[2] = upper ? words[2] : a;
-    words[1] = upper ? b : words[1];
-    words[3] = upper ? words[3] : b;
   }
 
   const Epilogue& e_;

@@ -199,6 +199,25 @@ class Machine {
     }
   }
 
+  // Of some threads of the block, wherever in the source they wait. What happened in the block before is known to them
+  // afterwards.
+  void PartBarrier(int number, int threads, const Site& site) {
+    if (number < 1 || number > 15 || threads % 32 != 0) Fail(site, "bad barrier");
+    if (Planted(site, Fault::kSkipBarrier)) return;
+    Fiber& f = fibers_[current_];
+    f.at = site;
+    f.state = State::kPart;
+    std::vector<int>& waiting = waiting_part_[{rank(), number}];
+    waiting.push_back(current_);
+    if (static_cast<int>(waiting.size()) < threads) return Yield();
+    ++time_;
+    for (const int other : waiting) {
+      fibers_[other].state = State::kReady;
+      fibers_[other].synced_block = time_;
+    }
+    waiting.clear();
+  }
+
   // Of all threads of the cluster, wherever in the source they wait.
   void ClusterBarrier(const Site& site) {
     if (Planted(site, Fault::kSkipBarrier)) return;
@@ -277,7 +296,7 @@ class Machine {
   }
 
  private:
-  enum class State { kReady, kBlock, kWarp, kCluster, kPoll, kDone };
+  enum class State { kReady, kBlock, kPart, kWarp, kCluster, kPoll, kDone };
   struct Fiber {
     State state = State::kReady;
     Site at{"", 0};
@@ -289,6 +308,7 @@ class Machine {
     std::vector<std::vector<Copy>> groups;
     std::vector<std::pair<int64_t, int64_t>> unfenced;  // stores to shared memory: offset, bytes
     uint32_t synced = 0;                                // what happened before this time is known to this thread
+    uint32_t synced_block = 0;                          // the same of what happened in its block
     std::function<uint32_t()>* done = nullptr;
   };
   // The shared memory of a block.
@@ -330,6 +350,7 @@ class Machine {
   void RunCluster() {
     waiting_block_.assign(shared_.size(), 0);
     block_epoch_.assign(shared_.size(), 0);
+    waiting_part_.clear();
     waiting_cluster_ = 0;
     time_ = 1;
     barriers_.clear();
@@ -342,7 +363,7 @@ class Machine {
       f.open.clear();
       f.groups.clear();
       f.unfenced.clear();
-      f.synced = 0;
+      f.synced = f.synced_block = 0;
     }
     error_ = nullptr;
     const int n = static_cast<int>(fibers_.size());
@@ -416,7 +437,9 @@ class Machine {
     const bool same_cluster = a.block >= first_block_ && a.block < first_block_ + static_cast<int64_t>(shared_.size());
     if (same_cluster && a.time < fibers_[current_].synced) return true;
     if (a.block != static_cast<uint32_t>(block())) return false;
-    if (a.block_epoch < block_epoch_[static_cast<size_t>(rank())]) return true;
+    if (a.block_epoch < block_epoch_[static_cast<size_t>(rank())] || a.time < fibers_[current_].synced_block) {
+      return true;
+    }
     if (!other_threads && a.thread == current_) return true;
     return a.thread / 32 == current_ / 32 && a.warp_epoch < warps_[current_ / 32].epoch;
   }
@@ -451,8 +474,9 @@ class Machine {
   std::exception_ptr error_;
   jmp_buf scheduler_;
   int current_ = 0, threads_ = 0;
-  std::vector<int> waiting_block_;     // by rank
-  std::vector<uint32_t> block_epoch_;  // by rank
+  std::vector<int> waiting_block_;                                // by rank
+  std::vector<uint32_t> block_epoch_;                             // by rank
+  std::map<std::pair<int, int>, std::vector<int>> waiting_part_;  // by rank and number
   int waiting_cluster_ = 0;
   uint32_t launch_ = 0, time_ = 1;
   int64_t first_block_ = 0, block_count_ = 0;

@@ -55,6 +55,9 @@ inline Ptr<uint8_t> SharedMemory() {
 
 inline void Barrier(Site site = Site::Here()) { TheMachine().Barrier(site); }
 inline void WarpBarrier(Site site = Site::Here()) { TheMachine().WarpBarrier(site); }
+inline void PartBarrier(int number, int threads, Site site = Site::Here()) {
+  TheMachine().PartBarrier(number, threads, site);
+}
 
 template <typename V, typename T>
 V LoadAs(Ptr<T> p, Site site = Site::Here()) {
