@@ -298,7 +298,8 @@ class Call {
     using Kernel = SkinnyKernel<kTiles, kHigh>;
     const int64_t groups = (p_.n + kStreamOutputs - 1) / kStreamOutputs;
     const int64_t blocks = groups < multiprocessors_ ? groups : multiprocessors_;
-    const int64_t staged = queue_.follows() ? StagedBytes(p_.type, p_.k, stride, p_.prologue) : 0;
+    const Prologue prologue = plan_.apart ? Prologue::kNone : p_.prologue;  // of the quantiser
+    const int64_t staged = queue_.follows() ? StagedBytes(p_.type, p_.k, stride, prologue) : 0;
     const SkinnyShape shape = ChooseSkinny(kTiles, kHigh, p_.n, p_.k, blocks, staged);
     SkinnyParams s{};
     s.m = p_.m;
