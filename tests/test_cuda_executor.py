@@ -9,7 +9,7 @@ import os
 import pathlib
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any
 
 import ml_dtypes
@@ -185,21 +185,15 @@ class Executor:
         return [(place, int(fault)) for place, fault in (line.split() for line in lines if line)]
 
 
-@pytest.fixture(scope="session")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> Executor:
-    library = tmp_path_factory.mktemp("executor") / "executor.so"
+def build(folder: pathlib.Path) -> Executor:
+    """Compiles the executor."""
+    library = folder / "executor.so"
     flags = ["-std=c++17", "-O1", "-ffp-contract=off", "-U_FORTIFY_SOURCE", "-shared", "-fPIC"]
     warnings = ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
     command = [COMPILER, *flags, *warnings, str(SOURCE), "-o", str(library)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return Executor(library)
-
-
-@pytest.fixture
-def executor(compiled: Executor) -> Iterator[Executor]:
-    yield compiled
-    compiled.fault, compiled.site, compiled.order = 0, b"", 0
 
 
 def expect_linear(
@@ -630,6 +624,39 @@ HARMLESS = {
 }
 
 
+def unnoticed(
+    executor: Executor,
+    places: dict[tuple[str, int], list[Any]],
+    expect: Callable[[Any], None],
+    waits: Callable[[Any], bool] = lambda call: call[2] >= WGMMA,
+) -> list[str]:
+    """Plants each fault at its place, where calls reach it; returns those that none of them notices.
+
+    Args:
+      executor: the executor.
+      places: (place in the source, fault) -> calls.
+      expect: makes a call, and fails where its result is wrong.
+      waits: whether threads of a call wait for each other beyond barriers of a block.
+    """
+    missed = []
+    for (place, fault), reaching in places.items():
+        executor.fault, executor.site = fault, place.encode()
+        # Where warps wait for copies of their own, only lanes that run early can overtake the others, and where one
+        # warp waits for several, only lanes of these that run late.
+        early = [(call, order) for order in (0, 2) for call in reaching if waits(call)]
+        for call, executor.order in [(call, int(waits(call))) for call in reaching] + early:
+            try:
+                expect(call)
+            except (ExecutorError, AssertionError):
+                break
+        else:
+            file, line = place.split(":")
+            text = (SOURCE.parents[1] / file).read_text().split("\n")[int(line) - 1]
+            if not any(harmless in text and fault == kind for harmless, kind in HARMLESS):
+                missed.append(f"{place}: fault {fault}: {text.strip()}")
+    return missed
+
+
 def test_planted_faults_are_noticed(executor: Executor) -> None:
     """A missing barrier, a wrong index, a swapped fragment, a copy not waited for: at every place of every kernel."""
     places: dict[tuple[str, int], list[tuple[Any, ...]]] = {}
@@ -644,22 +671,7 @@ def test_planted_faults_are_noticed(executor: Executor) -> None:
         expect_linear(executor, *call)
         for place in executor.sites():
             places.setdefault(place, []).append(call)
-    missed = []
-    for (place, fault), reaching in places.items():
-        executor.fault, executor.site = fault, place.encode()
-        # Where warps wait for copies of their own, only lanes that run early can overtake the others, and where one
-        # warp waits for several, only lanes of these that run late.
-        early = [(call, order) for order in (0, 2) for call in reaching if call[2] >= WGMMA]
-        for call, executor.order in [(call, int(call[2] >= WGMMA)) for call in reaching] + early:
-            try:
-                expect_linear(executor, *call)
-            except (ExecutorError, AssertionError):
-                break
-        else:
-            file, line = place.split(":")
-            text = (SOURCE.parents[1] / file).read_text().split("\n")[int(line) - 1]
-            if not any(harmless in text and fault == kind for harmless, kind in HARMLESS):
-                missed.append(f"{place}: fault {fault}: {text.strip()}")
+    missed = unnoticed(executor, places, lambda call: expect_linear(executor, *call))
     assert not missed, "\n".join(missed)
     kinds = [fault for _, fault in places]
     assert all(

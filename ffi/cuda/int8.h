@@ -66,6 +66,10 @@ const char* Run(const Problem& problem, CUstream_st* stream);
 // size that the most demanding one needs.
 const char* RunAll(const Problem* problems, int count, CUstream_st* stream);
 
+// What a decoder layer does behind its attention: three layers, of which each reads what the one before it writes, the
+// third behind a gate. As RunAll, but what is left in the y of the second is not said.
+const char* RunBlock(const Problem (&layers)[3], CUstream_st* stream);
+
 }  // namespace jaxint8::cuda
 
 #endif  // JAXINT8_FFI_CUDA_INT8_H_

@@ -455,6 +455,8 @@ const char* RunAll(const Problem* problems, int count, CUstream_st* stream) {
   return nullptr;
 }
 
+const char* RunBlock(const Problem (&layers)[3], CUstream_st* stream) { return RunAll(layers, 3, stream); }
+
 #undef JAXINT8_TRY
 
 }  // namespace jaxint8::cuda
