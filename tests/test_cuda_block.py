@@ -1,4 +1,7 @@
-"""Three layers in one call of the CUDA kernels, on the CPU with every access checked (see test_cuda_executor)."""
+"""Three layers in one call of the CUDA kernels, on the CPU with every access checked (see test_cuda_executor).
+
+What is special about them: the second one's outputs have been through the MLP's gate.
+"""
 
 import ctypes
 import dataclasses
@@ -12,13 +15,16 @@ from test_cuda_executor import (
     COMPILER,
     LINEAR,
     RMS_NORM,
+    SHIFT_INDEX,
     SILU_GATE,
+    SWAP_FRAGMENT,
     TYPES,
     Call,
     Executor,
     ExecutorError,
     aligned,
     copy,
+    unnoticed,
 )
 
 import battery
@@ -171,3 +177,26 @@ def test_bits_are_those_of_three_layers(
 def test_rows_that_are_not_ordinary(executor: Executor, kind: str) -> None:
     for m in (1, 5, 20):
         expect(executor, make((m, 48, 64, 48), ml_dtypes.bfloat16, kind), RelativeThreshold())
+
+
+def test_planted_faults_are_noticed(executor: Executor) -> None:
+    """In the kernels that do the gate, as in test_cuda_executor."""
+    calls = [
+        ((1, 32, 32, 560), np.float32, None),
+        ((2, 16, 16, 830), ml_dtypes.bfloat16, None),
+        ((3, 16, 32, 330), ml_dtypes.bfloat16, None),
+        ((9, 32, 16, 40), np.float32, Threshold(1.0, "token")),
+        ((20, 16, 1328, 70), ml_dtypes.bfloat16, None),
+        ((34, 16, 544, 17), np.float32, None),
+    ]
+    places: dict[tuple[str, int], list[Any]] = {}
+    for shape, dtype, rule in calls:
+        call = make(shape, dtype), rule
+        executor.order = 1
+        expect(executor, *call)
+        for place, fault in executor.sites():
+            if place.startswith(("gemv.h", "skinny.h", "swapped.h", "epilogue.h")):
+                places.setdefault((place, fault), []).append(call)
+    assert not unnoticed(executor, places, lambda call: expect(executor, *call), lambda _: True)
+    kinds = [fault for _, fault in places]
+    assert all(kinds.count(fault) > 1 for fault in (SHIFT_INDEX, SWAP_FRAGMENT))

@@ -47,6 +47,8 @@ struct Problem {
   const int8_t* w = nullptr;       // [n][k]; kProduct and kLinear
   const float* w_scale = nullptr;  // [n]; kLinear
   const float* bias = nullptr;     // [n] or null; kLinear
+  // kLinear: the first n / 2 outputs are gates for the others, and y is [m][n / 2]. Only RunBlock sets it.
+  bool gated = false;
   // [m][n] of the type of x, or null; kLinear. Added to y once that is rounded; may be y itself.
   const void* residual = nullptr;
   void* y = nullptr;             // [m][n]; int32 in kProduct; [m][k] in kPrologue

@@ -11,15 +11,17 @@
 #define JAXINT8_FFI_CUDA_SWAPPED_H_
 
 #include "epilogue.h"
+#include "gate.h"
 #include "hopper.h"
 
 namespace jaxint8::cuda {
 
 struct SwappedParams {
-  TileMap w, lo, hi;  // boxes of [128][128] and [kTileN][128]; hi only with high parts
-  int64_t m, n, k;
-  int cluster;  // blocks that share the k of a tile: 1, 2, 4 or 8; there are as many steps at least
-  int stages;   // in shared memory
+  TileMap w, lo, hi;  // boxes of [128][128], or [64][128] with gates, and [kTileN][128]; hi only with high parts
+  int64_t m, n, k;    // n: outputs
+  int64_t up;         // the row of weights from which on are those that gates are for; 0: no gates
+  int cluster;        // blocks that share the k of a tile: 1, 2, 4 or 8; there are as many steps at least
+  int stages;         // in shared memory
   int early;  // of these, whose weights are asked for before the codes are there: the kernel before does not write them
   Epilogue epilogue;
 };
@@ -67,10 +69,11 @@ class SwappedKernel {
     int first, steps;
   };
   JAXINT8_DEVICE Tile MyTile() const {
-    const int64_t tile = BlockIndex() / p_.cluster, tiles_n = (p_.n + kTileM - 1) / kTileM;
+    const int64_t outputs = p_.up > 0 ? kTileM / 2 : kTileM;
+    const int64_t tile = BlockIndex() / p_.cluster, tiles_n = (p_.n + outputs - 1) / outputs;
     const int all = static_cast<int>((p_.k + kTileK - 1) / kTileK), rank = static_cast<int>(rank_);
     const int first = all * rank / p_.cluster;
-    return {static_cast<int32_t>(tile / tiles_n * kTileN), static_cast<int32_t>(tile % tiles_n * kTileM), first,
+    return {static_cast<int32_t>(tile / tiles_n * kTileN), static_cast<int32_t>(tile % tiles_n * outputs), first,
             all * (rank + 1) / p_.cluster - first};
   }
 
@@ -98,7 +101,11 @@ class SwappedKernel {
 
   JAXINT8_DEVICE void CopyWeights(const Tile& tile, int step, int stage) const {
     ArriveExpecting(full_ + 8 * stage, kStageBytes);
-    CopyTile(&p_.w, Stage(stage), full_ + 8 * stage, (tile.first + step) * kTileK, tile.n);
+    const int32_t k = (tile.first + step) * kTileK;
+    CopyTile(&p_.w, Stage(stage), full_ + 8 * stage, k, tile.n);
+    if (p_.up > 0) {
+      CopyTile(&p_.w, Stage(stage) + kBytesW / 2, full_ + 8 * stage, k, static_cast<int32_t>(p_.up) + tile.n);
+    }
   }
 
   JAXINT8_DEVICE void Produce() {
@@ -174,13 +181,14 @@ class SwappedKernel {
     const Epilogue& e = p_.epilogue;
     Columns columns;
     columns.first = 4 * lane;
-    columns.n = tile.n + columns.first;
+    columns.n = tile.n + (p_.up > 0 ? columns.first % (kTileM / 2) : columns.first);
+    const int64_t weight = columns.n + (columns.first < kTileM / 2 ? 0 : p_.up);
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       columns.w_scale[j] = columns.bias[j] = 0;
       if (e.type == Type::kS32 || columns.n + j >= p_.n) continue;
-      columns.w_scale[j] = Load(e.w_scale + columns.n + j);
-      if (e.bias) columns.bias[j] = Load(e.bias + columns.n + j);
+      columns.w_scale[j] = Load(e.w_scale + weight + j);
+      if (e.bias) columns.bias[j] = Load(e.bias + weight + j);
     }
     ClusterBarrier();  // nothing reads the stages any more
     const Ptr<int32_t> sums = Cast<int32_t>(shared_);
@@ -242,6 +250,10 @@ class SwappedKernel {
         y[j] = Output(e, static_cast<int32_t>(sum[j]), row_scale, columns.w_scale[j], columns.bias[j]);
       }
       const int64_t m = tile.m + row, n = columns.n;
+      if (p_.up > 0) {
+        WriteGated(e, m, n, y);
+        continue;
+      }
       if (p_.n % 4 != 0) {
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
@@ -254,6 +266,24 @@ class SwappedKernel {
       } else {
         StoreWords(e, 2 * (m * p_.n + n), Word2{y[0] | y[1] << 16, y[2] | y[3] << 16});
       }
+    }
+  }
+
+  // Half a warp has four gates a lane, the other half what these are for: each does two of them.
+  JAXINT8_DEVICE void WriteGated(const Epilogue& e, int64_t m, int64_t n, const uint32_t (&y)[4]) const {
+    const bool up = ThreadIndex() % 32 >= 16;
+    const uint32_t other[2] = {ShuffleXor(up ? y[0] : y[2], 16), ShuffleXor(up ? y[1] : y[3], 16)};
+    uint32_t gated[2];
+#pragma unroll
+    for (int j = 0; j < 2; ++j) gated[j] = Gated(e, up ? other[j] : y[j], up ? y[2 + j] : other[j]);
+    n += up ? 2 : 0;
+    if (p_.n % 2 == 0) {
+      if (n < p_.n) StoreOutputs(e, m, n, gated[0], gated[1]);
+      return;
+    }
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      if (n + j < p_.n) StoreOutput(e, m, n + j, gated[j]);
     }
   }
 
