@@ -25,7 +25,7 @@ bool Supported() {
          __builtin_cpu_supports("avx512vnni");
 }
 
-bool SupportedLanes() { return Supported() && HasFreeShuffles(); }
+bool SupportedLanes() { return Supported() && __builtin_cpu_supports("avx512vbmi") && HasFreeShuffles(); }
 
 // The sums of the lanes of four registers.
 inline __m128i Sum4(__m512i a, __m512i b, __m512i c, __m512i d) {
@@ -65,10 +65,10 @@ void GatherGroups(const Block& b, int64_t j, int64_t rows, uint8_t* panel) {
   }
 }
 
-// c += (hi . W) << 7 of all rows of a block, as in a tile but from a panel that holds only the groups of the plan.
-void AddHiGroups(const Block& b, const uint8_t* panel) {
-  const int32_t* slot = b.plan->slot;
-  for (int64_t i = 0; i < b.m; ++i) {
+// c += (hi . W) << 7 of rows [begin, end) of a block, as in a tile but from a panel that holds only the groups of the
+// plan. `slot` is that of their first word; returns that of the next rows.
+const int32_t* AddHiGroups(const Block& b, const uint8_t* panel, int64_t begin, int64_t end, const int32_t* slot) {
+  for (int64_t i = begin; i < end; ++i) {
     const Row& row = b.rows[i];
     __m512i sum[4];
     Unroll<4>([&](auto z) ALWAYS_INLINE { sum[z] = _mm512_setzero_si512(); });
@@ -84,6 +84,7 @@ void AddHiGroups(const Block& b, const uint8_t* panel) {
       _mm512_store_si512(c + z * 16, _mm512_add_epi32(_mm512_load_si512(c + z * 16), high));
     });
   }
+  return slot;
 }
 
 // c[0..3] += (hi . W) << 7 of a single row for four rows of (unsigned) weights, outlier by outlier. To be called while
@@ -254,7 +255,7 @@ void MultiplyFewRows(const Block& b) {
     (dense ? DotsOfFewRows<1, true> : b.m == 1 ? DotsOfFewRows<1, false> : DotsOfFewRows<2, false>)(b, j, end);
     if (gathers) GatherGroups(b, j, end - j, panel);
   }
-  if (gathers) AddHiGroups(b, panel);
+  if (gathers) AddHiGroups(b, panel, 0, b.m, b.plan->slot);
   if (b.epilogue) Finish(*b.epilogue, 0, b.m);
 }
 
@@ -282,50 +283,119 @@ void MultiplyDots(const Block& b) {
     }
     begin = end;
   } while (begin < b.k);
-  if (gathers) AddHiGroups(b, panel);
+  if (gathers) AddHiGroups(b, panel, 0, b.m, b.plan->slot);
   if (b.epilogue) Finish(*b.epilogue, 0, b.m);
 }
 
-// Medium m, where shuffles are free: lanes. Teams of rows of codes take turns over eight rows of weights, and over as
-// many columns as keep the codes of a team in the L1 cache.
+static_assert(kLanesM <= kPickRows && kPanelBytes / kLanesN <= PickPlan::kLines * 64);
+
+// What a thread keeps between blocks.
+struct alignas(64) LanesScratch {
+  TileScratch tiles;
+  PickPlan high;
+};
+
+// How lanes cut a block: teams of rows of codes take turns over all weights of a slice, whose columns are as many as
+// keep the codes of a team in the L1 cache.
+struct LanesCut {
+  int64_t teams, width;
+  explicit LanesCut(const Block& b) : teams((b.m + kLanesM - 1) / kLanesM) {
+    const int64_t most = (b.m + teams - 1) / teams, slices = (b.k * most + kLanesBytes - 1) / kLanesBytes;
+    width = ((b.k + slices - 1) / slices + 63) / 64 * 64;
+    if (width > kPanelBytes / kLanesN) width = kPanelBytes / kLanesN;  // what can be kept
+  }
+  // Calls f(first row, rows, begin, end) part by part.
+  template <typename F>
+  void Each(const Block& b, const F& f) const {
+    for (int64_t begin = 0; begin < b.k; begin += width) {
+      const int64_t end = begin + width < b.k ? begin + width : b.k;
+      for (int64_t team = 0, i = 0; team < teams; ++team) {
+        const int64_t size = b.m / teams + (team < b.m % teams);
+        f(i, size, begin, end);
+        i += size;
+      }
+    }
+  }
+};
+
+// The plan of the high parts of these rows, made once by each thread.
+const PickPlan& PlanPicks(const Block& b) {
+  PickPlan& plan = reinterpret_cast<LanesScratch*>(b.scratch)->high;
+  if (plan.job == b.job && plan.rows == b.rows) return plan;
+  plan.job = b.job, plan.rows = b.rows;
+  plan.fits = true;
+  plan.parts = plan.last_round = plan.last_pair = plan.first[0] = 0;
+  int32_t next[kChunkM];
+  std::memset(next, 0, static_cast<size_t>(b.m) * sizeof *next);
+  LanesCut(b).Each(b, [&](int64_t i, int64_t rows, int64_t begin, int64_t end) {
+    plan.fits = plan.fits && plan.Add(b.rows, {i, rows, begin, end}, next);
+  });
+  return plan;
+}
+
+// Outputs from j on, fewer than kLanesN, by dot products.
+void MultiplyLastOutputs(const Block& b, int64_t j) {
+  Part rest{0, j, b.n, 0, b.k, false};
+  for (; rest.i < b.m; rest.i += kDotsM) {
+    const int64_t left = b.m - rest.i;
+    kDots[(left < kDotsM ? left : kDotsM) - 1](b, rest);
+  }
+}
+
+// Medium m, where shuffles are free: lanes. High parts, if there are any, by the weights of their groups, which are
+// gathered once for all rows.
 void MultiplyLanes(const Block& b) {
-  const int64_t teams = (b.m + kLanesM - 1) / kLanesM, most = (b.m + teams - 1) / teams;
-  const int64_t slices = (b.k * most + kLanesBytes - 1) / kLanesBytes;
-  const int64_t width = ((b.k + slices - 1) / slices + 63) / 64 * 64, octets = b.n / kLanesN * kLanesN;
-  const bool gathers = b.plan && b.plan->groups > 0;
+  const int64_t octets = b.n / kLanesN, groups = b.plan ? b.plan->groups : 0;
   auto* const scratch = reinterpret_cast<TileScratch*>(b.scratch);
   uint8_t* const panel = scratch->panels[0];
-  LanesPart part{0, 0, 0, 0, scratch->panels[1], gathers ? b.plan->needed : nullptr};
+  if (octets * kLanesN < b.n) {
+    MultiplyLastOutputs(b, octets * kLanesN);
+    if (groups > 0) GatherGroups(b, octets * kLanesN, b.n % kLanesN, panel);
+  }
   int32_t at[HiPlan::kMaxGroups];
-  int64_t first = 0;  // of the groups in these columns
-  for (; part.begin < b.k; part.begin = part.end) {
-    part.end = part.begin + width < b.k ? part.begin + width : b.k;
-    int64_t stop = first;
-    for (; gathers && stop < b.plan->groups && b.plan->group[stop] * 4 < part.end; ++stop) {
-      at[stop] = KeptAt(b.plan->group[stop]);
-    }
-    part.i = 0;
-    for (int64_t team = 0; team < teams; ++team) {
-      const int64_t size = b.m / teams + (team < b.m % teams);
-      const bool keeps = team == 0 && stop > first;
-      for (part.j = 0; part.j < octets; part.j += kLanesN) {
-        kLanes[keeps][size - 1](b, part);
-        if (keeps) CopyGroups(part.kept, at + first, stop - first, panel + (first * kBlockN + part.j) * 4);
+  int64_t first = 0, stop = 0;  // the groups in these columns
+  const int32_t* slot = groups > 0 ? b.plan->slot : nullptr;
+  LanesCut(b).Each(b, [&](int64_t i, int64_t rows, int64_t begin, int64_t end) {
+    LanesPart part{};
+    part.i = i, part.begin = begin, part.end = end;
+    if (i == 0) {
+      for (first = stop; stop < groups && b.plan->group[stop] * 4 < end; ++stop) {
+        at[stop] = KeptAt(b.plan->group[stop] * 4 - begin);
       }
-      part.i += size;
     }
-    first = stop;
-  }
-  if (octets < b.n) {
-    Part rest{0, octets, b.n, 0, b.k, false};
-    for (; rest.i < b.m; rest.i += kDotsM) {
-      const int64_t left = b.m - rest.i;
-      kDots[(left < kDotsM ? left : kDotsM) - 1](b, rest);
+    const bool last = end == b.k;
+    if (b.epilogue && last) FetchOutputs(*b.epilogue, i, i + rows);
+    if (i == 0 && stop > first) {
+      part.kept = scratch->panels[1], part.needed = b.plan->needed;
+      part.at = at + first, part.groups = stop - first, part.panel = panel + first * kBlockN * 4;
+      kLanes<HighParts::kGathered>[rows - 1](b, part);
+    } else {
+      kLanes<HighParts::kNone>[rows - 1](b, part);
     }
-    if (gathers) GatherGroups(b, octets, b.n - octets, panel);
+    if (last && groups > 0) slot = AddHiGroups(b, panel, i, i + rows, slot);
+    if (b.epilogue && last) Finish(*b.epilogue, i, i + rows);  // at once, so that it overlaps with the next team
+  });
+}
+
+// The same with many high parts, which pick their weights team by team.
+void MultiplyPickingLanes(const Block& b, const PickPlan& high) {
+  const int64_t octets = b.n / kLanesN * kLanesN;
+  const int32_t* first = high.first;
+  if (octets < b.n) MultiplyLastOutputs(b, octets);
+  for (int64_t j = octets; j < b.n; j += 4) {
+    const int8_t* w[4];  // beyond the last row: that one again
+    Unroll<4>([&](auto r) ALWAYS_INLINE { w[r] = b.w + (j + r < b.n ? j + r : b.n - 1) * b.k; });
+    for (int64_t i = 0; i < b.m; ++i) AddHiSingle(b.rows[i], w, b.c + i * kBlockN + j);
   }
-  if (gathers) AddHiGroups(b, panel);
-  if (b.epilogue) Finish(*b.epilogue, 0, b.m);
+  LanesCut(b).Each(b, [&](int64_t i, int64_t rows, int64_t begin, int64_t end) {
+    LanesPart part{};
+    part.i = i, part.begin = begin, part.end = end;
+    part.high = high.rounds + first[0], part.rounds = first[1] - first[0], part.pairs = high.pairs;
+    ++first;
+    if (b.epilogue && end == b.k) FetchOutputs(*b.epilogue, i, i + rows);
+    kLanes<HighParts::kPicked>[rows - 1](b, part);
+    if (b.epilogue && end == b.k) Finish(*b.epilogue, i, i + rows);
+  });
 }
 
 // Whether the high parts of a block, if it has any, come with a plan.
@@ -344,14 +414,24 @@ void Multiply(const Block& b) {
   MultiplyTiled(b);
 }
 
-// The same with lanes (measured on Zen 5): 0.06 cycles more than tiles for each row and column, and 30 for each group
-// of high parts. Tiles: 5.5 * k up to 16 rows, else 3.6 * k. One row, and two without outliers, are a stream of
-// weights.
+// The same with lanes (measured on Zen 5). Tiles: (5.6 - 0.075 * m) * k, and 6 for each word of high parts. Lanes: 30
+// for each group of high parts and 4 for each word; or 360 for each round, and for each pair of lines 88, or 134 if
+// they are no longer in the L1 cache when they are wanted. One row, and two without outliers, are a stream of weights.
 void MultiplyWithLanes(const Block& b) {
   const int64_t groups = b.plan ? b.plan->groups : 0;
   if (Planned(b) && (b.m == 1 || (b.m == 2 && groups == 0))) return MultiplyFewRows(b);
   if (b.k == 0) return MultiplyDots(b);
-  if (Planned(b) && 6 * b.m * b.k + 3000 * groups <= (b.m <= 16 ? 550 : 360) * b.k) return MultiplyLanes(b);
+  if (b.m > kSmallM) return MultiplyTiled(b);
+  int64_t words = 0;
+  for (int64_t i = 0; b.with_hi && i < b.m; ++i) words += b.rows[i].words;
+  const int64_t tiled = (5600 - 75 * b.m) * b.k / 1000 + 6 * words;
+  const int64_t gathered = Planned(b) ? 30 * groups + 4 * words : tiled + 1;
+  if (words > 0 && gathered > 360) {
+    const PickPlan& high = PlanPicks(b);
+    const int64_t picked = 360 * high.last_round + (b.k <= 2048 ? 88 : 134) * high.last_pair;
+    if (high.fits && picked < gathered && picked <= tiled) return MultiplyPickingLanes(b, high);
+  }
+  if (gathered <= tiled) return MultiplyLanes(b);
   MultiplyTiled(b);
 }
 
@@ -359,7 +439,7 @@ void MultiplyWithLanes(const Block& b) {
 
 extern const Rung kAvx512VnniLanes, kAvx512Vnni;
 const Rung kAvx512VnniLanes = {"avx512_vnni_lanes", SupportedLanes,    EnterRowWide, MarkRow,
-                               QuantizeRow,         MultiplyWithLanes, kChunkM,      sizeof(TileScratch)};
+                               QuantizeRow,         MultiplyWithLanes, kChunkM,      sizeof(LanesScratch)};
 const Rung kAvx512Vnni = {"avx512_vnni", Supported, EnterRowWide, MarkRow,
                           QuantizeRow,   Multiply,  kChunkM,      sizeof(TileScratch)};
 
