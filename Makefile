@@ -74,7 +74,7 @@ cuda-check: setup
 	@[ -d $(CUDA_PLUGIN) ] || $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
 		--target=$(CUDA_PLUGIN) jax-cuda13-pjrt==$(JAX) jax-cuda13-plugin==$(JAX) || \
 		echo "make: jax-cuda13-plugin cannot be had: tests/test_cuda_target.py will be skipped" >&2
-	PYTHONPATH=$(CUDA_PLUGIN) $(BIN)/python -m pytest -rs tests/test_cuda_executor.py tests/test_cuda_target.py
+	PYTHONPATH=$(CUDA_PLUGIN) $(BIN)/python -m pytest -rs tests/test_cuda_*.py
 
 # The CPU kernels for other processors, emulated: needs g++-aarch64-linux-gnu and qemu-user, and says so if they lack.
 .PHONY: cross-check

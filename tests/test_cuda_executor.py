@@ -9,7 +9,7 @@ import os
 import pathlib
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any
 
 import ml_dtypes
@@ -185,21 +185,15 @@ class Executor:
         return [(place, int(fault)) for place, fault in (line.split() for line in lines if line)]
 
 
-@pytest.fixture(scope="session")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> Executor:
-    library = tmp_path_factory.mktemp("executor") / "executor.so"
+def build(folder: pathlib.Path) -> Executor:
+    """Compiles the executor."""
+    library = folder / "executor.so"
     flags = ["-std=c++17", "-O1", "-ffp-contract=off", "-U_FORTIFY_SOURCE", "-shared", "-fPIC"]
     warnings = ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
     command = [COMPILER, *flags, *warnings, str(SOURCE), "-o", str(library)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return Executor(library)
-
-
-@pytest.fixture
-def executor(compiled: Executor) -> Iterator[Executor]:
-    yield compiled
-    compiled.fault, compiled.site, compiled.order = 0, b"", 0
 
 
 def expect_linear(
@@ -630,23 +624,29 @@ HARMLESS = {
 }
 
 
-def unnoticed(executor: Executor, calls: list[tuple[Any, ...]]) -> tuple[list[str], list[int]]:
-    """Plants every fault that the calls reach; returns what none of them notices, and the kinds of all."""
-    places: dict[tuple[str, int], list[tuple[Any, ...]]] = {}
-    for call in calls:
-        executor.order = int(call[2] >= WGMMA)  # those that wait before those that they wait for
-        expect_linear(executor, *call)
-        for place in executor.sites():
-            places.setdefault(place, []).append(call)
+def unnoticed(
+    executor: Executor,
+    places: dict[tuple[str, int], list[Any]],
+    expect: Callable[[Any], None],
+    waits: Callable[[Any], bool] = lambda call: call[2] >= WGMMA,
+) -> list[str]:
+    """Plants each fault at its place, where calls reach it; returns those that none of them notices.
+
+    Args:
+      executor: the executor.
+      places: (place in the source, fault) -> calls.
+      expect: makes a call, and fails where its result is wrong.
+      waits: whether threads of a call wait for each other beyond barriers of a block.
+    """
     missed = []
     for (place, fault), reaching in places.items():
         executor.fault, executor.site = fault, place.encode()
         # Where warps wait for copies of their own, only lanes that run early can overtake the others, and where one
         # warp waits for several, only lanes of these that run late.
-        early = [(call, order) for order in (0, 2) for call in reaching if call[2] >= WGMMA]
-        for call, executor.order in [(call, int(call[2] >= WGMMA)) for call in reaching] + early:
+        early = [(call, order) for order in (0, 2) for call in reaching if waits(call)]
+        for call, executor.order in [(call, int(waits(call))) for call in reaching] + early:
             try:
-                expect_linear(executor, *call)
+                expect(call)
             except (ExecutorError, AssertionError):
                 break
         else:
@@ -654,6 +654,20 @@ def unnoticed(executor: Executor, calls: list[tuple[Any, ...]]) -> tuple[list[st
             text = (SOURCE.parents[1] / file).read_text().split("\n")[int(line) - 1]
             if not any(harmless in text and fault == kind for harmless, kind in HARMLESS):
                 missed.append(f"{place}: fault {fault}: {text.strip()}")
+    return missed
+
+
+def unnoticed_in_layers(
+    executor: Executor, calls: list[tuple[Any, ...]]
+) -> tuple[list[str], list[int]]:
+    """Plants every fault that calls of `expect_linear` reach; returns what is not noticed, and the kinds of all."""
+    places: dict[tuple[str, int], list[tuple[Any, ...]]] = {}
+    for call in calls:
+        executor.order = int(call[2] >= WGMMA)  # those that wait before those that they wait for
+        expect_linear(executor, *call)
+        for place in executor.sites():
+            places.setdefault(place, []).append(call)
+    missed = unnoticed(executor, places, lambda call: expect_linear(executor, *call))
     return missed, [fault for _, fault in places]
 
 
@@ -665,7 +679,7 @@ def test_planted_faults_are_noticed(executor: Executor) -> None:
     for shape, dtype, rule, path, prologue in PLANTED_AROUND:
         case, around = make_around(shape, dtype, prologue)
         calls.append((case, rule, path, around))
-    missed, kinds = unnoticed(executor, calls)
+    missed, kinds = unnoticed_in_layers(executor, calls)
     assert not missed, "\n".join(missed)
     assert all(
         kinds.count(fault) > 1 for fault in (SKIP_BARRIER, SHIFT_INDEX, SWAP_FRAGMENT, SKIP_WAIT)

@@ -10,18 +10,16 @@ from test_cuda_executor import (
     RMS_NORM,
     SILU_GATE,
     Executor,
-    compiled,
-    executor,
     expect_linear,
     make_around,
     pytestmark,
-    unnoticed,
+    unnoticed_in_layers,
 )
 
 import battery
 from jaxint8 import RelativeThreshold, Threshold, TopK, reference
 
-__all__ = ["compiled", "executor", "pytestmark"]  # what pytest finds here
+__all__ = ["pytestmark"]  # what pytest finds here
 
 
 # One step of k and several, fewer stages than steps, tiles of every width and more of them than multiprocessors, some
@@ -85,5 +83,5 @@ def test_planted_faults_are_noticed_in_narrow(executor: Executor) -> None:
     for shape, dtype in (((70, 136, 520), ml_dtypes.bfloat16), ((18, 24, 32), np.float32)):
         case, around = make_around(shape, dtype, RMS_NORM)
         calls.append((case, TopK(2), NARROW, around))
-    missed, _ = unnoticed(executor, calls)
+    missed, _ = unnoticed_in_layers(executor, calls)
     assert not missed, "\n".join(missed)

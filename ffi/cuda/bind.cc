@@ -4,9 +4,7 @@
 // during the call could not be captured in a CUDA graph. `rung` is the path: -1 automatic, else the index in paths().
 #include <pybind11/pybind11.h>
 
-#include <algorithm>
 #include <string>
-#include <vector>
 
 #include "int8.h"
 #include "xla/ffi/api/ffi.h"
@@ -80,16 +78,25 @@ ffi::Error DecodeRows(const ffi::AnyBuffer& x, Problem* p) {
   return ffi::Error::Success();
 }
 
-ffi::Error Queue(std::vector<Problem> problems, Workspace& workspace, CUstream_st* stream) {
-  int64_t needed = 0;
-  for (const Problem& p : problems) needed = std::max(needed, WorkspaceBytes(p));
-  if (static_cast<int64_t>(workspace->dimensions()[0]) < needed) {
-    return Invalid("workspace: expected " + std::to_string(needed) + " bytes, got " +
-                   std::to_string(workspace->dimensions()[0]));
+ffi::Error GiveWorkspace(Problem* problems, int count, Workspace& workspace) {
+  const int64_t bytes = workspace->dimensions()[0];
+  for (int i = 0; i < count; ++i) {
+    const int64_t needed = WorkspaceBytes(problems[i]);
+    if (bytes < needed) {
+      return Invalid("workspace: expected " + std::to_string(needed) + " bytes, got " + std::to_string(bytes));
+    }
+    problems[i].workspace = workspace->typed_data();
   }
-  for (Problem& p : problems) p.workspace = workspace->typed_data();
-  const char* error = RunAll(problems.data(), static_cast<int>(problems.size()), stream);
+  return ffi::Error::Success();
+}
+
+ffi::Error Result(const char* error) {
   return error == nullptr ? ffi::Error::Success() : ffi::Error::Internal(std::string("jaxint8: ") + error);
+}
+
+ffi::Error Queue(Problem p, Workspace& workspace, CUstream_st* stream) {
+  if (ffi::Error e = GiveWorkspace(&p, 1, workspace); e.failure()) return e;
+  return Result(Run(p, stream));
 }
 
 bool Is(const ffi::AnyBuffer::Dimensions& dimensions, int64_t rows, int64_t columns) {
@@ -110,7 +117,7 @@ ffi::Error Quantize(CUstream_st* stream, ffi::AnyBuffer x, ffi::Result<ffi::Buff
   p.lo = lo->typed_data();
   p.hi = hi->typed_data();
   p.row_scale = row_scale->typed_data();
-  return Queue({p}, workspace, stream);
+  return Queue(p, workspace, stream);
 }
 
 ffi::Error Product(CUstream_st* stream, ffi::BufferR2<ffi::S8> a, ffi::BufferR2<ffi::S8> w,
@@ -128,7 +135,7 @@ ffi::Error Product(CUstream_st* stream, ffi::BufferR2<ffi::S8> a, ffi::BufferR2<
   if (!Is(w.dimensions(), p.n, p.k) || !Is(y->dimensions(), p.m, p.n)) {
     return Invalid("codes: expected int8[n, k] to fit a int8[m, k]");
   }
-  return Queue({p}, workspace, stream);
+  return Queue(p, workspace, stream);
 }
 
 // Weights, scales and bias of one layer.
@@ -164,7 +171,7 @@ ffi::Error Linear(CUstream_st* stream, ffi::AnyBuffer x, ffi::BufferR2<ffi::S8> 
   }
   p.residual = adds ? residual.untyped_data() : nullptr;
   p.y = y->untyped_data();
-  return Queue({p}, workspace, stream);
+  return Queue(p, workspace, stream);
 }
 
 ffi::Error PrologueAlone(CUstream_st* stream, ffi::AnyBuffer x, ffi::BufferR1<ffi::F32> norm,
@@ -180,7 +187,7 @@ ffi::Error PrologueAlone(CUstream_st* stream, ffi::AnyBuffer x, ffi::BufferR1<ff
     return Invalid("y: expected [m, k] of the dtype of x");
   }
   p.y = y->untyped_data();
-  return Queue({p}, workspace, stream);
+  return Queue(p, workspace, stream);
 }
 
 // attended = residual + out(x); gated = up(RMSNorm(attended)); y = attended + down(SiluGate(gated)).
@@ -221,7 +228,9 @@ ffi::Error MlpBlock(CUstream_st* stream, ffi::AnyBuffer x, ffi::AnyBuffer residu
   up.y = gated->untyped_data();
   down.x = up.y;
   down.y = y->untyped_data();
-  return Queue({out, up, down}, workspace, stream);
+  Problem layers[3] = {out, up, down};
+  if (ffi::Error e = GiveWorkspace(layers, 3, workspace); e.failure()) return e;
+  return Result(RunBlock(layers, stream));
 }
 
 XLA_FFI_DEFINE_HANDLER(kQuantize, Quantize,

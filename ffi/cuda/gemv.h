@@ -10,6 +10,7 @@
 #define JAXINT8_FFI_CUDA_GEMV_H_
 
 #include "epilogue.h"
+#include "gate.h"
 #include "hopper.h"
 #include "quantize.h"
 #include "rows.h"
@@ -21,7 +22,8 @@ struct GemvParams {
   Ptr<const int8_t> w;  // [n][k], k a multiple of 16
   int k;
   int piece, depth;    // bytes of a row of weights that are copied at once, and how many of these are on their way
-  int64_t base, more;  // rows of weights of a warp, and how many warps have one more
+  int64_t base, more;  // outputs of a warp, and how many warps have one more
+  int64_t up;          // the row of weights from which on are those that gates are for; 0: no gates
   int64_t beside;      // see MakeGemvLayout
   Epilogue epilogue;
 };
@@ -83,22 +85,22 @@ class GemvKernel {
         full_(barriers_ + warp_ * kGemvDepth * 8) {
     // Warps of one number first, so that those with a row more are spread over the blocks.
     const int64_t turn = warp_ * BlockCount() + BlockIndex();
-    rows_ = static_cast<int>(p.base + (turn < p.more ? 1 : 0));
+    rows_ = static_cast<int>(p.base + (turn < p.more ? 1 : 0)) * (p.up > 0 ? 2 : 1);
     first_ = p.base * turn + (turn < p.more ? turn : p.more);
     to_copy_ = int64_t{rows_} * p.k;
     from_ = p.w + first_ * p.k;
   }
 
   JAXINT8_DEVICE void Work() {
-    WaitForPreviousKernel();
-    AllowNextKernel();
-    if (ThreadIndex() == 0) CopyX();
-    Scales scales = LoadScales(0);
     if (lane_ == 0) {
 #pragma unroll 1
       for (int slot = 0; slot < p_.depth; ++slot) InitBarrier(full_ + 8 * slot, 1);
       FenceBarrierInit();
     }
+    WaitForPreviousKernel();
+    AllowNextKernel();
+    if (ThreadIndex() == 0) CopyX();
+    Scales scales = LoadScales(0);
 #pragma unroll 1
     for (int slot = 0; slot < p_.depth; ++slot) Copy(slot);
     Quantize();
@@ -128,12 +130,13 @@ class GemvKernel {
         }
       }
       if (row > 0) scales = LoadScales(row);
-      if (lane_ < count) {
-        const Epilogue e = MyEpilogue();
+      const Epilogue e = MyEpilogue();
 #pragma unroll
-        for (int r = 0; r < kRows; ++r) {
-          const uint32_t y = Output(e, sums[r], row_scale_[r], scales.w_scale, scales.bias);
-          StoreOutput(e, r, first_ + row + lane_, y, scales.residual[r]);
+      for (int r = 0; r < kRows; ++r) {
+        uint32_t y = Output(e, sums[r], row_scale_[r], scales.w_scale, scales.bias);
+        if (p_.up > 0) y = Gated(e, y, Shuffle(y, lane_ | 1));
+        if (lane_ < count && (p_.up == 0 || lane_ % 2 == 0)) {
+          StoreOutput(e, r, first_ + (row + lane_) / (p_.up > 0 ? 2 : 1), y, scales.residual[r]);
         }
       }
     }
@@ -173,7 +176,13 @@ class GemvKernel {
     from_ = from_ + bytes;
     to_copy_ -= bytes;
     copied_ = left > bytes ? copied_ + bytes : 0;
+    if (p_.up > 0 && copied_ == 0) {
+      from_ = from_ + (is_up_ ? -p_.up : p_.up - 1) * p_.k;
+      is_up_ = !is_up_;
+    }
   }
+  // The row of weights of one of this warp's: a gate comes before what it is for.
+  JAXINT8_DEVICE int64_t RowOf(int row) const { return first_ + (p_.up > 0 ? row / 2 + row % 2 * p_.up : row); }
 
   JAXINT8_DEVICE Epilogue MyEpilogue() const {
     Epilogue e = p_.epilogue;
@@ -190,10 +199,11 @@ class GemvKernel {
     Scales s;
     if (row + lane_ >= rows_) return s;
     const Epilogue e = MyEpilogue();
+    const int64_t n = RowOf(row + lane_);
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) s.residual[r] = LoadResidual(e, r, first_ + row + lane_);
-    s.w_scale = Load(p_.epilogue.w_scale + (first_ + row + lane_));
-    if (p_.epilogue.bias) s.bias = Load(p_.epilogue.bias + (first_ + row + lane_));
+    for (int r = 0; r < kRows; ++r) s.residual[r] = LoadResidual(e, r, n);
+    s.w_scale = Load(p_.epilogue.w_scale + n);
+    if (p_.epilogue.bias) s.bias = Load(p_.epilogue.bias + n);
     return s;
   }
 
@@ -258,10 +268,11 @@ class GemvKernel {
   const int lane_, warp_;
   const Ptr<uint8_t> pieces_;
   const uint32_t barriers_, full_;
-  int64_t first_;
-  int rows_;
+  int64_t first_;  // output
+  int rows_;       // of weights
   int64_t to_copy_;
-  int copied_ = 0;  // of the row that is being copied
+  int copied_ = 0;      // of the row that is being copied
+  bool is_up_ = false;  // which belongs to a gate
   Ptr<const int8_t> from_;
   float row_scale_[kRows] = {};
 #endif

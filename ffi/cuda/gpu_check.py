@@ -30,6 +30,7 @@ STAGES = {
     "model": 120,
     "sizes": 90,
     "sweep": 90,
+    "block": 90,
     "layers": 170,
     "peers": 120,
     "xla": 240,
@@ -181,6 +182,7 @@ def summarise(report: dict[str, Any]) -> str:
         ]
     titles = {
         "sizes": "kernels in CUDA graphs",
+        "block": "behind attention, in CUDA graphs",
         "layers": "layer through JAX",
         "peers": "bitsandbytes",
         "xla": "XLA under jit",
@@ -192,14 +194,14 @@ def summarise(report: dict[str, Any]) -> str:
         names = [name for row in rows for name in row if name not in ("size", "m", "k", "n")]
         names = list(dict.fromkeys(names))
         lines.append(f"\n{title}, us; in brackets bf16 / this")
-        lines.append(f"{'size':12s}{'m':>6s}" + "".join(f"{name:>18s}" for name in names))
+        lines.append(f"{'size':16s}{'m':>6s}" + "".join(f"{name:>18s}" for name in names))
         for row in rows:
             cells = []
             for name in names:
                 value = row.get(name)
                 ratio = f" ({row['bf16'] / value:.2f})" if value and row.get("bf16") else ""
                 cells.append(f"{'-' if value is None else f'{value:.1f}{ratio}':>18s}")
-            lines.append(f"{row['size']:12s}{row['m']:6d}" + "".join(cells))
+            lines.append(f"{row['size']:16s}{row['m']:6d}" + "".join(cells))
     return "\n".join(lines)
 
 
@@ -221,7 +223,7 @@ def main() -> int:
         # An editable install of the package would come before the one built here.
         sys.meta_path[:] = [f for f in sys.meta_path if "editable" not in type(f).__module__]
         timing = arguments.stage in ("probe", "sizes", "sweep", "layers")
-        modules = {"build": "gpu_check", **EXTRA}
+        modules = {"build": "gpu_check", "block": "gpu_block", **EXTRA}
         name = modules.get(arguments.stage, "gpu_timing" if timing else "gpu_stages")
         if arguments.limit:
             importlib.import_module("gpu_check").STAGES[arguments.stage] = arguments.limit

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+import test_cuda_block
 import test_cuda_executor as tests
 from gpu_check import BUILD, ROOT, SITE, run
 
@@ -152,7 +153,29 @@ def stage_native(quick: bool = False) -> dict[str, Any]:
             got = executor.prologue(x.x, shape[1], around).astype(np.float32)
             if not np.array_equal(got, around.rows(x.x).astype(np.float32), equal_nan=True):
                 failures.append(f"prologue {prologue} {shape}")
-    return {"cases": count, "failures": failures}
+    of_blocks, wrong = native_blocks(executor, quick)
+    return {"cases": count + of_blocks, "failures": failures + wrong}
+
+
+def native_blocks(executor: Any, quick: bool) -> tuple[int, list[str]]:
+    """Runs blocks of many shapes; returns how many and which differ from the oracle in some bit."""
+    failures, count = [], 0
+    shapes = [(1, 64, 96, 48), (1, 1296, 272, 400), (5, 272, 208, 224), (8, 144, 80, 1200)]
+    if not quick:
+        shapes += [(1, 4096, 4096, 14336), (8, 4096, 4096, 14336), (3, 576, 576, 1536)]
+        shapes += [(2, 2048, 2048, 5632), (7, 4096, 2064, 4112), (17, 256, 512, 640)]
+    for shape in shapes:
+        for number, rule in enumerate(test_cuda_block.RULES):
+            dtype = (ml_dtypes.bfloat16, np.float16)[number % 2]
+            block = test_cuda_block.make(shape, dtype, biases=number % 2 == 0)
+            wanted = test_cuda_block.wanted(block, rule).astype(np.float32)
+            for attempt in range(1 if quick else 3):
+                count += 1
+                got = test_cuda_block.run(executor, block, rule).astype(np.float32)
+                wrong = int((got != wanted).sum())
+                if wrong:
+                    failures.append(f"block {shape} {rule} run {attempt}: {wrong} differ")
+    return count, failures
 
 
 def _sanitized(tool: str, extra: list[str]) -> dict[str, Any]:

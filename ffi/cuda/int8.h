@@ -48,6 +48,8 @@ struct Problem {
   const int8_t* w = nullptr;       // [n][k]; kProduct and kLinear
   const float* w_scale = nullptr;  // [n]; kLinear
   const float* bias = nullptr;     // [n] or null; kLinear
+  // kLinear: the first n / 2 outputs are gates for the others, and y is [m][n / 2]. Only RunBlock sets it.
+  bool gated = false;
   // [m][n] of the type of x, or null; kLinear. Added to y once that is rounded; may be y itself.
   const void* residual = nullptr;
   void* y = nullptr;             // [m][n]; int32 in kProduct; [m][k] in kPrologue
@@ -66,6 +68,10 @@ const char* Run(const Problem& problem, CUstream_st* stream);
 // The same for some computations, each of which may read what those before it write. They share one workspace, of the
 // size that the most demanding one needs.
 const char* RunAll(const Problem* problems, int count, CUstream_st* stream);
+
+// What a decoder layer does behind its attention: three layers, of which each reads what the one before it writes, the
+// third behind a gate. As RunAll, but what is left in the y of the second is not said.
+const char* RunBlock(const Problem (&layers)[3], CUstream_st* stream);
 
 }  // namespace jaxint8::cuda
 

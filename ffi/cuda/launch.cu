@@ -92,8 +92,8 @@ class Call {
   Epilogue MakeEpilogue() const {
     Epilogue e{};
     e.type = p_.kind == Problem::Kind::kProduct ? Type::kS32 : p_.type;
-    e.y = Memory<uint8_t>(p_.y, p_.m * p_.n * TypeBytes(e.type));
-    e.n = p_.n;
+    e.y = Memory<uint8_t>(p_.y, p_.m * Outputs() * TypeBytes(e.type));
+    e.n = Outputs();
     if (p_.kind == Problem::Kind::kLinear) {
       e.w_scale = Memory<const float>(p_.w_scale, 4 * p_.n);
       if (p_.bias != nullptr) e.bias = Memory<const float>(p_.bias, 4 * p_.n);
@@ -102,6 +102,8 @@ class Call {
     }
     return e;
   }
+
+  int64_t Outputs() const { return p_.gated ? p_.n / 2 : p_.n; }
 
   Ptr<const int8_t> Weights() const { return Memory<const int8_t>(p_.w, p_.n * p_.k); }
 
@@ -278,16 +280,18 @@ class Call {
 
   template <typename Kernel>
   const char* GemvWith(int rows) {
-    const int64_t blocks = p_.n < multiprocessors_ ? p_.n : multiprocessors_, warps = blocks * kGemvWarps;
+    const int64_t n = Outputs(), blocks = n < multiprocessors_ ? n : multiprocessors_, warps = blocks * kGemvWarps;
     GemvParams g{};
     g.rows = Rows();
     g.w = Weights();
     g.k = static_cast<int>(p_.k);
-    g.base = p_.n / warps;
-    g.more = p_.n % warps;
+    g.base = n / warps;
+    g.more = n % warps;
+    g.up = p_.gated ? n : 0;
     const int64_t row_bytes = p_.k * TypeBytes(p_.type);
     g.beside = GemvBeside(p_.prologue, rows, row_bytes, p_.k);
-    const GemvShape shape = ChooseGemv(rows, p_.k, row_bytes, g.base + (g.more > 0), g.beside);
+    const int64_t rows_of_warp = (g.base + (g.more > 0)) * (p_.gated ? 2 : 1);
+    const GemvShape shape = ChooseGemv(rows, p_.k, row_bytes, rows_of_warp, g.beside);
     g.piece = shape.piece;
     g.depth = shape.depth;
     g.epilogue = MakeEpilogue();
@@ -302,13 +306,15 @@ class Call {
   template <int kTiles, bool kHigh>
   const char* SkinnyWith(Ptr<const int8_t> lo, int64_t stride, Ptr<const int8_t> hi, Ptr<const int8_t> w) {
     using Kernel = SkinnyKernel<kTiles, kHigh>;
-    const int64_t groups = (p_.n + kStreamOutputs - 1) / kStreamOutputs;
+    const int64_t groups = (Outputs() + kStreamOutputs - 1) / kStreamOutputs;
     const int64_t blocks = groups < multiprocessors_ ? groups : multiprocessors_;
-    const int64_t staged = queue_.follows() ? StagedBytes(p_.type, p_.k, stride, p_.prologue) : 0;
-    const SkinnyShape shape = ChooseSkinny(kTiles, kHigh, p_.n, p_.k, blocks, staged);
+    const Prologue prologue = plan_.apart ? Prologue::kNone : p_.prologue;  // of the quantiser
+    const int64_t staged = queue_.follows() ? StagedBytes(p_.type, p_.k, stride, prologue) : 0;
+    const SkinnyShape shape = ChooseSkinny(kTiles, kHigh, Outputs(), p_.gated ? 2 : 1, p_.k, blocks, staged);
     SkinnyParams s{};
     s.m = p_.m;
-    s.n = p_.n;
+    s.n = Outputs();
+    s.up = p_.gated ? Outputs() : 0;
     s.k = p_.k;
     s.groups = shape.groups;
     s.depth = shape.depth;
@@ -354,11 +360,12 @@ class Call {
                       int64_t w_stride) {
     SwappedParams s{};
     s.m = p_.m;
-    s.n = p_.n;
+    s.n = Outputs();
+    s.up = p_.gated ? Outputs() : 0;
     s.k = p_.k;
     s.epilogue = MakeEpilogue();
     const int rows = p_.m <= 32 ? 32 : 64;
-    JAXINT8_TRY(MakeTileMap(&s.w, w, p_.n, p_.k, w_stride, 128));
+    JAXINT8_TRY(MakeTileMap(&s.w, w, p_.n, p_.k, w_stride, p_.gated ? 64 : 128));
     JAXINT8_TRY(MakeTileMap(&s.lo, lo, p_.m, p_.k, stride, rows));
     if (hi) JAXINT8_TRY(MakeTileMap(&s.hi, hi, p_.m, p_.k, stride, rows));
     if (rows == 32) return hi ? SwappedWith<SwappedKernel<32, true>>(s) : SwappedWith<SwappedKernel<32, false>>(s);
@@ -367,11 +374,11 @@ class Call {
 
   template <typename Kernel>
   const char* SwappedWith(SwappedParams& s) {
-    s.cluster = ChooseCluster(p_.n, p_.k, multiprocessors_);
-    s.stages = ChooseStages(p_.n, multiprocessors_, Kernel::kMinBlocks, Kernel::kStageBytes);
+    const int64_t outputs = p_.gated ? 64 : 128, tiles = (Outputs() + outputs - 1) / outputs;
+    s.cluster = ChooseCluster(128 * tiles, p_.k, multiprocessors_);
+    s.stages = ChooseStages(128 * tiles, multiprocessors_, Kernel::kMinBlocks, Kernel::kStageBytes);
     s.early = queue_.follows() && !plan_.align_w ? EarlySteps(kSwappedEarly, p_.k, Kernel::kBytesW, s.stages) : 0;
-    return queue_.Launch<Kernel>((p_.n + 127) / 128 * s.cluster, Kernel::kMaxThreads, Kernel::Shared(s.stages), s,
-                                 s.cluster);
+    return queue_.Launch<Kernel>(tiles * s.cluster, Kernel::kMaxThreads, Kernel::Shared(s.stages), s, s.cluster);
   }
 
   const char* Wgmma(const TiledParams& t) {
@@ -486,6 +493,24 @@ const char* RunAll(const Problem* problems, int count, CUstream_st* stream) {
     if (const char* error = RunOne(problems[i], stream, i > 0)) return error;
   }
   return nullptr;
+}
+
+// A gate is sooner done to outputs than to rows: by all blocks, and not while the next weights wait for it. Without it
+// the third layer needs no more of the workspace.
+const char* RunBlock(const Problem (&layers)[3], CUstream_st* stream) {
+  Problem p[3] = {layers[0], layers[1], layers[2]};
+  Problem &up = p[1], &down = p[2];
+  bool hopper = false;
+  JAXINT8_TRY(HasWgmma(&hopper));
+  const bool fits = up.kind == Problem::Kind::kLinear && up.residual == nullptr && up.n == 2 * down.k && down.k > 0 &&
+                    down.x == up.y && down.prologue == Prologue::kSiluGate;
+  // Where weights are narrow, the kernel for narrow ones and a gate of its own take less.
+  const bool takes = up.path == Path::kAuto && up.m <= kSwappedM && up.k > 0 && up.k % 16 == 0;
+  if (hopper && fits && takes && !MakePlan(up, hopper).narrow) {
+    up.gated = true;
+    down.prologue = Prologue::kNone;
+  }
+  return RunAll(p, 3, stream);
 }
 
 #undef JAXINT8_TRY

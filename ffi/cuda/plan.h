@@ -168,15 +168,15 @@ inline GemvShape ChooseGemv(int rows, int64_t k, int64_t row_bytes, int64_t rows
 }
 
 // How skinny.h cuts a product: the groups of 16 outputs of a block at once, all alike, and as many steps of a warp as
-// fit.
+// fit. unit: groups that stay together, 2 with gates; then n is half of what it is without.
 struct SkinnyShape {
   int groups, depth;
   int64_t shared;
 };
-inline SkinnyShape ChooseSkinny(int tiles, bool high, int64_t n, int64_t k, int64_t blocks, int64_t staged) {
-  const int64_t most = ((n + kStreamOutputs - 1) / kStreamOutputs + blocks - 1) / blocks;  // groups of a block
-  const int64_t turns = (most + kSkinnyGroups - 1) / kSkinnyGroups;
-  SkinnyShape s{static_cast<int>((most + turns - 1) / turns), 0, 0};
+inline SkinnyShape ChooseSkinny(int tiles, bool high, int64_t n, int unit, int64_t k, int64_t blocks, int64_t staged) {
+  const int64_t most = ((n + kStreamOutputs - 1) / kStreamOutputs + blocks - 1) / blocks;  // units of a block
+  const int64_t turns = (unit * most + kSkinnyGroups - 1) / kSkinnyGroups;
+  SkinnyShape s{unit * static_cast<int>((most + turns - 1) / turns), 0, 0};
   const int64_t steps = turns * (((k + kBoxK - 1) / kBoxK + kSkinnyWarps - 1) / kSkinnyWarps);
   for (int depth = 1; depth <= kSkinnyDepth && depth <= steps; ++depth) {
     const int64_t bytes = MakeSkinnyLayout(tiles, high, s.groups, depth).bytes;
@@ -249,7 +249,7 @@ inline Plan MakePlan(const Problem& p, bool hopper) {
   plan.skinny = hopper && !quantize && !plan.gemv && (p.path == Path::kAuto || p.path == Path::kWgmma) &&
                 p.k % 16 == 0 && p.k > 0 && p.m <= kStreamM;
   plan.stream = (plan.stream && !plan.skinny) || plan.gemv;
-  plan.narrow = hopper && !quantize && !plan.stream && !plan.skinny && p.k > 0 &&
+  plan.narrow = hopper && !quantize && !plan.stream && !plan.skinny && !p.gated && p.k > 0 &&
                 (p.path == Path::kNarrow || (p.path == Path::kAuto && PrefersNarrow(p, plan.has_rule)));
   plan.fused =
       plan.gemv || (plan.stream && linear && p.k % 16 == 0 && p.m <= kFusedM && p.m * p.k <= kFusedActivations);

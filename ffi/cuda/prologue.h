@@ -41,22 +41,23 @@ JAXINT8_DEVICE float Exponential(float x) {
 }
 
 // gate[j] = silu(gate[j]) * up[j]. Reciprocals of all but the largest numbers need no care for what is too small.
-JAXINT8_DEVICE void SiluGate(float (&gate)[8], const float (&up)[8]) {
-  float divisors[8], largest = 0;
+template <int kCount>
+JAXINT8_DEVICE void SiluGate(float (&gate)[kCount], const float (&up)[kCount]) {
+  float divisors[kCount], largest = 0;
 #pragma unroll
-  for (int j = 0; j < 8; ++j) {
+  for (int j = 0; j < kCount; ++j) {
     divisors[j] = Add(1.0f, Exponential(Smaller(Larger(-gate[j], -87.0f), 88.0f)));
     largest = Larger(largest, divisors[j]);
   }
   if (__builtin_expect(largest < 0x1p126f, 1)) {
 #pragma unroll
-    for (int j = 0; j < 8; ++j) divisors[j] = PlainReciprocal(divisors[j]);
+    for (int j = 0; j < kCount; ++j) divisors[j] = PlainReciprocal(divisors[j]);
   } else {
 #pragma unroll
-    for (int j = 0; j < 8; ++j) divisors[j] = Reciprocal(divisors[j]);
+    for (int j = 0; j < kCount; ++j) divisors[j] = Reciprocal(divisors[j]);
   }
 #pragma unroll
-  for (int j = 0; j < 8; ++j) gate[j] = Multiply(Multiply(gate[j], divisors[j]), up[j]);
+  for (int j = 0; j < kCount; ++j) gate[j] = Multiply(Multiply(gate[j], divisors[j]), up[j]);
 }
 
 // A row in memory, which is written to another place or the same.

@@ -11,6 +11,7 @@
 #define JAXINT8_FFI_CUDA_SKINNY_H_
 
 #include "epilogue.h"
+#include "gate.h"
 #include "hopper.h"
 #include "stream.h"
 
@@ -26,6 +27,7 @@ struct SkinnyParams {
   TileMap w;                 // boxes of [16][128]
   Ptr<const int8_t> lo, hi;  // [m][stride], to k; hi only with high parts
   int64_t m, n, k, stride;
+  int64_t up;         // the row of weights from which on are those that gates are for; 0: no gates
   int groups, depth;  // groups at once, and steps of a warp on their way
   int early;          // of these, whose weights are asked for before the codes are there: the kernel before this one
                       // does not write them
@@ -64,8 +66,7 @@ class SkinnyKernel {
 
  private:
   static constexpr int kParts = kTiles * (kHigh ? 2 : 1);  // of 8 rows of codes: low, then high
-  static constexpr int kRows = 2 * kTiles;                 // that a thread stores
-  static constexpr int kColumns = kStreamOutputs * kSkinnyGroups;
+  static constexpr int kRows = 2 * kTiles;                 // that a thread stores, at most
 
   // What a warp multiplies in one step: some groups by one box of k.
   struct Step {
@@ -82,11 +83,11 @@ class SkinnyKernel {
     shared_ = SharedMemory() + (aligned - start);
     ring_ = aligned + static_cast<uint32_t>(warp_ * p.depth * layout_.step);
     full_ = aligned + static_cast<uint32_t>(layout_.barriers) + static_cast<uint32_t>(warp_) * kSkinnyDepth * 8;
-    const int all = static_cast<int>((p.n + kStreamOutputs - 1) / kStreamOutputs);
+    const int all = static_cast<int>((p.n + kStreamOutputs - 1) / kStreamOutputs), unit = p.up > 0 ? 2 : 1;
     const int blocks = static_cast<int>(BlockCount()), block = static_cast<int>(BlockIndex());
     const int each = all / blocks, more = all % blocks;
-    first_ = each * block + (block < more ? block : more);
-    last_ = first_ + each + (block < more ? 1 : 0);
+    first_ = unit * (each * block + (block < more ? block : more));
+    last_ = first_ + unit * (each + (block < more ? 1 : 0));
   }
 
   JAXINT8_DEVICE void Work() {
@@ -99,12 +100,15 @@ class SkinnyKernel {
     }
     WarpBarrier();  // the other lanes see the barriers
     WaitForPreviousKernel();
-    const int row = ThreadIndex() / kColumns, column = ThreadIndex() % kColumns;
+    // Of the outputs of a turn: one column of a thread, and every so many rows from one on.
+    const int columns = kStreamOutputs * kSkinnyGroups / (p_.up > 0 ? 2 : 1), rows = kMaxThreads / columns;
+    const int row = ThreadIndex() / columns, column = ThreadIndex() % columns;
+    const int mine = column / kStreamOutputs * (p_.up > 0 ? 2 : 1);  // the group
     float row_scale[kRows] = {};
     if (p_.epilogue.type != Type::kS32) {
 #pragma unroll
       for (int i = 0; i < kRows; ++i) {
-        if (row + 4 * i < p_.m) row_scale[i] = Load(p_.epilogue.row_scale + (row + 4 * i));
+        if (row + rows * i < p_.m) row_scale[i] = Load(p_.epilogue.row_scale + (row + rows * i));
       }
     }
     Step next = First();  // to be copied
@@ -117,17 +121,21 @@ class SkinnyKernel {
     uint32_t parity = 0;
     for (int group = first_; group < last_; group += p_.groups) {
       const int count = last_ - group < p_.groups ? last_ - group : p_.groups;
-      const int64_t n = int64_t{group} * kStreamOutputs + column;
-      const bool stores = column < count * kStreamOutputs && n < p_.n;
-      float w_scale = 0, bias = 0;
+      const int64_t n = int64_t{group} / (p_.up > 0 ? 2 : 1) * kStreamOutputs + column;
+      const bool stores = mine < count && n < p_.n;
+      float w_scale = 0, bias = 0, up_scale = 0, up_bias = 0;
       uint32_t residual[kRows] = {};
 #pragma unroll
       for (int i = 0; i < kRows; ++i) {
-        if (stores && row + 4 * i < p_.m) residual[i] = LoadResidual(p_.epilogue, row + 4 * i, n);
+        if (stores && row + rows * i < p_.m) residual[i] = LoadResidual(p_.epilogue, row + rows * i, n);
       }
       if (stores && p_.epilogue.type != Type::kS32) {
         w_scale = Load(p_.epilogue.w_scale + n);
         if (p_.epilogue.bias) bias = Load(p_.epilogue.bias + n);
+        if (p_.up > 0) {
+          up_scale = Load(p_.epilogue.w_scale + p_.up + n);
+          if (p_.epilogue.bias) up_bias = Load(p_.epilogue.bias + p_.up + n);
+        }
       }
       int32_t c[kSkinnyGroups][kParts][4] = {};
 #pragma unroll 1
@@ -149,15 +157,13 @@ class SkinnyKernel {
       if (!stores) continue;
 #pragma unroll
       for (int i = 0; i < kRows; ++i) {
-        if (row + 4 * i >= p_.m) break;
-        uint32_t sum = 0;
-#pragma unroll
-        for (int warp = 0; warp < kSkinnyWarps; ++warp) {
-          sum += static_cast<uint32_t>(
-              Load(Sums(warp, column / kStreamOutputs) + (row + 4 * i) * kSumStride + column % kStreamOutputs));
+        if (row + rows * i >= p_.m) break;
+        const int at = (row + rows * i) * kSumStride + column % kStreamOutputs;
+        uint32_t y = Output(p_.epilogue, SumOf(mine, at), row_scale[i], w_scale, bias);
+        if (p_.up > 0) {
+          y = Gated(p_.epilogue, y, Output(p_.epilogue, SumOf(mine + 1, at), row_scale[i], up_scale, up_bias));
         }
-        const uint32_t y = Output(p_.epilogue, static_cast<int32_t>(sum), row_scale[i], w_scale, bias);
-        StoreOutput(p_.epilogue, row + 4 * i, n, y, residual[i]);
+        StoreOutput(p_.epilogue, row + rows * i, n, y, residual[i]);
       }
     }
   }
@@ -178,8 +184,12 @@ class SkinnyKernel {
     ArriveExpecting(full, static_cast<uint32_t>(count * kGroupBytes));
 #pragma unroll 1
     for (int i = 0; i < count; ++i) {
-      CopyTile(&p_.w, to + i * kGroupBytes, full, step.box * kBoxK, (step.group + i) * kStreamOutputs);
+      CopyTile(&p_.w, to + i * kGroupBytes, full, step.box * kBoxK, RowOf(step.group + i));
     }
+  }
+  // The first row of weights of a group: one of gates comes before the one that they are for.
+  JAXINT8_DEVICE int32_t RowOf(int group) const {
+    return p_.up > 0 ? group / 2 * kStreamOutputs + group % 2 * static_cast<int32_t>(p_.up) : group * kStreamOutputs;
   }
   // By the threads: the accelerator would bring them behind all the weights that it has been asked for.
   JAXINT8_DEVICE void CopyCodes(const Step& step, int slot) const {
@@ -230,6 +240,14 @@ class SkinnyKernel {
   // Of one warp and group: [8 * kTiles rows of x][kSumStride].
   JAXINT8_DEVICE Ptr<int32_t> Sums(int warp, int group) const {
     return Cast<int32_t>(shared_ + layout_.sums) + (warp * p_.groups + group) * (8 * kTiles * kSumStride);
+  }
+
+  // Of all warps, at one place.
+  JAXINT8_DEVICE int32_t SumOf(int group, int at) const {
+    uint32_t sum = 0;
+#pragma unroll
+    for (int warp = 0; warp < kSkinnyWarps; ++warp) sum += static_cast<uint32_t>(Load(Sums(warp, group) + at));
+    return static_cast<int32_t>(sum);
   }
 
   JAXINT8_DEVICE void WriteSums(int count, const int32_t (&c)[kSkinnyGroups][kParts][4]) const {

@@ -11,15 +11,17 @@
 #define JAXINT8_FFI_CUDA_SWAPPED_H_
 
 #include "epilogue.h"
+#include "gate.h"
 #include "hopper.h"
 
 namespace jaxint8::cuda {
 
 struct SwappedParams {
-  TileMap w, lo, hi;  // boxes of [128][128] and [kTileN][128]; hi only with high parts
-  int64_t m, n, k;
-  int cluster;  // blocks that share the k of a tile: 1, 2, 4 or 8; there are as many steps at least
-  int stages;   // in shared memory
+  TileMap w, lo, hi;  // boxes of [128][128], or [64][128] with gates, and [kTileN][128]; hi only with high parts
+  int64_t m, n, k;    // n: outputs
+  int64_t up;         // the row of weights from which on are those that gates are for; 0: no gates
+  int cluster;        // blocks that share the k of a tile: 1, 2, 4 or 8; there are as many steps at least
+  int stages;         // in shared memory
   int early;  // of these, whose weights are asked for before the codes are there: the kernel before does not write them
   Epilogue epilogue;
 };
@@ -67,10 +69,11 @@ class SwappedKernel {
     int first, steps;
   };
   JAXINT8_DEVICE Tile MyTile() const {
-    const int64_t tile = BlockIndex() / p_.cluster, tiles_n = (p_.n + kTileM - 1) / kTileM;
+    const int64_t outputs = p_.up > 0 ? kTileM / 2 : kTileM;
+    const int64_t tile = BlockIndex() / p_.cluster, tiles_n = (p_.n + outputs - 1) / outputs;
     const int all = static_cast<int>((p_.k + kTileK - 1) / kTileK), rank = static_cast<int>(rank_);
     const int first = all * rank / p_.cluster;
-    return {static_cast<int32_t>(tile / tiles_n * kTileN), static_cast<int32_t>(tile % tiles_n * kTileM), first,
+    return {static_cast<int32_t>(tile / tiles_n * kTileN), static_cast<int32_t>(tile % tiles_n * outputs), first,
             all * (rank + 1) / p_.cluster - first};
   }
 
@@ -99,7 +102,11 @@ class SwappedKernel {
 
   JAXINT8_DEVICE void CopyWeights(const Tile& tile, int step, int stage) const {
     ArriveExpecting(full_ + 8 * stage, kStageBytes);
-    CopyTile(&p_.w, Stage(stage), full_ + 8 * stage, (tile.first + step) * kTileK, tile.n);
+    const int32_t k = (tile.first + step) * kTileK;
+    CopyTile(&p_.w, Stage(stage), full_ + 8 * stage, k, tile.n);
+    if (p_.up > 0) {
+      CopyTile(&p_.w, Stage(stage) + kBytesW / 2, full_ + 8 * stage, k, static_cast<int32_t>(p_.up) + tile.n);
+    }
   }
 
   JAXINT8_DEVICE void Produce() {
@@ -184,13 +191,14 @@ class SwappedKernel {
     const Epilogue& e = p_.epilogue;
     Scales s{};
     s.first = 4 * lane;
-    s.n = tile.n + s.first;
+    s.n = tile.n + (p_.up > 0 ? s.first % (kTileM / 2) : s.first);
     if (e.type == Type::kS32) return s;
+    const int64_t weight = s.n + (s.first < kTileM / 2 ? 0 : p_.up);
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       if (s.n + j >= p_.n) continue;
-      s.w_scale[j] = Load(e.w_scale + s.n + j);
-      if (e.bias) s.bias[j] = Load(e.bias + s.n + j);
+      s.w_scale[j] = Load(e.w_scale + weight + j);
+      if (e.bias) s.bias[j] = Load(e.bias + weight + j);
     }
     const int row = RowOf(lane);
     if (row < kTileN && tile.m + row < p_.m) s.row_scale = Load(e.row_scale + tile.m + row);
@@ -231,7 +239,7 @@ class SwappedKernel {
     const Epilogue& e = p_.epilogue;
     const int64_t left = p_.m - tile.m;
     const int rows = left < kTileN ? static_cast<int>(left) : kTileN;
-    const bool words = p_.n % 4 == 0 && scales.n < p_.n;
+    const bool words = p_.n % 4 == 0 && scales.n < p_.n && p_.up == 0;
     Word4 residual = words && RowOf(0) < rows ? LoadWords(tile.m + RowOf(0), scales.n) : Word4{};
 #pragma unroll 1
     for (int turn = 0; RowOf(turn) < rows; ++turn) {
@@ -258,7 +266,9 @@ class SwappedKernel {
       for (int j = 0; j < 4; ++j) {
         y[j] = Output(e, static_cast<int32_t>(sum[j]), row_scale, scales.w_scale[j], scales.bias[j]);
       }
-      if (words) {
+      if (p_.up > 0) {
+        WriteGated(e, m, n, y);
+      } else if (words) {
         StoreRow(m, n, y, added);
       } else if (p_.n % 4 != 0) {
 #pragma unroll
@@ -286,6 +296,24 @@ class SwappedKernel {
     } else {
       const Word2 sums{add(y[0] | y[1] << 16, added.x), add(y[2] | y[3] << 16, added.y)};
       StoreAs<Word2>(e.y + 2 * (m * p_.n + n), sums);
+    }
+  }
+
+  // Half a warp has four gates a lane, the other half what these are for: each does two of them.
+  JAXINT8_DEVICE void WriteGated(const Epilogue& e, int64_t m, int64_t n, const uint32_t (&y)[4]) const {
+    const bool up = ThreadIndex() % 32 >= 16;
+    const uint32_t other[2] = {ShuffleXor(up ? y[0] : y[2], 16), ShuffleXor(up ? y[1] : y[3], 16)};
+    uint32_t gated[2];
+#pragma unroll
+    for (int j = 0; j < 2; ++j) gated[j] = Gated(e, up ? other[j] : y[j], up ? y[2 + j] : other[j]);
+    n += up ? 2 : 0;
+    if (p_.n % 2 == 0) {
+      if (n < p_.n) StoreOutputs(e, m, n, gated[0], gated[1]);
+      return;
+    }
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      if (n + j < p_.n) StoreOutput(e, m, n + j, gated[j]);
     }
   }
 

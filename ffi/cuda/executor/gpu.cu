@@ -3,6 +3,7 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <map>
 #include <string>
 #include <vector>
 
@@ -49,6 +50,11 @@ class Memory {
   std::vector<void*> all_;
 };
 
+// The three layers of a block, a pointer in several of them being one buffer.
+struct Layers {
+  jaxint8::cuda::Problem problems[3];
+};
+
 jaxint8::cuda::Problem OnDevice(const ExecutorCall& c, Memory& memory) {
   using namespace jaxint8::cuda;
   ExecutorCall d = c;
@@ -69,6 +75,31 @@ jaxint8::cuda::Problem OnDevice(const ExecutorCall& c, Memory& memory) {
   return ProblemOf(d);
 }
 
+Layers OnDevice(const ExecutorCall* calls, Memory& memory) {
+  using namespace jaxint8::cuda;
+  ExecutorCall d[3] = {calls[0], calls[1], calls[2]};
+  std::map<const void*, const void*> known;  // host to device
+  for (int i = 0; i < 3; ++i) {
+    for (const void** shared : {&d[i].x, &d[i].residual}) {
+      const auto found = known.find(*shared);
+      const int64_t bytes = shared == &d[i].x ? InputBytes(calls[i]) : OutputBytes(calls[i]);
+      *shared = found != known.end() ? found->second : memory.Copy(static_cast<const char*>(*shared), bytes);
+    }
+    d[i].w = memory.Copy(calls[i].w, d[i].n * d[i].k);
+    d[i].w_scale = memory.Copy(calls[i].w_scale, 4 * d[i].n);
+    d[i].bias = memory.Copy(calls[i].bias, 4 * d[i].n);
+    d[i].norm = memory.Copy(calls[i].norm, 4 * d[i].k);
+    d[i].y = memory.Poisoned<char>(OutputBytes(calls[i]));
+    known[calls[i].y] = d[i].y;
+  }
+  Layers layers{{ProblemOf(d[0]), ProblemOf(d[1]), ProblemOf(d[2])}};
+  int64_t bytes = 0;
+  for (const Problem& p : layers.problems) bytes = std::max(bytes, WorkspaceBytes(p));
+  auto* workspace = memory.Poisoned<uint8_t>(bytes);
+  for (Problem& p : layers.problems) p.workspace = workspace;
+  return layers;
+}
+
 void Back(void* host, const void* device, int64_t bytes) {
   if (host != nullptr && bytes > 0) {
     Must(cudaMemcpy(host, device, static_cast<size_t>(bytes), cudaMemcpyDeviceToHost), "copy back");
@@ -76,26 +107,17 @@ void Back(void* host, const void* device, int64_t bytes) {
 }
 
 // Captures `calls` runs in a CUDA graph, each with the next of `copies` sets of weights, and replays it `repeats`
-// times; returns the microseconds of one run, the median over the replays.
-double Time(const ExecutorCall& c, int32_t copies, int32_t calls, int32_t repeats) {
-  using namespace jaxint8::cuda;
-  Memory memory;
-  Problem p = OnDevice(c, memory);
-  std::vector<const int8_t*> weights = {p.w};
-  while (p.w != nullptr && static_cast<int32_t>(weights.size()) < copies) {
-    auto* w = memory.Poisoned<int8_t>(c.n * c.k);
-    Must(cudaMemcpy(w, p.w, static_cast<size_t>(c.n * c.k), cudaMemcpyDeviceToDevice), "copy");
-    weights.push_back(w);
-  }
+// times; returns the microseconds of one run, the median over the replays. run(i, stream) queues one with set i.
+template <typename Run>
+double Time(int32_t copies, int32_t calls, int32_t repeats, Run run) {
   cudaStream_t stream;
   Must(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "stream");
   Must(cudaDeviceSynchronize(), "preparation");
-  if (const char* error = Run(p, stream)) throw Failure{error};  // raises shared memory limits before the capture
+  if (const char* error = run(0, stream)) throw Failure{error};  // raises shared memory limits before the capture
   Must(cudaStreamSynchronize(stream), "first run");
   Must(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), "capture");
   for (int32_t i = 0; i < calls; ++i) {
-    p.w = weights[static_cast<size_t>(i) % weights.size()];
-    if (const char* error = Run(p, stream)) throw Failure{error};
+    if (const char* error = run(i % copies, stream)) throw Failure{error};
   }
   cudaGraph_t graph;
   cudaGraphExec_t executable;
@@ -120,6 +142,42 @@ double Time(const ExecutorCall& c, int32_t copies, int32_t calls, int32_t repeat
   cudaStreamDestroy(stream);
   std::sort(milliseconds.begin(), milliseconds.end());
   return 1e3 * milliseconds[milliseconds.size() / 2] / calls;
+}
+
+// The weights of a problem and copies of them, so many in all.
+std::vector<const int8_t*> CopiesOfWeights(const jaxint8::cuda::Problem& p, int32_t copies, Memory& memory) {
+  std::vector<const int8_t*> weights = {p.w};
+  while (static_cast<int32_t>(weights.size()) < copies) {
+    const int64_t bytes = p.w == nullptr ? 0 : p.n * p.k;
+    auto* w = memory.Poisoned<int8_t>(bytes);
+    if (bytes > 0) Must(cudaMemcpy(w, p.w, static_cast<size_t>(bytes), cudaMemcpyDeviceToDevice), "copy");
+    weights.push_back(w);
+  }
+  return weights;
+}
+
+double TimeOne(const ExecutorCall& c, int32_t copies, int32_t calls, int32_t repeats) {
+  using namespace jaxint8::cuda;
+  Memory memory;
+  Problem p = OnDevice(c, memory);
+  const std::vector<const int8_t*> weights = CopiesOfWeights(p, copies, memory);
+  return Time(copies, calls, repeats, [&](int32_t i, cudaStream_t stream) {
+    p.w = weights[static_cast<size_t>(i)];
+    return Run(p, stream);
+  });
+}
+
+// joined: as one call of RunBlock, else of RunAll.
+double TimeBlock(const ExecutorCall* c, bool joined, int32_t copies, int32_t calls, int32_t repeats) {
+  using namespace jaxint8::cuda;
+  Memory memory;
+  Layers layers = OnDevice(c, memory);
+  std::vector<const int8_t*> weights[3];
+  for (int i = 0; i < 3; ++i) weights[i] = CopiesOfWeights(layers.problems[i], copies, memory);
+  return Time(copies, calls, repeats, [&](int32_t set, cudaStream_t stream) {
+    for (int i = 0; i < 3; ++i) layers.problems[i].w = weights[i][static_cast<size_t>(set)];
+    return joined ? RunBlock(layers.problems, stream) : RunAll(layers.problems, 3, stream);
+  });
 }
 
 }  // namespace
@@ -148,12 +206,36 @@ const char* executor_run(const ExecutorCall* c) {
   }
 }
 
+const char* executor_run_block(const ExecutorCall* calls) {
+  using namespace jaxint8::cuda;
+  try {
+    Memory memory;
+    const Layers layers = OnDevice(calls, memory);
+    if (const char* error = RunBlock(layers.problems, nullptr)) throw Failure{error};
+    Must(cudaDeviceSynchronize(), "kernels");
+    Back(calls[2].y, layers.problems[2].y, OutputBytes(calls[2]));
+    return nullptr;
+  } catch (const Failure& failure) {
+    text = failure.what;
+    return text.c_str();
+  }
+}
+
 const char* executor_sites() { return ""; }
 
 // Microseconds of one run; negative if something went wrong (executor_error says what).
 double executor_time(const ExecutorCall* c, int32_t copies, int32_t calls, int32_t repeats) {
   try {
-    return Time(*c, copies, calls, repeats);
+    return TimeOne(*c, copies, calls, repeats);
+  } catch (const Failure& failure) {
+    text = failure.what;
+    return -1;
+  }
+}
+
+double executor_time_block(const ExecutorCall* calls, int32_t joined, int32_t copies, int32_t count, int32_t repeats) {
+  try {
+    return TimeBlock(calls, joined != 0, copies, count, repeats);
   } catch (const Failure& failure) {
     text = failure.what;
     return -1;
