@@ -7,11 +7,10 @@
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
-#include <mutex>
-#include <new>
-#include <vector>
+#include <functional>
 
 #include "int8.h"
+#include "workspace.h"
 
 #if defined(__SSE__)
 #include <xmmintrin.h>
@@ -20,64 +19,10 @@
 namespace jaxint8::cpu {
 namespace {
 
-constexpr int64_t kAlign = 64;
-// Workspaces above this are given back to the system after use.
-constexpr size_t kKeepBytes = size_t{64} << 20;
 // Rows of a product are cut further while threads would be idle for more than this share of the time, but not into
 // chunks of fewer rows than these, whose weights would be packed too often.
 constexpr double kLeastIdle = 0.02;
 constexpr int64_t kLeastChunk = 128;
-
-int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
-int64_t RoundUp(int64_t a, int64_t b) { return CeilDiv(a, b) * b; }
-
-// Aligned memory that only grows; its content does not survive growth.
-class Buffer {
- public:
-  Buffer() = default;
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
-  ~Buffer() { std::free(data_); }
-
-  template <typename T>
-  T* Get(int64_t count) {
-    const size_t bytes = RoundUp(std::max<int64_t>(count, 1) * static_cast<int64_t>(sizeof(T)), kAlign);
-    if (bytes > size_) {
-      std::free(data_);
-      size_ = 0;
-      data_ = std::aligned_alloc(kAlign, bytes);
-      if (data_ == nullptr) throw std::bad_alloc();
-      std::memset(data_, 0, bytes);  // touched here, once, rather than page by page in the middle of the work
-      size_ = bytes;
-    }
-    return static_cast<T*>(data_);
-  }
-  size_t size() const { return size_; }
-
- private:
-  void* data_ = nullptr;
-  size_t size_ = 0;
-};
-
-// Buffers of one thread; used within one item, never across.
-struct ThreadScratch {
-  Buffer values, index, codes, outliers, magnitude, columns, mask, entered;
-  Buffer rung, c, extra, gathered, halves;
-  std::vector<int32_t> slots;
-  uint64_t columns_job = 0;  // whose columns and mask these are
-  int64_t columns_count = 0;
-
-  RowScratch Rows(int64_t k) {
-    k = RoundUp(k, 64);
-    return {values.Get<float>(k), index.Get<int32_t>(k), codes.Get<int32_t>(k), outliers.Get<float>(k),
-            magnitude.Get<uint32_t>(k)};
-  }
-};
-
-ThreadScratch& Scratch() {
-  thread_local ThreadScratch scratch;
-  return scratch;
-}
 
 // Standard rounding, subnormals kept: XLA may run its threads otherwise. Restored on leaving.
 class ScopedFloatState {
@@ -102,9 +47,9 @@ class ScopedFloatState {
 
 int64_t TypeSize(Type type) { return type == Type::kF32 || type == Type::kS32 ? 4 : 2; }
 
-template <typename T>
-const T* Advance(const T* base, int64_t bytes) {
-  return reinterpret_cast<const T*>(reinterpret_cast<const char*>(base) + bytes);
+uint64_t NextId() {
+  static std::atomic<uint64_t> last{0};
+  return last.fetch_add(1, std::memory_order_relaxed) + 1;
 }
 
 }  // namespace
@@ -113,65 +58,6 @@ uint32_t SelectLargest(uint32_t* magnitudes, int64_t n, int64_t count) {
   std::nth_element(magnitudes, magnitudes + (count - 1), magnitudes + n, std::greater<uint32_t>());
   return magnitudes[count - 1];
 }
-
-struct Workspace {
-  Buffer lo, marks, entered;
-  std::vector<Row> rows;
-  // Per item of the quantising phase: the outliers of its rows, one after the other.
-  struct Lists {
-    std::vector<Outlier> outliers;
-    std::vector<HiWord> words;
-  };
-  std::vector<Lists> lists;
-  int64_t stride = 0;
-  // The plan of a small product; see HiPlan.
-  HiPlan plan;
-  Buffer hi;
-  std::vector<uint64_t> used;
-  std::vector<int32_t> rank, groups, slots;
-
-  size_t bytes() const {
-    size_t total = lo.size() + marks.size() + entered.size() + rows.capacity() * sizeof(Row);
-    for (const Lists& list : lists) {
-      total += list.outliers.capacity() * sizeof(Outlier) + list.words.capacity() * sizeof(HiWord);
-    }
-    return total;
-  }
-};
-
-namespace {
-
-struct FreeList {
-  std::mutex mutex;
-  std::vector<std::unique_ptr<Workspace>> list;
-};
-
-FreeList& Free() {
-  static auto* free_list = new FreeList;  // never destroyed: worker threads may outlive static objects
-  return *free_list;
-}
-
-Workspace* Acquire() {
-  std::lock_guard<std::mutex> lock(Free().mutex);
-  if (Free().list.empty()) return new Workspace;
-  Workspace* workspace = Free().list.back().release();
-  Free().list.pop_back();
-  return workspace;
-}
-
-uint64_t NextId() {
-  static std::atomic<uint64_t> last{0};
-  return last.fetch_add(1, std::memory_order_relaxed) + 1;
-}
-
-void Release(Workspace* workspace) {
-  std::unique_ptr<Workspace> owned(workspace);
-  if (owned->bytes() > kKeepBytes) return;
-  std::lock_guard<std::mutex> lock(Free().mutex);
-  Free().list.push_back(std::move(owned));
-}
-
-}  // namespace
 
 Job::Job(const Problem& problem) : p_(problem), ws_(Acquire()), id_(NextId()) {
   const bool multiplies = p_.kind == Problem::Kind::kProduct || p_.kind == Problem::Kind::kLinear;
