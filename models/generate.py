@@ -100,8 +100,8 @@ def _decode(
 ) -> tuple[_State, jax.Array]:
     """Makes up to ``steps`` (at most CHUNK) tokens more; stops early once every row has ended.
 
-    With a burst the cache must have room for ``steps`` rounded up to a multiple of it, or never be
-    used again.
+    With a burst that does not divide ``steps`` the cache must have room for one token more, or never
+    be used again.
 
     Returns:
         The state after them, and the tokens int32[b, CHUNK or a few more]; the first ``state.step``

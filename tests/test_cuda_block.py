@@ -125,8 +125,13 @@ def calls(block: Block, rule: Any) -> tuple[Any, np.ndarray, list[np.ndarray | N
 
 def run(executor: Executor, block: Block, rule: Any) -> np.ndarray:
     """Returns the block's output."""
+    return run_all(executor, block, rule)[0]
+
+
+def run_all(executor: Executor, block: Block, rule: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the block's output, and what the second layer has written."""
     library = executor.library
-    made, y, _kept = calls(block, rule)
+    made, y, kept = calls(block, rule)
     library.executor_run_block.restype = ctypes.c_char_p
     bytes_ = max(library.executor_workspace_bytes(ctypes.byref(call)) for call in made)
     workspace = aligned((bytes_,), np.uint8)
@@ -137,7 +142,8 @@ def run(executor: Executor, block: Block, rule: Any) -> np.ndarray:
     error = library.executor_run_block(made)
     if error is not None:
         raise ExecutorError(error.decode())
-    return y
+    arrays = [array for array in kept if array is not None and array.size]
+    return y, next(array for array in arrays if array.ctypes.data == made[1].y)
 
 
 def expect(executor: Executor, block: Block, rule: Any) -> None:
@@ -174,6 +180,37 @@ def test_bits_are_those_of_three_layers(
         executor.order = number % 3
         dtype = battery.DTYPES[(number + shape[0]) % 3]
         expect(executor, make(shape, dtype, biases=number % 2 == 0), rule)
+
+
+@pytest.mark.parametrize(
+    ("shape", "rule", "does"),
+    [
+        ((1, 64, 96, 48), TopK(8), True),
+        ((2, 48, 64, 37), None, True),
+        ((11, 48, 64, 337), RelativeThreshold(3.0), True),
+        ((20, 16, 2576, 37), None, True),
+        ((60, 16, 2576, 70), TopK(8), True),
+        ((20, 144, 80, 205), None, False),  # narrow weights
+        ((70, 48, 64, 48), None, False),
+    ],
+    ids=str,
+)
+def test_the_second_layer_does_the_gate(
+    executor: Executor, shape: tuple[int, int, int, int], rule: Any, does: bool
+) -> None:
+    block = make(shape, ml_dtypes.bfloat16)
+    m, f = shape[0], shape[3]
+    out, up, _ = block.layers
+    attended = reference.int8_linear(block.x, out.codes, out.scale, out.bias, rule)
+    attended = (block.residual.astype(np.float32) + attended.astype(np.float32)).astype(
+        attended.dtype
+    )
+    rows = reference.rms_norm(attended, block.norm, EPSILON)
+    plain = reference.int8_linear(rows, up.codes, up.scale, up.bias, rule)
+    written = run_all(executor, block, rule)[1].reshape(-1)
+    wanted = reference.silu_gate(plain) if does else plain
+    np.testing.assert_array_equal(written[: wanted.size].reshape(wanted.shape), wanted)
+    assert wanted.shape == (m, f if does else 2 * f)
 
 
 @pytest.mark.parametrize("kind", ["nan", "zero_rows", "ties", "minus_128"])

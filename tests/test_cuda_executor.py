@@ -615,6 +615,13 @@ PLANTED_AROUND = [
     ((17, 48, 8), ml_dtypes.bfloat16, TopK(2), TILED, RMS_NORM),
 ]
 
+
+def test_a_staged_row_may_leave_no_room_for_weights(executor: Executor) -> None:
+    """A long row behind a gate: nothing of the product fits beside the block that quantises it."""
+    case, around = make_around((16, 22016, 192), ml_dtypes.bfloat16, SILU_GATE)
+    expect_linear(executor, case, TopK(8), AUTO, around)
+
+
 # A bound from another group of threads is still a bound from below, and a wrong number of candidates makes the search
 # go digit by digit: only slower. Lanes that have parted come together again by themselves here.
 HARMLESS = {

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -216,16 +217,23 @@ def test_no_compilation_per_step_option_or_prompt() -> None:
 def test_steps_of_a_turn_that_nobody_wants_change_nothing(
     chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config, params, golden = load_case(CASE)
-    # A row ends within a turn, the other runs into longer caches.
-    config = dataclasses.replace(config, end_tokens=(golden["greedy"].tolist()[0][5],))
-    prompts = prompts_of(CASE, 16, 16)
+    plain, params, golden = load_case(CASE)
+    plain = dataclasses.replace(plain, max_positions=256)
+    ending = dataclasses.replace(plain, end_tokens=(golden["greedy"].tolist()[0][6],))
+    both, one = prompts_of(CASE, 16, 16), prompts_of(CASE, 16)
     how = {"sampling": SAMPLED, "seed": 3, "chunk": chunk}
-    for new in (1, 2, 6, 45):
-        expected = list(stream_tokens(config, params, prompts, new, **how))
-        monkeypatch.setattr(generate, "steps_of_a_turn", lambda *_: generate.BURST)
-        assert list(stream_tokens(config, params, prompts, new, **how)) == expected
-        monkeypatch.undo()
+
+    def made(*call: Any, **how: Any) -> list[list[list[int]]]:
+        return list(stream_tokens(call[0], params, *call[1:], **how))
+
+    # Ends by the number of tokens, through two longer caches, and by an end token within a turn.
+    calls = [((plain, both, new), how) for new in (1, 2, 6, 45, 200)]
+    calls += [((ending, rows, 45), {"chunk": chunk}) for rows in (one, both)]
+    expected = [made(*call, **how) for call, how in calls]
+    steps = sum(len(row) for (row,) in expected[5])
+    assert 0 < steps < 44 and steps % generate.BURST
+    monkeypatch.setattr(generate, "steps_of_a_turn", lambda *_: generate.BURST)
+    assert [made(*call, **how) for call, how in calls] == expected
 
 
 def test_an_accelerator_takes_whole_turns(monkeypatch: pytest.MonkeyPatch) -> None:

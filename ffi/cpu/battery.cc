@@ -51,7 +51,7 @@ struct Inputs {
 };
 
 struct Outputs {
-  Bytes y, product, rows, lo, hi, row_scale;
+  Bytes y, gated, product, rows, lo, hi, row_scale;
 };
 
 uint16_t ToHalf(float x) {  // truncates; inputs only
@@ -157,6 +157,15 @@ Outputs Run(const Case& c, const Inputs& in, const Rung* rung, int threads) {
   p.residual = c.residual ? in.residual.data() : nullptr;
   p.y = out.y.data();
   RunOn(threads, p);
+  // The first half of the outputs as the gate of the second.
+  out.gated.resize(c.m * (c.n / 2) * size);
+  p.gated = true;
+  p.n = c.n / 2;
+  p.residual = nullptr;
+  p.y = out.gated.data();
+  RunOn(threads, p);
+  p.gated = false;
+  p.n = c.n;
   p.kind = Problem::Kind::kProduct;
   p.type = Type::kS32;
   p.x = in.a.data();
@@ -257,11 +266,11 @@ bool HelpersStandBy() {
 }
 
 int Main() {
-  const int64_t shapes[][3] = {{1, 1, 1},      {1, 3, 17},     {1, 576, 70},   {1, 1700, 66},  {2, 499, 65},
-                               {3, 130, 64},   {4, 64, 16},    {6, 65, 15},    {7, 768, 72},   {8, 1027, 40},
-                               {13, 300, 128}, {16, 2100, 66}, {17, 256, 130}, {33, 1100, 64}, {64, 1088, 200},
-                               {9, 5000, 77},  {12, 9000, 66}, {40, 769, 74},  {523, 70, 64},  {0, 5, 5},
-                               {5, 0, 5},      {5, 5, 0},      {1040, 129, 33}};
+  const int64_t shapes[][3] = {{1, 1, 1},      {1, 3, 17},     {1, 576, 70},    {1, 1700, 66},  {2, 499, 65},
+                               {3, 130, 64},   {4, 64, 16},    {6, 65, 15},     {7, 768, 72},   {8, 1027, 40},
+                               {13, 300, 128}, {16, 2100, 66}, {17, 256, 130},  {33, 1100, 64}, {64, 1088, 200},
+                               {9, 5000, 77},  {12, 9000, 66}, {40, 769, 74},   {523, 70, 64},  {0, 5, 5},
+                               {5, 0, 5},      {5, 5, 0},      {1040, 129, 33}, {100, 0, 5}};
   const std::vector<const Rung*> rungs = AllRungs();
   const size_t count = rungs.size();
   const Rung* scalar = rungs.back();
@@ -275,19 +284,21 @@ int Main() {
       const Inputs in = Make(c, ++seed);
       Outputs expected = Run(c, in, scalar, 1);
       UnifyNans(expected.y, c.type);
+      UnifyNans(expected.gated, c.type);
       UnifyNans(expected.rows, c.type);
       UnifyNans(expected.row_scale, Type::kF32);
-      for (const Bytes* part :
-           {&expected.y, &expected.product, &expected.rows, &expected.lo, &expected.hi, &expected.row_scale}) {
+      for (const Bytes* part : {&expected.y, &expected.gated, &expected.product, &expected.rows, &expected.lo,
+                                &expected.hi, &expected.row_scale}) {
         sum = Checksum(sum, *part);
       }
       for (size_t r = 0; r < count; ++r) {
         if (!rungs[r]->supported()) continue;
         Outputs actual = Run(c, in, rungs[r], 1 + static_cast<int>(seed % 3));
         UnifyNans(actual.y, c.type);
+        UnifyNans(actual.gated, c.type);
         UnifyNans(actual.rows, c.type);
         UnifyNans(actual.row_scale, Type::kF32);
-        const bool same = actual.y == expected.y && actual.rows == expected.rows &&
+        const bool same = actual.y == expected.y && actual.gated == expected.gated && actual.rows == expected.rows &&
                           actual.product == expected.product && actual.lo == expected.lo && actual.hi == expected.hi &&
                           actual.row_scale == expected.row_scale;
         if (same) continue;

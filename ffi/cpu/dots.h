@@ -121,7 +121,8 @@ struct HiGroups {
   int64_t count;
 
   explicit HiGroups(const Block& b) : single(b.m == 1 ? b.rows : nullptr), plan(b.plan), count(0) {
-    if (b.with_hi) count = single ? single->words : plan->groups;
+    // Many rows have no plan, and come here only where there are no columns either.
+    if (b.with_hi) count = single ? single->words : plan ? plan->groups : 0;
   }
   int64_t column(int64_t g) const { return int64_t{single ? single->hi[g].group : plan->group[g]} * 4; }
 };

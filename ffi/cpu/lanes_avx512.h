@@ -103,7 +103,7 @@ inline void CopyGroups(const uint8_t* kept, const int32_t* at, int64_t groups, u
 }
 
 // high[q] += the products of one round of high parts, rows 2 * q and 2 * q + 1, with eight rows of weights of which so
-// many bytes are left: outputs 0 to 3 of both rows, then 4 to 7. kRest: the last line is not whole.
+// many bytes are left: all eight outputs of the one row, then of the other. kRest: the last line is not whole.
 template <int M, bool kRest>
 ALWAYS_INLINE inline void AddRound(const PickRound& round, const LinePair* pairs, const int8_t* w, int64_t k,
                                    int64_t three, int64_t left, __m512i (&high)[(M + 1) / 2]) {

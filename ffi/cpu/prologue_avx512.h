@@ -136,7 +136,7 @@ inline void EnterWideAs(const Prologue& p, const void* x, int64_t k, void* row) 
   RmsNormWide<kType>(x, k, p.epsilon, p.norm, row);
 }
 
-// EnterRow of prologue.h.
+// EnterRow of prologue.h, but for what bits a NaN has.
 void EnterRowWide(const Prologue& p, Type type, const void* x, int64_t k, void* row) {
   switch (type) {
     case Type::kBF16:

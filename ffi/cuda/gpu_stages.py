@@ -164,6 +164,7 @@ def native_blocks(executor: Any, quick: bool) -> tuple[int, list[str]]:
     if not quick:
         shapes += [(1, 4096, 4096, 14336), (8, 4096, 4096, 14336), (3, 576, 576, 1536)]
         shapes += [(2, 2048, 2048, 5632), (7, 4096, 2064, 4112), (17, 256, 512, 640)]
+        shapes += [(20, 64, 2576, 200), (60, 64, 2576, 336)]
     for shape in shapes:
         for number, rule in enumerate(test_cuda_block.RULES):
             dtype = (ml_dtypes.bfloat16, np.float16)[number % 2]

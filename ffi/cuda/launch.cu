@@ -310,7 +310,9 @@ class Call {
     const int64_t blocks = groups < multiprocessors_ ? groups : multiprocessors_;
     const Prologue prologue = plan_.apart ? Prologue::kNone : p_.prologue;  // of the quantiser
     const int64_t staged = queue_.follows() ? StagedBytes(p_.type, p_.k, stride, prologue) : 0;
-    const SkinnyShape shape = ChooseSkinny(kTiles, kHigh, Outputs(), p_.gated ? 2 : 1, p_.k, blocks, staged);
+    SkinnyShape shape = ChooseSkinny(kTiles, kHigh, Outputs(), p_.gated ? 2 : 1, p_.k, blocks, staged);
+    // Beside a long staged row there may be no room for one step: then its block comes when the quantiser's has ended.
+    if (shape.depth == 0) shape = ChooseSkinny(kTiles, kHigh, Outputs(), p_.gated ? 2 : 1, p_.k, blocks, 0);
     SkinnyParams s{};
     s.m = p_.m;
     s.n = Outputs();
@@ -350,6 +352,8 @@ class Call {
     using Kernel = NarrowKernel<kNarrowTiles[kShape], kHigh>;
     constexpr int64_t kFit = (kSharedMost - Kernel::kFixedBytes) / (Kernel::kStageBytes + 16);
     s.stages = static_cast<int>(kFit < kNarrowStages ? kFit : kNarrowStages);
+    // Without high parts two warpgroups take turns: a stage must always be the same one's.
+    static_assert(kHigh || (kFit < kNarrowStages ? kFit : kNarrowStages) % 2 == 0, "an even ring");
     s.early = queue_.follows() && !plan_.align_w ? EarlySteps(kSwappedEarly, p_.k, Kernel::kBytesW, s.stages) : 0;
     const int64_t tiles = (p_.m + 63) / 64 * ((p_.n + kNarrowTiles[kShape] - 1) / kNarrowTiles[kShape]);
     return queue_.Launch<Kernel>(tiles < multiprocessors_ ? tiles : multiprocessors_, Kernel::kMaxThreads,
