@@ -24,8 +24,8 @@ from test_cuda_executor import (
     ExecutorError,
     aligned,
     copy,
-    unnoticed,
 )
+from test_cuda_faults import unnoticed
 
 import battery
 from jaxint8 import RelativeThreshold, Threshold, TopK, reference

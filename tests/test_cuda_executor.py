@@ -1,6 +1,6 @@
 """The CUDA kernels on the CPU, thread by thread, with every access checked (ffi/cuda/executor), against the oracle.
 
-The last tests plant faults in the kernels, one at each place where there can be one, and show that they are noticed.
+That faults in the kernels are noticed is shown by test_cuda_faults.py.
 """
 
 import ctypes
@@ -9,7 +9,6 @@ import os
 import pathlib
 import shutil
 import subprocess
-from collections.abc import Callable
 from typing import Any
 
 import ml_dtypes
@@ -576,118 +575,7 @@ def test_row_of_many_outliers_cannot_overflow(executor: Executor) -> None:
     expect_linear(executor, case, Threshold(6.0, "token"), TILED)
 
 
-# Small calls that between them reach every line of the kernels where a fault can be planted.
-PLANTED = [
-    ((3, 272, 19), np.float32, TopK(3), STREAM),
-    ((3, 272, 19), np.float32, Threshold(2.0, "column"), STREAM),
-    ((4, 4112, 17), np.float32, RelativeThreshold(3.0), STREAM),
-    ((3, 240, 9), np.float32, Threshold(1.0, "token"), STREAM),
-    ((35, 200, 70), np.float32, Threshold(2.0, "column"), TILED),
-    ((20, 328, 66), ml_dtypes.bfloat16, TopK(30), TILED),
-    ((18, 168, 9), np.float32, TopK(1), TILED),
-    ((130, 330, 4), ml_dtypes.bfloat16, Threshold(0.5, "token"), TILED),
-    ((2, 2320, 530), np.float32, Threshold(2.0, "column"), WGMMA),
-    ((9, 2192, 100), np.float32, Threshold(0.5, "token"), WGMMA),
-    ((5, 272, 250), ml_dtypes.bfloat16, None, WGMMA),
-    ((20, 1320, 66), np.float32, Threshold(0.5, "token"), WGMMA),
-    ((40, 130, 19), ml_dtypes.bfloat16, None, WGMMA),
-    ((60, 1800, 19), ml_dtypes.bfloat16, TopK(3), WGMMA),
-    ((260, 1290, 24), ml_dtypes.bfloat16, Threshold(1.5, "token"), WGMMA),
-    ((257, 640, 19), np.float32, None, WGMMA),
-    ((130, 64, 520), np.float32, None, WGMMA),
-    ((133, 260, 400), ml_dtypes.bfloat16, TopK(6), SPARSE),
-    ((67, 900, 19), np.float32, Threshold(1.5, "token"), SPARSE),
-]
-# The same, with something before the layer and a residual.
-PLANTED_AROUND = [
-    ((1, 272, 34), ml_dtypes.bfloat16, None, WGMMA, RMS_NORM),
-    ((2, 272, 530), ml_dtypes.bfloat16, None, WGMMA, SILU_GATE),
-    ((3, 520, 17), ml_dtypes.bfloat16, RelativeThreshold(3.0), WGMMA, RMS_NORM),
-    ((3, 1048, 12), np.float32, None, WGMMA, RMS_NORM),
-    ((18, 24, 32), ml_dtypes.bfloat16, TopK(2), WGMMA, SILU_GATE),
-    ((18, 24, 16), np.float32, None, WGMMA, SILU_GATE),
-    ((130, 24, 40), ml_dtypes.bfloat16, None, WGMMA, RMS_NORM),
-    ((67, 272, 168), ml_dtypes.bfloat16, TopK(6), SPARSE, RMS_NORM),
-    ((20, 136, 104), np.float32, Threshold(1.0, "column"), SPARSE, SILU_GATE),
-    ((5, 37, 9), np.float16, TopK(2), STREAM, RMS_NORM),
-    ((2, 32, 8), np.float32, TopK(2), STREAM, SILU_GATE),
-    ((17, 40, 8), np.float32, TopK(2), TILED, RMS_NORM),
-    ((17, 48, 8), ml_dtypes.bfloat16, TopK(2), TILED, RMS_NORM),
-]
-
-
 def test_a_staged_row_may_leave_no_room_for_weights(executor: Executor) -> None:
     """A long row behind a gate: nothing of the product fits beside the block that quantises it."""
     case, around = make_around((16, 22016, 192), ml_dtypes.bfloat16, SILU_GATE)
     expect_linear(executor, case, TopK(8), AUTO, around)
-
-
-# A bound from another group of threads is still a bound from below, and a wrong number of candidates makes the search
-# go digit by digit: only slower. Lanes that have parted come together again by themselves here.
-HARMLESS = {
-    ("scratch_ + kGroupsAt + lane", SHIFT_INDEX),
-    ("const uint32_t candidates = Load(result)", SHIFT_INDEX),
-    ("all lanes together again", SKIP_BARRIER),
-}
-
-
-def unnoticed(
-    executor: Executor,
-    places: dict[tuple[str, int], list[Any]],
-    expect: Callable[[Any], None],
-    waits: Callable[[Any], bool] = lambda call: call[2] >= WGMMA,
-) -> list[str]:
-    """Plants each fault at its place, where calls reach it; returns those that none of them notices.
-
-    Args:
-      executor: the executor.
-      places: (place in the source, fault) -> calls.
-      expect: makes a call, and fails where its result is wrong.
-      waits: whether threads of a call wait for each other beyond barriers of a block.
-    """
-    missed = []
-    for (place, fault), reaching in places.items():
-        executor.fault, executor.site = fault, place.encode()
-        # Where warps wait for copies of their own, only lanes that run early can overtake the others, and where one
-        # warp waits for several, only lanes of these that run late.
-        early = [(call, order) for order in (0, 2) for call in reaching if waits(call)]
-        for call, executor.order in [(call, int(waits(call))) for call in reaching] + early:
-            try:
-                expect(call)
-            except (ExecutorError, AssertionError):
-                break
-        else:
-            file, line = place.split(":")
-            text = (SOURCE.parents[1] / file).read_text().split("\n")[int(line) - 1]
-            if not any(harmless in text and fault == kind for harmless, kind in HARMLESS):
-                missed.append(f"{place}: fault {fault}: {text.strip()}")
-    return missed
-
-
-def unnoticed_in_layers(
-    executor: Executor, calls: list[tuple[Any, ...]]
-) -> tuple[list[str], list[int]]:
-    """Plants every fault that calls of `expect_linear` reach; returns what is not noticed, and the kinds of all."""
-    places: dict[tuple[str, int], list[tuple[Any, ...]]] = {}
-    for call in calls:
-        executor.order = int(call[2] >= WGMMA)  # those that wait before those that they wait for
-        expect_linear(executor, *call)
-        for place in executor.sites():
-            places.setdefault(place, []).append(call)
-    missed = unnoticed(executor, places, lambda call: expect_linear(executor, *call))
-    return missed, [fault for _, fault in places]
-
-
-def test_planted_faults_are_noticed(executor: Executor) -> None:
-    """A missing barrier, a wrong index, a swapped fragment, a copy not waited for: at every place of every kernel."""
-    calls: list[tuple[Any, ...]] = [
-        (battery.make(shape, dtype), rule, path, None) for shape, dtype, rule, path in PLANTED
-    ]
-    for shape, dtype, rule, path, prologue in PLANTED_AROUND:
-        case, around = make_around(shape, dtype, prologue)
-        calls.append((case, rule, path, around))
-    missed, kinds = unnoticed_in_layers(executor, calls)
-    assert not missed, "\n".join(missed)
-    assert all(
-        kinds.count(fault) > 1 for fault in (SKIP_BARRIER, SHIFT_INDEX, SWAP_FRAGMENT, SKIP_WAIT)
-    )

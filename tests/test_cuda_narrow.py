@@ -13,8 +13,8 @@ from test_cuda_executor import (
     expect_linear,
     make_around,
     pytestmark,
-    unnoticed_in_layers,
 )
+from test_cuda_faults import unnoticed_in_layers
 
 import battery
 from jaxint8 import RelativeThreshold, Threshold, TopK, reference

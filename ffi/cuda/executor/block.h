@@ -81,13 +81,11 @@ class Machine {
   unsigned order = 0;  // the order in which threads run between barriers: forwards, backwards, mixed
   int64_t multiprocessors = 2;
   std::map<std::string, int> sites;  // every site seen, with the fault that can be planted there
-  int64_t launches = 0, blocks = 0;
-  int worst_bank_conflict = 0;  // of LoadMatrix4: accesses to one bank in one phase
+  int worst_bank_conflict = 0;       // of LoadMatrix4: accesses to one bank in one phase
 
   void Reset() {
     buffers_.clear();
     sites.clear();
-    launches = blocks = 0;
     worst_bank_conflict = 0;
     launch_ = 0;
   }
@@ -121,13 +119,11 @@ class Machine {
     if (threads % 32 != 0 || threads < 32 || threads > 1024) throw Failure("launch: bad number of threads");
     if (cluster < 1 || cluster > 8 || blocks_count % cluster != 0) throw Failure("launch: bad size of clusters");
     if (shared_bytes > 227 * 1024) throw Failure("launch: more shared memory than a block may have");
-    ++launches;
     ++launch_;
     Prepare(threads, cluster);
     body_ = &body;
     block_count_ = blocks_count;
     for (first_block_ = 0; first_block_ < blocks_count; first_block_ += cluster) {
-      blocks += cluster;
       shared_.clear();
       for (int rank = 0; rank < cluster; ++rank) shared_.push_back(std::make_unique<SharedBlock>(shared_bytes));
       RunCluster();

@@ -73,8 +73,6 @@ const char* executor_run_block(const ExecutorCall* calls) {
   });
 }
 
-int64_t executor_launches() { return jaxint8::cuda::TheMachine().launches; }
-
 // "file:line fault" of every place of the last run where a fault can be planted, one a line.
 const char* executor_sites() {
   text.clear();
