@@ -23,7 +23,7 @@ struct GemvParams {
   int k;
   int piece, depth;    // bytes of a row of weights that are copied at once, and how many of these are on their way
   int64_t base, more;  // outputs of a warp, and how many warps have one more
-  int64_t up;          // the row of weights from which on are those that gates are for; 0: no gates
+  int64_t up;          // with gates: the row of weights from which on are those that these are for
   int64_t beside;      // see MakeGemvLayout
   Epilogue epilogue;
 };
@@ -54,7 +54,8 @@ JAXINT8_HOST_DEVICE constexpr int64_t GemvBeside(Prologue prologue, int rows, in
   return prologue == Prologue::kRmsNorm ? 4 * k : prologue == Prologue::kSiluGate ? rows * row_bytes : 0;
 }
 
-template <Type kType, int kRule, int kRows>
+// kGated: of two rows of weights, that of a gate and that of what it is for, comes one output.
+template <Type kType, int kRule, int kRows, bool kGated>
 class GemvKernel {
  public:
   using Params = GemvParams;
@@ -74,6 +75,7 @@ class GemvKernel {
   static_assert(kRows == 1 || kRule == 0, "several rows with a rule are sooner quantised by blocks of their own");
   static constexpr bool kHigh = kRule != static_cast<int>(Rule::kNone);
   static constexpr int kBytes = RowReader<kType, true>::kBytes;
+  static constexpr int kUnit = kGated ? 2 : 1;  // rows of weights for an output
 
   JAXINT8_DEVICE explicit GemvKernel(const Params& p)
       : p_(p),
@@ -85,7 +87,7 @@ class GemvKernel {
         full_(barriers_ + warp_ * kGemvDepth * 8) {
     // Warps of one number first, so that those with a row more are spread over the blocks.
     const int64_t turn = warp_ * BlockCount() + BlockIndex();
-    rows_ = static_cast<int>(p.base + (turn < p.more ? 1 : 0)) * (p.up > 0 ? 2 : 1);
+    rows_ = static_cast<int>(p.base + (turn < p.more ? 1 : 0)) * kUnit;
     first_ = p.base * turn + (turn < p.more ? turn : p.more);
     to_copy_ = int64_t{rows_} * p.k;
     from_ = p.w + first_ * p.k;
@@ -134,9 +136,9 @@ class GemvKernel {
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
         uint32_t y = Output(e, sums[r], row_scale_[r], scales.w_scale, scales.bias);
-        if (p_.up > 0) y = Gated(e, y, Shuffle(y, lane_ | 1));
-        if (lane_ < count && (p_.up == 0 || lane_ % 2 == 0)) {
-          StoreOutput(e, r, first_ + (row + lane_) / (p_.up > 0 ? 2 : 1), y, scales.residual[r]);
+        if constexpr (kGated) y = Gated(e, y, Shuffle(y, lane_ | 1));
+        if (lane_ < count && lane_ % kUnit == 0) {
+          StoreOutput(e, r, first_ + (row + lane_) / kUnit, y, scales.residual[r]);
         }
       }
     }
@@ -176,13 +178,13 @@ class GemvKernel {
     from_ = from_ + bytes;
     to_copy_ -= bytes;
     copied_ = left > bytes ? copied_ + bytes : 0;
-    if (p_.up > 0 && copied_ == 0) {
+    if (kGated && copied_ == 0) {
       from_ = from_ + (is_up_ ? -p_.up : p_.up - 1) * p_.k;
       is_up_ = !is_up_;
     }
   }
   // The row of weights of one of this warp's: a gate comes before what it is for.
-  JAXINT8_DEVICE int64_t RowOf(int row) const { return first_ + (p_.up > 0 ? row / 2 + row % 2 * p_.up : row); }
+  JAXINT8_DEVICE int64_t RowOf(int row) const { return first_ + (kGated ? row / 2 + row % 2 * p_.up : row); }
 
   JAXINT8_DEVICE Epilogue MyEpilogue() const {
     Epilogue e = p_.epilogue;

@@ -268,14 +268,21 @@ class Call {
   const char* GemvRule() {
     switch (p_.options.rule) {
       case Rule::kNone:
-        return p_.m == 1 ? GemvWith<GemvKernel<kType, 0, 1>>(1) : GemvWith<GemvKernel<kType, 0, 2>>(2);
+        return p_.m == 1 ? GemvGated<kType, Rule::kNone, 1>() : GemvGated<kType, Rule::kNone, 2>();
       case Rule::kThreshold:
-        return GemvWith<GemvKernel<kType, static_cast<int>(Rule::kThreshold), 1>>(1);
+        return GemvGated<kType, Rule::kThreshold, 1>();
       case Rule::kRelative:
-        return GemvWith<GemvKernel<kType, static_cast<int>(Rule::kRelative), 1>>(1);
+        return GemvGated<kType, Rule::kRelative, 1>();
       default:
-        return GemvWith<GemvKernel<kType, static_cast<int>(Rule::kTopK), 1>>(1);
+        return GemvGated<kType, Rule::kTopK, 1>();
     }
+  }
+
+  template <Type kType, Rule kRule, int kRows>
+  const char* GemvGated() {
+    constexpr int kNumber = static_cast<int>(kRule);
+    return p_.gated ? GemvWith<GemvKernel<kType, kNumber, kRows, true>>(kRows)
+                    : GemvWith<GemvKernel<kType, kNumber, kRows, false>>(kRows);
   }
 
   template <typename Kernel>
@@ -287,7 +294,7 @@ class Call {
     g.k = static_cast<int>(p_.k);
     g.base = n / warps;
     g.more = n % warps;
-    g.up = p_.gated ? n : 0;
+    g.up = n;
     const int64_t row_bytes = p_.k * TypeBytes(p_.type);
     g.beside = GemvBeside(p_.prologue, rows, row_bytes, p_.k);
     const int64_t rows_of_warp = (g.base + (g.more > 0)) * (p_.gated ? 2 : 1);
@@ -305,18 +312,24 @@ class Call {
 
   template <int kTiles, bool kHigh>
   const char* SkinnyWith(Ptr<const int8_t> lo, int64_t stride, Ptr<const int8_t> hi, Ptr<const int8_t> w) {
-    using Kernel = SkinnyKernel<kTiles, kHigh>;
+    return p_.gated ? SkinnyGated<kTiles, kHigh, true>(lo, stride, hi, w)
+                    : SkinnyGated<kTiles, kHigh, false>(lo, stride, hi, w);
+  }
+
+  template <int kTiles, bool kHigh, bool kGated>
+  const char* SkinnyGated(Ptr<const int8_t> lo, int64_t stride, Ptr<const int8_t> hi, Ptr<const int8_t> w) {
+    using Kernel = SkinnyKernel<kTiles, kHigh, kGated>;
+    constexpr int kUnit = kGated ? 2 : 1;
     const int64_t groups = (Outputs() + kStreamOutputs - 1) / kStreamOutputs;
     const int64_t blocks = groups < multiprocessors_ ? groups : multiprocessors_;
     const Prologue prologue = plan_.apart ? Prologue::kNone : p_.prologue;  // of the quantiser
     const int64_t staged = queue_.follows() ? StagedBytes(p_.type, p_.k, stride, prologue) : 0;
-    SkinnyShape shape = ChooseSkinny(kTiles, kHigh, Outputs(), p_.gated ? 2 : 1, p_.k, blocks, staged);
+    SkinnyShape shape = ChooseSkinny(kTiles, kHigh, Outputs(), kUnit, p_.k, blocks, staged);
     // Beside a long staged row there may be no room for one step: then its block comes when the quantiser's has ended.
-    if (shape.depth == 0) shape = ChooseSkinny(kTiles, kHigh, Outputs(), p_.gated ? 2 : 1, p_.k, blocks, 0);
+    if (shape.depth == 0) shape = ChooseSkinny(kTiles, kHigh, Outputs(), kUnit, p_.k, blocks, 0);
     SkinnyParams s{};
     s.m = p_.m;
-    s.n = Outputs();
-    s.up = p_.gated ? Outputs() : 0;
+    s.n = s.up = Outputs();
     s.k = p_.k;
     s.groups = shape.groups;
     s.depth = shape.depth;

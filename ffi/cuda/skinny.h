@@ -27,7 +27,7 @@ struct SkinnyParams {
   TileMap w;                 // boxes of [16][128]
   Ptr<const int8_t> lo, hi;  // [m][stride], to k; hi only with high parts
   int64_t m, n, k, stride;
-  int64_t up;         // the row of weights from which on are those that gates are for; 0: no gates
+  int64_t up;         // with gates: the row of weights from which on are those that these are for
   int groups, depth;  // groups at once, and steps of a warp on their way
   int early;          // of these, whose weights are asked for before the codes are there: the kernel before this one
                       // does not write them
@@ -47,8 +47,8 @@ JAXINT8_HOST_DEVICE constexpr SkinnyLayout MakeSkinnyLayout(int tiles, bool high
   return s;
 }
 
-// kTiles: of 8 rows of activations each.
-template <int kTiles, bool kHigh>
+// kTiles: of 8 rows of activations each. kGated: of two groups, of gates and of what they are for, come 16 outputs.
+template <int kTiles, bool kHigh, bool kGated>
 class SkinnyKernel {
  public:
   using Params = SkinnyParams;
@@ -66,7 +66,10 @@ class SkinnyKernel {
 
  private:
   static constexpr int kParts = kTiles * (kHigh ? 2 : 1);  // of 8 rows of codes: low, then high
-  static constexpr int kRows = 2 * kTiles;                 // that a thread stores, at most
+  static constexpr int kUnit = kGated ? 2 : 1;             // groups for 16 outputs
+  // Of the outputs of a turn a thread stores one column, and every so many rows from one on.
+  static constexpr int kColumns = kStreamOutputs * kSkinnyGroups / kUnit, kEvery = kMaxThreads / kColumns;
+  static constexpr int kRows = 8 * kTiles / kEvery;
 
   // What a warp multiplies in one step: some groups by one box of k.
   struct Step {
@@ -83,11 +86,11 @@ class SkinnyKernel {
     shared_ = SharedMemory() + (aligned - start);
     ring_ = aligned + static_cast<uint32_t>(warp_ * p.depth * layout_.step);
     full_ = aligned + static_cast<uint32_t>(layout_.barriers) + static_cast<uint32_t>(warp_) * kSkinnyDepth * 8;
-    const int all = static_cast<int>((p.n + kStreamOutputs - 1) / kStreamOutputs), unit = p.up > 0 ? 2 : 1;
+    const int all = static_cast<int>((p.n + kStreamOutputs - 1) / kStreamOutputs);
     const int blocks = static_cast<int>(BlockCount()), block = static_cast<int>(BlockIndex());
     const int each = all / blocks, more = all % blocks;
-    first_ = unit * (each * block + (block < more ? block : more));
-    last_ = first_ + unit * (each + (block < more ? 1 : 0));
+    first_ = kUnit * (each * block + (block < more ? block : more));
+    last_ = first_ + kUnit * (each + (block < more ? 1 : 0));
   }
 
   JAXINT8_DEVICE void Work() {
@@ -100,15 +103,13 @@ class SkinnyKernel {
     }
     WarpBarrier();  // the other lanes see the barriers
     WaitForPreviousKernel();
-    // Of the outputs of a turn: one column of a thread, and every so many rows from one on.
-    const int columns = kStreamOutputs * kSkinnyGroups / (p_.up > 0 ? 2 : 1), rows = kMaxThreads / columns;
-    const int row = ThreadIndex() / columns, column = ThreadIndex() % columns;
-    const int mine = column / kStreamOutputs * (p_.up > 0 ? 2 : 1);  // the group
+    const int row = ThreadIndex() / kColumns, column = ThreadIndex() % kColumns;
+    const int mine = column / kStreamOutputs * kUnit;  // the group
     float row_scale[kRows] = {};
     if (p_.epilogue.type != Type::kS32) {
 #pragma unroll
       for (int i = 0; i < kRows; ++i) {
-        if (row + rows * i < p_.m) row_scale[i] = Load(p_.epilogue.row_scale + (row + rows * i));
+        if (row + kEvery * i < p_.m) row_scale[i] = Load(p_.epilogue.row_scale + (row + kEvery * i));
       }
     }
     Step next = First();  // to be copied
@@ -121,18 +122,18 @@ class SkinnyKernel {
     uint32_t parity = 0;
     for (int group = first_; group < last_; group += p_.groups) {
       const int count = last_ - group < p_.groups ? last_ - group : p_.groups;
-      const int64_t n = int64_t{group} / (p_.up > 0 ? 2 : 1) * kStreamOutputs + column;
+      const int64_t n = int64_t{group} / kUnit * kStreamOutputs + column;
       const bool stores = mine < count && n < p_.n;
       float w_scale = 0, bias = 0, up_scale = 0, up_bias = 0;
       uint32_t residual[kRows] = {};
 #pragma unroll
       for (int i = 0; i < kRows; ++i) {
-        if (stores && row + rows * i < p_.m) residual[i] = LoadResidual(p_.epilogue, row + rows * i, n);
+        if (stores && row + kEvery * i < p_.m) residual[i] = LoadResidual(p_.epilogue, row + kEvery * i, n);
       }
       if (stores && p_.epilogue.type != Type::kS32) {
         w_scale = Load(p_.epilogue.w_scale + n);
         if (p_.epilogue.bias) bias = Load(p_.epilogue.bias + n);
-        if (p_.up > 0) {
+        if constexpr (kGated) {
           up_scale = Load(p_.epilogue.w_scale + p_.up + n);
           if (p_.epilogue.bias) up_bias = Load(p_.epilogue.bias + p_.up + n);
         }
@@ -157,13 +158,13 @@ class SkinnyKernel {
       if (!stores) continue;
 #pragma unroll
       for (int i = 0; i < kRows; ++i) {
-        if (row + rows * i >= p_.m) break;
-        const int at = (row + rows * i) * kSumStride + column % kStreamOutputs;
+        if (row + kEvery * i >= p_.m) break;
+        const int at = (row + kEvery * i) * kSumStride + column % kStreamOutputs;
         uint32_t y = Output(p_.epilogue, SumOf(mine, at), row_scale[i], w_scale, bias);
-        if (p_.up > 0) {
+        if constexpr (kGated) {
           y = Gated(p_.epilogue, y, Output(p_.epilogue, SumOf(mine + 1, at), row_scale[i], up_scale, up_bias));
         }
-        StoreOutput(p_.epilogue, row + rows * i, n, y, residual[i]);
+        StoreOutput(p_.epilogue, row + kEvery * i, n, y, residual[i]);
       }
     }
   }
@@ -189,7 +190,7 @@ class SkinnyKernel {
   }
   // The first row of weights of a group: one of gates comes before the one that they are for.
   JAXINT8_DEVICE int32_t RowOf(int group) const {
-    return p_.up > 0 ? group / 2 * kStreamOutputs + group % 2 * static_cast<int32_t>(p_.up) : group * kStreamOutputs;
+    return kGated ? group / 2 * kStreamOutputs + group % 2 * static_cast<int32_t>(p_.up) : group * kStreamOutputs;
   }
   // By the threads: the accelerator would bring them behind all the weights that it has been asked for.
   JAXINT8_DEVICE void CopyCodes(const Step& step, int slot) const {
