@@ -377,21 +377,26 @@ class Call {
                       int64_t w_stride) {
     SwappedParams s{};
     s.m = p_.m;
-    s.n = Outputs();
-    s.up = p_.gated ? Outputs() : 0;
+    s.n = s.up = Outputs();
     s.k = p_.k;
     s.epilogue = MakeEpilogue();
     const int rows = p_.m <= 32 ? 32 : 64;
     JAXINT8_TRY(MakeTileMap(&s.w, w, p_.n, p_.k, w_stride, p_.gated ? 64 : 128));
     JAXINT8_TRY(MakeTileMap(&s.lo, lo, p_.m, p_.k, stride, rows));
     if (hi) JAXINT8_TRY(MakeTileMap(&s.hi, hi, p_.m, p_.k, stride, rows));
-    if (rows == 32) return hi ? SwappedWith<SwappedKernel<32, true>>(s) : SwappedWith<SwappedKernel<32, false>>(s);
-    return hi ? SwappedWith<SwappedKernel<64, true>>(s) : SwappedWith<SwappedKernel<64, false>>(s);
+    if (rows == 32) return hi ? SwappedGated<32, true>(s) : SwappedGated<32, false>(s);
+    return hi ? SwappedGated<64, true>(s) : SwappedGated<64, false>(s);
+  }
+
+  template <int kTileN, bool kHigh>
+  const char* SwappedGated(SwappedParams& s) {
+    return p_.gated ? SwappedWith<SwappedKernel<kTileN, kHigh, true>>(s)
+                    : SwappedWith<SwappedKernel<kTileN, kHigh, false>>(s);
   }
 
   template <typename Kernel>
   const char* SwappedWith(SwappedParams& s) {
-    const int64_t outputs = p_.gated ? 64 : 128, tiles = (Outputs() + outputs - 1) / outputs;
+    const int64_t tiles = (Outputs() + Kernel::kOutputs - 1) / Kernel::kOutputs;
     s.cluster = ChooseCluster(128 * tiles, p_.k, multiprocessors_);
     s.stages = ChooseStages(128 * tiles, multiprocessors_, Kernel::kMinBlocks, Kernel::kStageBytes);
     s.early = queue_.follows() && !plan_.align_w ? EarlySteps(kSwappedEarly, p_.k, Kernel::kBytesW, s.stages) : 0;

@@ -19,18 +19,20 @@ namespace jaxint8::cuda {
 struct SwappedParams {
   TileMap w, lo, hi;  // boxes of [128][128], or [64][128] with gates, and [kTileN][128]; hi only with high parts
   int64_t m, n, k;    // n: outputs
-  int64_t up;         // the row of weights from which on are those that gates are for; 0: no gates
+  int64_t up;         // with gates: the row of weights from which on are those that these are for
   int cluster;        // blocks that share the k of a tile: 1, 2, 4 or 8; there are as many steps at least
   int stages;         // in shared memory
   int early;  // of these, whose weights are asked for before the codes are there: the kernel before does not write them
   Epilogue epilogue;
 };
 
-template <int kTileN, bool kHigh>
+// kGated: half of a tile's weights are those of gates, and the other half of what they are for.
+template <int kTileN, bool kHigh, bool kGated>
 class SwappedKernel {
  public:
   using Params = SwappedParams;
   static constexpr int kTileM = 128, kTileK = 128;
+  static constexpr int kOutputs = kGated ? kTileM / 2 : kTileM;  // columns of a tile
   static constexpr int kMaxThreads = 2 * 128 + 32;
   static constexpr int kMinBlocks = 2;
   static constexpr int kBytesW = kTileM * kTileK, kBytesX = kTileN * kTileK;
@@ -69,11 +71,10 @@ class SwappedKernel {
     int first, steps;
   };
   JAXINT8_DEVICE Tile MyTile() const {
-    const int64_t outputs = p_.up > 0 ? kTileM / 2 : kTileM;
-    const int64_t tile = BlockIndex() / p_.cluster, tiles_n = (p_.n + outputs - 1) / outputs;
+    const int64_t tile = BlockIndex() / p_.cluster, tiles_n = (p_.n + kOutputs - 1) / kOutputs;
     const int all = static_cast<int>((p_.k + kTileK - 1) / kTileK), rank = static_cast<int>(rank_);
     const int first = all * rank / p_.cluster;
-    return {static_cast<int32_t>(tile / tiles_n * kTileN), static_cast<int32_t>(tile % tiles_n * outputs), first,
+    return {static_cast<int32_t>(tile / tiles_n * kTileN), static_cast<int32_t>(tile % tiles_n * kOutputs), first,
             all * (rank + 1) / p_.cluster - first};
   }
 
@@ -104,7 +105,7 @@ class SwappedKernel {
     ArriveExpecting(full_ + 8 * stage, kStageBytes);
     const int32_t k = (tile.first + step) * kTileK;
     CopyTile(&p_.w, Stage(stage), full_ + 8 * stage, k, tile.n);
-    if (p_.up > 0) {
+    if constexpr (kGated) {
       CopyTile(&p_.w, Stage(stage) + kBytesW / 2, full_ + 8 * stage, k, static_cast<int32_t>(p_.up) + tile.n);
     }
   }
@@ -191,9 +192,9 @@ class SwappedKernel {
     const Epilogue& e = p_.epilogue;
     Scales s{};
     s.first = 4 * lane;
-    s.n = tile.n + (p_.up > 0 ? s.first % (kTileM / 2) : s.first);
+    s.n = tile.n + s.first % kOutputs;
     if (e.type == Type::kS32) return s;
-    const int64_t weight = s.n + (s.first < kTileM / 2 ? 0 : p_.up);
+    const int64_t weight = s.n + (s.first < kOutputs ? 0 : p_.up);
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       if (s.n + j >= p_.n) continue;
@@ -239,7 +240,7 @@ class SwappedKernel {
     const Epilogue& e = p_.epilogue;
     const int64_t left = p_.m - tile.m;
     const int rows = left < kTileN ? static_cast<int>(left) : kTileN;
-    const bool words = p_.n % 4 == 0 && scales.n < p_.n && p_.up == 0;
+    const bool words = !kGated && p_.n % 4 == 0 && scales.n < p_.n;
     Word4 residual = words && RowOf(0) < rows ? LoadWords(tile.m + RowOf(0), scales.n) : Word4{};
 #pragma unroll 1
     for (int turn = 0; RowOf(turn) < rows; ++turn) {
@@ -266,7 +267,7 @@ class SwappedKernel {
       for (int j = 0; j < 4; ++j) {
         y[j] = Output(e, static_cast<int32_t>(sum[j]), row_scale, scales.w_scale[j], scales.bias[j]);
       }
-      if (p_.up > 0) {
+      if constexpr (kGated) {
         WriteGated(e, m, n, y);
       } else if (words) {
         StoreRow(m, n, y, added);
