@@ -215,14 +215,14 @@ class GemvKernel {
     const Ptr<uint32_t> scratch = Cast<uint32_t>(shared + layout_.scratch);
     Barrier();
     WaitBarrier(XBarrier(), 0);
-    Team<false> team(scratch);
+    Team<> team(scratch);
     if (p_.rows.prologue.kind != Prologue::kNone) {
       PrologueParams prologue = p_.rows.prologue;
       prologue.norm = Cast<const float>(shared + layout_.lo);
 #pragma unroll 1
       for (int i = 0; i < kRows; ++i) {  // all of them before the first codes take their place
         const int at = i * kBytes * p_.k;
-        const MemoryRow<kType, true, false> in_place{{shared + (layout_.x + at), p_.k}, shared + (layout_.x + at)};
+        const MemoryRow<kType, true> in_place{{shared + (layout_.x + at), p_.k}, shared + (layout_.x + at)};
         ApplyPrologue(in_place, shared + (layout_.lo + at), prologue, team);
       }
     }

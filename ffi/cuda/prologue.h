@@ -61,7 +61,7 @@ JAXINT8_DEVICE void SiluGate(float (&gate)[kCount], const float (&up)[kCount]) {
 }
 
 // A row in memory, which is written to another place or the same.
-template <Type kType, bool kVector, bool kWarp>
+template <Type kType, bool kVector, int kTeams = 1>
 struct MemoryRow {
   RowReader<kType, kVector> reader;
   Ptr<uint8_t> to;
@@ -70,7 +70,7 @@ struct MemoryRow {
   template <bool kWrite, typename Body>
   JAXINT8_DEVICE void ForEach(Body body) const {
 #pragma unroll 1
-    for (int i = 8 * Team<kWarp>::Index(); i < reader.k; i += 8 * Team<kWarp>::Size()) {
+    for (int i = 8 * Team<kTeams>::Index(); i < reader.k; i += 8 * Team<kTeams>::Size()) {
       float v[8];
       reader.Read(i, v);
       body(i, v);
@@ -81,9 +81,9 @@ struct MemoryRow {
 
 // Does the prologue, which is not kNone, to a row; `up` is the row beside it that its gate is for. All threads of the
 // team call it, and each touches its own elements only.
-template <Type kType, bool kVector, bool kWarp>
-JAXINT8_DEVICE void ApplyPrologue(const MemoryRow<kType, kVector, kWarp>& row, Ptr<const uint8_t> up,
-                                  const PrologueParams& p, Team<kWarp>& team) {
+template <Type kType, bool kVector, int kTeams = 1>
+JAXINT8_DEVICE void ApplyPrologue(const MemoryRow<kType, kVector, kTeams>& row, Ptr<const uint8_t> up,
+                                  const PrologueParams& p, Team<kTeams>& team) {
   const int k = row.reader.k;
   if (p.kind == Prologue::kSiluGate) {
     const RowReader<kType, kVector> reader{up, k};
@@ -147,8 +147,8 @@ struct PrologueKernel {
     AllowNextKernel();
     const int64_t bytes = p.k * RowReader<kType, kVector>::kBytes, i = BlockIndex();
     const Ptr<const uint8_t> x = p.x + i * bytes * RowsOf(p.prologue.kind);
-    Team<false> team(Cast<uint32_t>(SharedMemory()));
-    const MemoryRow<kType, kVector, false> row{{x, static_cast<int>(p.k)}, p.y + i * bytes};
+    Team<> team(Cast<uint32_t>(SharedMemory()));
+    const MemoryRow<kType, kVector> row{{x, static_cast<int>(p.k)}, p.y + i * bytes};
     ApplyPrologue(row, x + bytes, p.prologue, team);
   }
 };

@@ -62,7 +62,7 @@ struct QuantizeKernel {
     AllowNextKernel();
     const int64_t i = BlockIndex();
     const Ptr<uint32_t> scratch = Cast<uint32_t>(SharedMemory());
-    Team<false> team(scratch);
+    Team<> team(scratch);
     Ptr<const uint8_t> x = p.x + i * RowsOf(p.prologue.kind) * p.k * kBytes;
     if constexpr (kStaged) {
       const Ptr<uint8_t> staged = SharedMemory() + kShared;
@@ -82,7 +82,7 @@ struct QuantizeKernel {
     if constexpr (kSparse) {
       scale = QuantizeSparse(p, i, row, out);
     } else {
-      scale = Quantize(p, i, row, out, scratch + RowScratch<false>::kPieces);
+      scale = Quantize(p, i, row, out, scratch + RowScratch::kPieces);
     }
     if (ThreadIndex() == 0) Store(p.row_scale + i, scale);
   }
@@ -122,7 +122,7 @@ struct QuantizeKernel {
 
   // Copies the row to shared memory and does what stands before the layer to it. Each thread copies, and then reads,
   // its own elements.
-  static JAXINT8_DEVICE void Stage(const Params& p, Ptr<const uint8_t> x, Ptr<uint8_t> to, Team<false>& team) {
+  static JAXINT8_DEVICE void Stage(const Params& p, Ptr<const uint8_t> x, Ptr<uint8_t> to, Team<>& team) {
     const int k = static_cast<int>(p.k), row_bytes = k * kBytes;
     const Prologue prologue = p.prologue.kind;
     PrologueParams staged = p.prologue;
@@ -133,7 +133,7 @@ struct QuantizeKernel {
     CopyAsyncCommit();
     CopyAsyncWait<0>();
     if (prologue == Prologue::kNone) return;
-    const MemoryRow<kType, kVector, false> in_place{{to, k}, to};
+    const MemoryRow<kType, kVector> in_place{{to, k}, to};
     ApplyPrologue(in_place, to + row_bytes, staged, team);
   }
 

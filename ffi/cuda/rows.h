@@ -1,5 +1,5 @@
-// Quantises one row of activations with a block or a warp: statistics, outlier rule, codes. The row is looked at two to
-// four times where it lies, which had better be shared memory.
+// Quantises one row of activations with a block or half of one: statistics, outlier rule, codes. The row is looked at
+// two to four times where it lies, which had better be shared memory.
 //
 // Every statistic is a maximum, a count or an integer sum, so the codes do not depend on the number of threads. What
 // takes the time is the instructions, and where blocks are few, fetching them: loops are not unrolled.
@@ -32,16 +32,15 @@ inline constexpr int kCandidates = 32;
 inline constexpr int kBins = 128;
 
 // Where things lie in the shared memory of a team that quantises rows, in words.
-template <bool kWarp>
 struct RowScratch {
-  static constexpr int kMaxima = kWarp ? 0 : kTeamWords;  // one a thread
-  static constexpr int kBinsAt = kMaxima + (kWarp ? 0 : 32 * kTeamMostWarps);
+  static constexpr int kMaxima = kTeamWords;  // one a thread
+  static constexpr int kBinsAt = kMaxima + 32 * kTeamMostWarps;
   static constexpr int kCount = kBinsAt + kBins;
   static constexpr int kList = kCount + 4;
   static constexpr int kPieces = kList + 2 * kCandidates;
-  static constexpr int kWords = (kPieces + (kWarp ? 0 : kPieceWords) + 31) / 32 * 32;
+  static constexpr int kWords = (kPieces + kPieceWords + 31) / 32 * 32;
 };
-inline constexpr int kScratchWords = RowScratch<false>::kWords;
+inline constexpr int kScratchWords = RowScratch::kWords;
 
 // Where a row goes. Pointers to shared or device memory.
 struct RowOutput {
@@ -71,11 +70,11 @@ inline constexpr int kMarked = 4;
 // All threads of the team call every function, with the same arguments. Between two rows with the same scratch there
 // must be a barrier. kRule: the rule, of token scope; or kMarked; or -1, if it is not known to the compiler: a kernel
 // of one rule is smaller.
-template <Type kType, bool kVector, int kRule = -1, bool kWarp = false>
+template <Type kType, bool kVector, int kRule = -1, int kTeams = 1>
 class Row {
  public:
   JAXINT8_DEVICE Row(Ptr<const uint8_t> data, int64_t k, const Options& options, Ptr<uint32_t> scratch,
-                     Team<kWarp>& team)
+                     Team<kTeams>& team)
       : row_{data, static_cast<int>(k)}, options_(options), scratch_(scratch), team_(team) {}
 
   // Sets the bits of this row's outliers in the marks; rows that are not finite have no say.
@@ -117,7 +116,7 @@ class Row {
  private:
   using Reader = RowReader<kType, kVector>;
   using Group = typename Reader::Group;
-  using Scratch = RowScratch<kWarp>;
+  using Scratch = RowScratch;
   struct Values {
     float v[8];
   };
@@ -260,12 +259,10 @@ class Row {
     uint32_t own = 0;
     ForEach(row_.k, [&](int, const Group& group) { own = Max(own, group.Largest()); });
     if (team_.Index() == 0) Store(candidates, 0u);
-    if constexpr (!kWarp) Store(scratch_ + (Scratch::kMaxima + team_.Index()), own);
+    Store(scratch_ + (Scratch::kMaxima + team_.Index()), own);
     team_.Sync();
-    if constexpr (!kWarp) {
 #pragma unroll 1
-      for (int w = 0; w < team_.Warps(); ++w) own = Max(own, Load(scratch_ + (Scratch::kMaxima + 32 * w + lane)));
-    }
+    for (int w = 0; w < team_.Warps(); ++w) own = Max(own, Load(scratch_ + (Scratch::kMaxima + 32 * w + lane)));
     const uint32_t absmax = WarpMax(own);
     if (absmax >= kInfinity || absmax == 0) return {absmax, absmax, 0, 0};
     if (count < row_.k && count <= kQuickTopK) {
@@ -438,7 +435,7 @@ class Row {
   const Reader row_;
   const Options& options_;
   const Ptr<uint32_t> scratch_;
-  Team<kWarp>& team_;
+  Team<kTeams>& team_;
 };
 
 }  // namespace jaxint8::cuda

@@ -130,16 +130,15 @@ class StreamKernel {
       lo_ = lo;
       hi_ = hi;
       stride_ = static_cast<int>(FusedStride(p_.k));
-      pieces_ = scratch + RowScratch<false>::kPieces;
+      pieces_ = scratch + RowScratch::kPieces;
       WaitForPreviousKernel();
       AllowNextKernel();
       const bool by_column = p_.rows.options.column_scope;
-      for (int j = ThreadIndex(); j < kPieceWords; j += BlockThreads())
-        Store(scratch + RowScratch<false>::kPieces + j, 0u);
+      for (int j = ThreadIndex(); j < kPieceWords; j += BlockThreads()) Store(scratch + RowScratch::kPieces + j, 0u);
       if (by_column) {
         for (int64_t j = ThreadIndex(); j < (p_.k + 31) / 32; j += BlockThreads()) Store(marks + j, 0u);
       }
-      Team<false> team(scratch);
+      Team<> team(scratch);
       for (int pass = by_column ? 0 : 1; pass < 2; ++pass) {
         for (int64_t i = 0; i < p_.m; ++i) {
           Barrier();  // the scratch is free, and the marks are there
@@ -149,8 +148,9 @@ class StreamKernel {
             row.Mark(marks);
             continue;
           }
-          const RowOutput out{lo + i * stride_, HasHi(p_) ? hi + i * stride_ : Ptr<int8_t>{}, stride_, marks,
-                              Ptr<uint32_t>{},  scratch + RowScratch<false>::kPieces};
+          const RowOutput out{lo + i * stride_, HasHi(p_) ? hi + i * stride_ : Ptr<int8_t>{},
+                              stride_,          marks,
+                              Ptr<uint32_t>{},  scratch + RowScratch::kPieces};
           const float scale = row.Quantize(out);
           if (ThreadIndex() == 0) Store(Cast<float>(shared + layout_.scales) + i, scale);
         }

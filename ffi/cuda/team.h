@@ -1,4 +1,4 @@
-// The threads that work on one row: a block, or a warp of it. Maxima and exact sums over them.
+// The threads that work on one row: a block, or half of one. Maxima and exact sums over them.
 #ifndef JAXINT8_FFI_CUDA_TEAM_H_
 #define JAXINT8_FFI_CUDA_TEAM_H_
 
@@ -11,22 +11,23 @@ inline constexpr int kTeamMostWarps = 16;
 inline constexpr int kTeamWords = 2 * 4 * kTeamMostWarps;
 
 // All threads of the team call every function. Those that return something shared have at most one barrier: a buffer is
-// written again after the next one.
-template <bool kWarp>
+// written again after the next one. kTeams: of the block, one or two, which do not wait for each other.
+template <int kTeams = 1>
 class Team {
  public:
   JAXINT8_DEVICE explicit Team(Ptr<uint32_t> words) : words_(words) {}
 
-  static JAXINT8_DEVICE int Index() { return kWarp ? Lane() : ThreadIndex(); }
-  static JAXINT8_DEVICE int Size() { return kWarp ? 32 : BlockThreads(); }
-  static JAXINT8_DEVICE int Warps() { return kWarp ? 1 : static_cast<int>(static_cast<unsigned>(BlockThreads()) / 32); }
-  static JAXINT8_DEVICE int Warp() { return kWarp ? 0 : static_cast<int>(static_cast<unsigned>(ThreadIndex()) / 32); }
+  static JAXINT8_DEVICE int Number() { return kTeams > 1 && ThreadIndex() >= Size() ? 1 : 0; }
+  static JAXINT8_DEVICE int Index() { return ThreadIndex() - Number() * Size(); }
+  static JAXINT8_DEVICE int Size() { return static_cast<int>(static_cast<unsigned>(BlockThreads()) / kTeams); }
+  static JAXINT8_DEVICE int Warps() { return static_cast<int>(static_cast<unsigned>(Size()) / 32); }
+  static JAXINT8_DEVICE int Warp() { return static_cast<int>(static_cast<unsigned>(Index()) / 32); }
   static JAXINT8_DEVICE int Lane() { return static_cast<int>(static_cast<unsigned>(ThreadIndex()) % 32); }
   static JAXINT8_DEVICE void Sync() {
-    if constexpr (kWarp) {
-      WarpBarrier();
-    } else {
+    if constexpr (kTeams == 1) {
       Barrier();
+    } else {
+      PartBarrier(1 + Number(), Size());
     }
   }
 
@@ -62,6 +63,8 @@ class Team {
   }
 
  private:
+  static_assert(kTeams == 1 || kTeams == 2);
+
   // Afterwards each lane has the values of the warp of its number, 0 if there is none.
   JAXINT8_DEVICE void Exchange(uint32_t (&v)[4]) {
     turn_ ^= 1;
