@@ -10,6 +10,7 @@
 #include <setjmp.h>
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <deque>
@@ -195,8 +196,7 @@ class Machine {
     }
   }
 
-  // Of some threads of the block, wherever in the source they wait. What happened in the block before is known to them
-  // afterwards.
+  // Of some threads of the block, wherever in the source they wait. What these did before is known to them afterwards.
   void PartBarrier(int number, int threads, const Site& site) {
     if (number < 1 || number > 15 || threads % 32 != 0) Fail(site, "bad barrier");
     if (Planted(site, Fault::kSkipBarrier)) return;
@@ -207,11 +207,14 @@ class Machine {
     waiting.push_back(current_);
     if (static_cast<int>(waiting.size()) < threads) return Yield();
     ++time_;
-    for (const int other : waiting) {
-      fibers_[other].state = State::kReady;
-      fibers_[other].synced_block = time_;
-    }
+    std::sort(waiting.begin(), waiting.end());
+    const auto part = std::make_shared<const std::vector<int>>(std::move(waiting));
     waiting.clear();
+    for (const int other : *part) {
+      fibers_[other].state = State::kReady;
+      fibers_[other].synced_part = time_;
+      fibers_[other].part = part;
+    }
   }
 
   // Of all threads of the cluster, wherever in the source they wait.
@@ -304,7 +307,8 @@ class Machine {
     std::vector<std::vector<Copy>> groups;
     std::vector<std::pair<int64_t, int64_t>> unfenced;  // stores to shared memory: offset, bytes
     uint32_t synced = 0;                                // what happened before this time is known to this thread
-    uint32_t synced_block = 0;                          // the same of what happened in its block
+    uint32_t synced_part = 0;                           // the same of what the threads of its part have done
+    std::shared_ptr<const std::vector<int>> part;       // in order
     std::function<uint32_t()>* done = nullptr;
   };
   // The shared memory of a block.
@@ -359,7 +363,8 @@ class Machine {
       f.open.clear();
       f.groups.clear();
       f.unfenced.clear();
-      f.synced = f.synced_block = 0;
+      f.synced = f.synced_part = 0;
+      f.part.reset();
     }
     error_ = nullptr;
     const int n = static_cast<int>(fibers_.size());
@@ -433,7 +438,9 @@ class Machine {
     const bool same_cluster = a.block >= first_block_ && a.block < first_block_ + static_cast<int64_t>(shared_.size());
     if (same_cluster && a.time < fibers_[current_].synced) return true;
     if (a.block != static_cast<uint32_t>(block())) return false;
-    if (a.block_epoch < block_epoch_[static_cast<size_t>(rank())] || a.time < fibers_[current_].synced_block) {
+    if (a.block_epoch < block_epoch_[static_cast<size_t>(rank())]) return true;
+    const Fiber& f = fibers_[current_];
+    if (a.time < f.synced_part && std::binary_search(f.part->begin(), f.part->end(), a.thread)) {
       return true;
     }
     if (!other_threads && a.thread == current_) return true;
