@@ -187,6 +187,7 @@ def test_bits_are_those_of_three_layers(
     [
         ((1, 64, 96, 48), TopK(8), True),
         ((2, 48, 64, 37), None, True),
+        ((2, 48, 64, 37), RelativeThreshold(3.0), True),
         ((11, 48, 64, 337), RelativeThreshold(3.0), True),
         ((20, 16, 2576, 37), None, True),
         ((60, 16, 2576, 70), TopK(8), True),
@@ -215,7 +216,7 @@ def test_the_second_layer_does_the_gate(
 
 @pytest.mark.parametrize("kind", ["nan", "zero_rows", "ties", "minus_128"])
 def test_rows_that_are_not_ordinary(executor: Executor, kind: str) -> None:
-    for m in (1, 5, 20):
+    for m in (1, 2, 5, 20):
         expect(executor, make((m, 48, 64, 48), ml_dtypes.bfloat16, kind), RelativeThreshold())
 
 

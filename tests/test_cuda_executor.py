@@ -308,10 +308,30 @@ def test_stream(executor: Executor, shape: tuple[int, int, int]) -> None:
 )
 def test_gemv(executor: Executor, shape: tuple[int, int, int]) -> None:
     for number, rule in enumerate(
-        (None, Threshold(2.0, "column"), RelativeThreshold(3.0), TopK(8))
+        (
+            None,
+            Threshold(2.0, "column"),
+            RelativeThreshold(3.0),
+            TopK(8),
+            Threshold(1.0, "token"),
+            TopK(30),
+        )
     ):
         executor.order = number % 3
         expect_linear(executor, battery.make(shape, battery.DTYPES[number % 3]), rule, WGMMA)
+        takes = shape[0] == 1 or rule is None
+        assert takes == any(place.startswith("gemv.h") for place, _ in executor.sites())
+
+
+# Rows side by side, each by half of a block or by one of its own, of which one may be sooner done than the other.
+@pytest.mark.parametrize("prologue", [0, RMS_NORM, SILU_GATE])
+@pytest.mark.parametrize("kind", sorted(battery.KINDS))
+def test_two_rows_of_all_kinds(executor: Executor, kind: str, prologue: int) -> None:
+    dtype = np.float32 if kind in battery.FLOAT32_ONLY else ml_dtypes.bfloat16
+    for number, rule in enumerate((None, RelativeThreshold(), TopK(8))):
+        executor.order = number % 3
+        case, around = make_around((2, 272, 10), dtype, prologue, kind)
+        expect_linear(executor, case, rule, WGMMA, around)
 
 
 # One group of outputs for a block and several turns of them, boxes of k for some warps and several for each.

@@ -57,6 +57,7 @@ PLANTED = [
 PLANTED_AROUND = [
     ((1, 272, 34), ml_dtypes.bfloat16, None, WGMMA, RMS_NORM),
     ((2, 272, 530), ml_dtypes.bfloat16, None, WGMMA, SILU_GATE),
+    ((2, 144, 34), ml_dtypes.bfloat16, None, WGMMA, RMS_NORM),
     ((3, 520, 17), ml_dtypes.bfloat16, RelativeThreshold(3.0), WGMMA, RMS_NORM),
     ((3, 1048, 12), np.float32, None, WGMMA, RMS_NORM),
     ((18, 24, 32), ml_dtypes.bfloat16, TopK(2), WGMMA, SILU_GATE),

@@ -2,8 +2,8 @@
 //
 // Every warp has rows of the weights of its own, which the copy engine brings to shared memory in pieces, several
 // ahead: together nearly all of a multiprocessor's shared memory is on its way before the block quantises x, so that
-// the weights arrive while it does. No warp waits for another after that. What is asked for first comes first: x goes
-// ahead of the weights, and is kept in shared memory as well.
+// the weights arrive while it does; of two rows each is done by half of the block. No warp waits for another after
+// that. What is asked for first comes first: x goes ahead of the weights, and is kept in shared memory as well.
 //
 // High parts are multiplied in full: reading the weights takes longer than both products.
 #ifndef JAXINT8_FFI_CUDA_GEMV_H_
@@ -32,18 +32,18 @@ inline constexpr int kGemvWarps = 16;
 inline constexpr int kGemvPiece = 4096;  // at most
 inline constexpr int kGemvDepth = 8;     // at most
 
-// Shared memory of a block: pieces of weights, barriers (the last of them that of x), scratch, x, codes. Where the
-// codes will be, there are first as many bytes `beside` the rows as the prologue needs.
+// Shared memory of a block: pieces of weights, barriers (the last of them that of x), scales of the rows, scratch of
+// each, x, codes. Where the codes will be, there are first as many bytes `beside` the rows as the prologue needs.
 struct GemvLayout {
-  int64_t barriers, scratch, x, lo, hi, bytes;
+  int64_t barriers, scales, scratch, x, lo, hi, bytes;
 };
 JAXINT8_HOST_DEVICE constexpr GemvLayout MakeGemvLayout(int rows, int64_t row_bytes, int64_t k, int piece, int depth,
                                                         int64_t beside) {
   GemvLayout s{};
   s.barriers = int64_t{kGemvWarps} * depth * piece;
-  s.scratch = s.barriers + (kGemvWarps * kGemvDepth + 1) * 8;
-  s.scratch = (s.scratch + 127) / 128 * 128;
-  s.x = s.scratch + 4 * kScratchWords;
+  s.scales = s.barriers + (kGemvWarps * kGemvDepth + 1) * 8;
+  s.scratch = (s.scales + 4 * rows + 127) / 128 * 128;
+  s.x = s.scratch + rows * 4 * kScratchWords;
   s.lo = s.x + rows * row_bytes;
   s.hi = s.lo + rows * k;
   s.bytes = s.lo + (beside > 2 * rows * k ? beside : 2 * rows * k);
@@ -210,30 +210,30 @@ class GemvKernel {
   }
 
   JAXINT8_DEVICE void Quantize() {
-    using MyRow = Row<kType, true, kRule>;
-    const Ptr<uint8_t> shared = SharedMemory();
-    const Ptr<uint32_t> scratch = Cast<uint32_t>(shared + layout_.scratch);
+    const int mine = Team<kRows>::Number(), at = mine * kBytes * p_.k;
+    const Ptr<uint8_t> shared = SharedMemory(), x = shared + (layout_.x + at);
+    const Ptr<uint32_t> scratch = Cast<uint32_t>(shared + layout_.scratch) + mine * kScratchWords;
     Barrier();
     WaitBarrier(XBarrier(), 0);
-    Team<> team(scratch);
+    Team<kRows> team(scratch);
     if (p_.rows.prologue.kind != Prologue::kNone) {
       PrologueParams prologue = p_.rows.prologue;
       prologue.norm = Cast<const float>(shared + layout_.lo);
-#pragma unroll 1
-      for (int i = 0; i < kRows; ++i) {  // all of them before the first codes take their place
-        const int at = i * kBytes * p_.k;
-        const MemoryRow<kType, true> in_place{{shared + (layout_.x + at), p_.k}, shared + (layout_.x + at)};
-        ApplyPrologue(in_place, shared + (layout_.lo + at), prologue, team);
-      }
+      const MemoryRow<kType, true, kRows> in_place{{x, p_.k}, x};
+      ApplyPrologue(in_place, shared + (layout_.lo + at), prologue, team);
+      if constexpr (kRows > 1) Barrier();  // one row's codes take the place of what the other is made with
     }
-#pragma unroll
-    for (int i = 0; i < kRows; ++i) {
-      MyRow row(shared + layout_.x + i * kBytes * p_.k, p_.k, p_.rows.options, scratch, team);
-      RowOutput out{Cast<int8_t>(shared + layout_.lo) + i * p_.k, {}, p_.k, {}, {}, {}};
-      if constexpr (kHigh) out.hi = Cast<int8_t>(shared + layout_.hi) + i * p_.k;
-      row_scale_[i] = row.Quantize(out);
-    }
+    Row<kType, true, kRule, kRows> row(x, p_.k, p_.rows.options, scratch, team);
+    RowOutput out{Cast<int8_t>(shared + layout_.lo) + mine * p_.k, {}, p_.k, {}, {}, {}};
+    if constexpr (kHigh) out.hi = Cast<int8_t>(shared + layout_.hi) + mine * p_.k;
+    row_scale_[0] = row.Quantize(out);
+    const Ptr<float> scales = Cast<float>(shared + layout_.scales);
+    if (kRows > 1 && team.Index() == 0) Store(scales + mine, row_scale_[0]);
     Barrier();
+    if constexpr (kRows > 1) {
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) row_scale_[r] = Load(scales + r);
+    }
   }
 
   // Adds the products of the piece in the slot, at `at` of its row.

@@ -20,7 +20,7 @@ inline constexpr int64_t kStreamM = 16;
 inline constexpr int64_t kFusedM = 2;
 inline constexpr int64_t kFusedActivations = 16384;
 // The same on Hopper (gemv.h), if the activations leave shared memory for two pieces of weights for each warp. With a
-// rule one row: two of them one after the other take longer than a kernel of their own.
+// rule one row: to quantise two of them takes a block as long as a kernel of their own.
 inline constexpr int64_t kGemvM = 2;
 // Codes in the workspace: rows padded with zeros to a multiple of this.
 inline constexpr int64_t kCodeAlign = 256;
