@@ -198,10 +198,13 @@ def _attend_one_by_sums(
     b, _, heads, width = query.shape
     group = (b, keys.shape[1], heads // keys.shape[1], width, 1)
     scaled = query.astype(jnp.float32).reshape(group) * np.float32(width**-0.5)
-    scores = jnp.sum(scaled * keys[:, :, None].astype(jnp.float32), axis=3)
+    # Minus infinity is added to what is not seen, made once for all layers: with a select in each, XLA:CPU would not do
+    # the products, their maximum and the exponentials in one pass.
+    seen = jnp.where(mask, np.float32(0), -jnp.inf)
     if bias is not None:
-        scores += bias.reshape(scores.shape)
-    share = jax.nn.softmax(jnp.where(mask, scores, -jnp.inf), axis=-1)
+        seen = (seen + bias).reshape(*group[:3], -1)
+    scores = jnp.sum(scaled * keys[:, :, None].astype(jnp.float32), axis=3) + seen
+    share = jax.nn.softmax(scores, axis=-1)
     y = jnp.sum(share[..., None] * values[:, :, None].astype(jnp.float32), axis=3)
     return y.reshape(query.shape).astype(query.dtype)
 
