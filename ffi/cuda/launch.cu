@@ -2,7 +2,7 @@
 // for the block executor.
 #include <cstdint>
 
-#include "call.h"
+#include "dispatch.h"
 #include "host.h"
 #include "int8.h"
 #include "plan.h"

@@ -1,6 +1,6 @@
 // One call: the kernels that its plan names, with their parameters, queued.
-#ifndef JAXINT8_FFI_CUDA_CALL_H_
-#define JAXINT8_FFI_CUDA_CALL_H_
+#ifndef JAXINT8_FFI_CUDA_DISPATCH_H_
+#define JAXINT8_FFI_CUDA_DISPATCH_H_
 
 #include <cstdint>
 #include <iterator>
@@ -484,4 +484,4 @@ class Call {
 }  // namespace
 }  // namespace jaxint8::cuda
 
-#endif  // JAXINT8_FFI_CUDA_CALL_H_
+#endif  // JAXINT8_FFI_CUDA_DISPATCH_H_
