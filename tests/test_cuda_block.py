@@ -5,14 +5,15 @@ What is special about them: the second one's outputs have been through the MLP's
 
 import ctypes
 import dataclasses
-import shutil
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 import pytest
-from test_cuda_executor import (
-    COMPILER,
+from test_cuda_faults import unnoticed
+
+import battery
+from cuda_executor import (
     LINEAR,
     RMS_NORM,
     SHIFT_INDEX,
@@ -25,12 +26,7 @@ from test_cuda_executor import (
     aligned,
     copy,
 )
-from test_cuda_faults import unnoticed
-
-import battery
 from jaxint8 import RelativeThreshold, Threshold, TopK, reference
-
-pytestmark = pytest.mark.skipif(shutil.which(COMPILER) is None, reason="no C++ compiler")
 
 EPSILON = 1e-5
 RULES = [None, Threshold(2.0, "token"), RelativeThreshold(3.0), TopK(8)]

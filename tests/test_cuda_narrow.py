@@ -5,21 +5,18 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from test_cuda_executor import (
+from test_cuda_faults import unnoticed_in_layers
+
+import battery
+from cuda_executor import (
     NARROW,
     RMS_NORM,
     SILU_GATE,
     Executor,
     expect_linear,
     make_around,
-    pytestmark,
 )
-from test_cuda_faults import unnoticed_in_layers
-
-import battery
 from jaxint8 import RelativeThreshold, Threshold, TopK, reference
-
-__all__ = ["pytestmark"]  # what pytest finds here
 
 
 # One step of k and several, fewer stages than steps, tiles of every width and more of them than multiprocessors, some

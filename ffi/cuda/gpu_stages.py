@@ -15,10 +15,10 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import test_cuda_block
-import test_cuda_executor as tests
 from gpu_check import BUILD, ROOT, SITE, run
 
 import battery
+import cuda_executor as tests
 import jaxint8
 from jaxint8 import RelativeThreshold, Threshold, TopK, kernels, reference
 from jaxint8.block import Block, Weights, mlp_block

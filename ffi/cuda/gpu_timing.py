@@ -14,11 +14,11 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-import test_cuda_executor as tests
 from gpu_check import STAGES, find_nvcc, run
 from gpu_stages import gpu_executor
 
 import battery
+import cuda_executor as tests
 import jaxint8
 from jaxint8 import RelativeThreshold, Threshold, TopK
 

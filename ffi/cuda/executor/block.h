@@ -51,10 +51,11 @@ struct Failure : std::runtime_error {
 // Who touched a byte and when. Two touches are ordered if a barrier of the block, or one of their warp, lies between,
 // or a phase of a barrier in memory (or a cluster's barrier) that ended after the one and was waited for by the other.
 struct Touch {
-  int32_t thread = -1;   // -1: never
-  bool several = false;  // other threads as well since the last barrier (reads)
+  // Of those that are not certain to come before one another, as reads may be: the first and the last of the threads
+  // and of the blocks, and the latest touch. -1: never.
+  int32_t first_thread = -1, last_thread = -1;
   bool atomic = false;
-  uint32_t launch = 0, block = 0, block_epoch = 0, warp_epoch = 0, time = 0;
+  uint32_t launch = 0, first_block = 0, last_block = 0, block_epoch = 0, warp_epoch = 0, time = 0;
 };
 
 struct Shadow {
@@ -422,48 +423,56 @@ class Machine {
   }
 
   Touch Now(bool atomic) const {
-    return {current_,
-            false,
-            atomic,
-            launch_,
-            static_cast<uint32_t>(block()),
-            block_epoch_[static_cast<size_t>(rank())],
-            warps_[current_ / 32].epoch,
-            time_};
+    const auto here = static_cast<uint32_t>(block());
+    const uint32_t block_epoch = block_epoch_[static_cast<size_t>(rank())], warp_epoch = warps_[current_ / 32].epoch;
+    return {current_, current_, atomic, launch_, here, here, block_epoch, warp_epoch, time_};
   }
 
-  // Whether touch a is certain to come before one that happens now.
-  bool Before(const Touch& a, bool other_threads) const {
-    if (a.thread < 0 || a.launch != launch_) return true;
-    const bool same_cluster = a.block >= first_block_ && a.block < first_block_ + static_cast<int64_t>(shared_.size());
-    if (same_cluster && a.time < fibers_[current_].synced) return true;
-    if (a.block != static_cast<uint32_t>(block())) return false;
-    if (a.block_epoch < block_epoch_[static_cast<size_t>(rank())]) return true;
+  // Whether touches a are certain to come before one that happens now.
+  bool Before(const Touch& a) const {
+    if (a.first_thread < 0 || a.launch != launch_) return true;
     const Fiber& f = fibers_[current_];
-    if (a.time < f.synced_part && std::binary_search(f.part->begin(), f.part->end(), a.thread)) {
-      return true;
-    }
-    if (!other_threads && a.thread == current_) return true;
-    return a.thread / 32 == current_ / 32 && a.warp_epoch < warps_[current_ / 32].epoch;
+    const int64_t next_cluster = first_block_ + static_cast<int64_t>(shared_.size());
+    if (a.first_block >= first_block_ && a.last_block < next_cluster && a.time < f.synced) return true;
+    const auto here = static_cast<uint32_t>(block());
+    if (a.first_block != here || a.last_block != here) return false;
+    if (a.block_epoch < block_epoch_[static_cast<size_t>(rank())]) return true;
+    if (a.time < f.synced_part && InPart(*f.part, a)) return true;
+    if (a.first_thread == current_ && a.last_thread == current_) return true;
+    const int warp = current_ / 32;
+    return a.first_thread / 32 == warp && a.last_thread / 32 == warp && a.warp_epoch < warps_[warp].epoch;
+  }
+
+  // Whether all threads between the first and the last, any of which may have touched, are in the part.
+  static bool InPart(const std::vector<int>& part, const Touch& a) {
+    const auto first = std::lower_bound(part.begin(), part.end(), a.first_thread);
+    const int64_t after = a.last_thread - a.first_thread;
+    return part.end() - first > after && *first == a.first_thread && first[after] == a.last_thread;
   }
 
   void Touched(Shadow& s, bool write, bool atomic, const Site& site) {
-    if (!(s.write.atomic && atomic) && !Before(s.write, false)) {
-      Fail(site,
-           std::string(write ? "write" : "read") + " races with a write of thread " + std::to_string(s.write.thread));
+    if (!(s.write.atomic && atomic) && !Before(s.write)) {
+      Fail(site, std::string(write ? "write" : "read") + " races with a write of thread " +
+                     std::to_string(s.write.last_thread));
     }
     if (write) {
-      if (!(s.read.atomic && atomic) && !Before(s.read, s.read.several)) {
-        Fail(site, "write races with a read of thread " + std::to_string(s.read.thread));
+      if (!(s.read.atomic && atomic) && !Before(s.read)) {
+        Fail(site, "write races with a read of thread " + std::to_string(s.read.last_thread));
       }
       s.write = Now(atomic);
       s.defined = true;
-    } else {
-      if (!s.defined) Fail(site, "reads memory that nothing has written");
-      const bool joins = !Before(s.read, false) || (s.read.thread >= 0 && s.read.several && !Before(s.read, true));
-      s.read = Now(atomic);
-      s.read.several = joins;
+      return;
     }
+    if (!s.defined) Fail(site, "reads memory that nothing has written");
+    Touch now = Now(atomic);
+    if (!Before(s.read)) {
+      now.first_thread = std::min(now.first_thread, s.read.first_thread);
+      now.last_thread = std::max(now.last_thread, s.read.last_thread);
+      now.first_block = std::min(now.first_block, s.read.first_block);
+      now.last_block = std::max(now.last_block, s.read.last_block);
+      now.atomic = atomic && s.read.atomic;
+    }
+    s.read = now;
   }
 
   std::vector<std::unique_ptr<Buffer>> buffers_;

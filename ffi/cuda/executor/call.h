@@ -6,7 +6,7 @@
 
 #include "../int8.h"
 
-// Mirrored by Call in tests/test_cuda_executor.py.
+// Mirrored by Call in tests/cuda_executor.py.
 struct ExecutorCall {
   int32_t kind, rule, column_scope, path, type, planted_fault;
   float value;

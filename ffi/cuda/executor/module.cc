@@ -80,5 +80,36 @@ const char* executor_sites() {
   return text.c_str();
 }
 
+// What is said of a byte that threads read without a barrier between them, and that then the last of them to read,
+// behind a barrier, writes. readers: 0: in both halves of a block; 1: in one half of it, 2: in two blocks, 3: in a
+// warp. barrier: 0: of its half, 1: of its block, 2: of its warp.
+const char* executor_race(int32_t readers, int32_t barrier, int32_t order) {
+  using namespace jaxint8::cuda;
+  Machine& machine = TheMachine();
+  machine.Reset();
+  machine.plant = {};
+  machine.order = static_cast<unsigned>(order);
+  static uint8_t byte;
+  machine.Add(&byte, 1, true);
+  const Ptr<uint8_t> p = Memory<uint8_t>(&byte, 1);
+  const auto body = [&] {
+    const int half = ThreadIndex() / 64;
+    const bool last_block = BlockIndex() + 1 == BlockCount();
+    const bool reads = readers == 0 ? true : readers == 3 ? ThreadIndex() / 32 == 3 : half == 1;
+    if (reads) Load(p);
+    if (barrier == 0) PartBarrier(1 + half, 64);
+    if (barrier == 1) Barrier();
+    if (barrier == 2) WarpBarrier();
+    if (ThreadIndex() == 127 && last_block) Store(p, uint8_t{1});
+  };
+  try {
+    machine.Launch(readers == 2 ? 2 : 1, 128, 0, 1, body);
+  } catch (const std::exception& e) {
+    text = e.what();
+    return text.c_str();
+  }
+  return nullptr;
+}
+
 int32_t executor_worst_bank_conflict() { return jaxint8::cuda::TheMachine().worst_bank_conflict; }
 }

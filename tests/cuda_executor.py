@@ -1,0 +1,239 @@
+"""What tests of the CUDA kernels on the CPU share: the executor (ffi/cuda/executor), which checks every access."""
+
+import ctypes
+import dataclasses
+import os
+import pathlib
+import subprocess
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+import battery
+from jaxint8 import RelativeThreshold, Threshold, TopK, reference
+
+SOURCE = pathlib.Path(__file__).parents[1] / "ffi" / "cuda" / "executor" / "module.cc"
+TYPES = {np.dtype(np.float32): 0, np.dtype(ml_dtypes.bfloat16): 1, np.dtype(np.float16): 2}
+RULES = {type(None): 0, Threshold: 1, RelativeThreshold: 2, TopK: 3}
+QUANTIZE, PRODUCT, LINEAR, PROLOGUE = range(4)
+RMS_NORM, SILU_GATE = 1, 2
+AUTO, STREAM, TILED, WGMMA, SPARSE, NARROW = -1, 0, 1, 2, 3, 4
+SKIP_BARRIER, SHIFT_INDEX, SWAP_FRAGMENT, SKIP_WAIT = range(1, 5)
+
+COMPILER = os.environ.get("CXX", "c++")
+
+
+class Call(ctypes.Structure):
+    """Mirror of ExecutorCall in module.cc."""
+
+    _fields_ = (
+        *(
+            (name, ctypes.c_int32)
+            for name in ("kind", "rule", "column_scope", "path", "type", "planted_fault")
+        ),
+        ("value", ctypes.c_float),
+        ("order", ctypes.c_int32),
+        ("prologue", ctypes.c_int32),
+        ("epsilon", ctypes.c_float),
+        *((name, ctypes.c_int64) for name in ("topk", "m", "k", "n", "multiprocessors")),
+        *(
+            (name, ctypes.c_void_p)
+            for name in (
+                *("x", "w", "w_scale", "bias", "norm", "residual"),
+                *("y", "lo", "hi", "row_scale", "workspace"),
+            )
+        ),
+        ("workspace_bytes", ctypes.c_int64),
+        ("planted_site", ctypes.c_char_p),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Around:
+    """What stands before a layer and is added behind it."""
+
+    prologue: int = 0
+    epsilon: float = 0.0
+    norm: np.ndarray | None = None  # float32[k]; of RMS_NORM
+    residual: np.ndarray | None = None  # x.dtype[m, n]
+    in_place: bool = False  # the residual's buffer is that of the result
+
+    def rows(self, x: np.ndarray) -> np.ndarray:
+        """Returns the rows of the layer for its input, by the oracle."""
+        if self.prologue == RMS_NORM:
+            assert self.norm is not None
+            return reference.rms_norm(x, self.norm, self.epsilon)
+        return reference.silu_gate(x) if self.prologue == SILU_GATE else x
+
+
+class ExecutorError(Exception):
+    """What the executor found wrong."""
+
+
+def aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """Returns an uninitialised array that starts at a multiple of 256 bytes, as device buffers do, poisoned."""
+    dtype = np.dtype(dtype)
+    size = int(np.prod(shape)) * dtype.itemsize
+    raw = np.full(size + 256, 0xA5, np.uint8)
+    start = -raw.ctypes.data % 256
+    return raw[start : start + size].view(dtype).reshape(shape)
+
+
+def copy(array: np.ndarray) -> np.ndarray:
+    """Returns an aligned copy."""
+    out = aligned(array.shape, array.dtype)
+    out[...] = array
+    return out
+
+
+class Executor:
+    """The compiled executor, with one method per operation."""
+
+    def __init__(self, library: pathlib.Path) -> None:
+        self.library = ctypes.CDLL(str(library))
+        for name in ("executor_run", "executor_sites"):
+            getattr(self.library, name).restype = ctypes.c_char_p
+        self.library.executor_workspace_bytes.restype = ctypes.c_int64
+        self.library.executor_race.restype = ctypes.c_char_p
+        self.fault, self.site, self.order, self.cases = 0, b"", 0, 0
+
+    def _run(self, call: Call, **arrays: np.ndarray | None) -> None:
+        for name, array in arrays.items():
+            if array is not None and array.size:
+                setattr(call, name, array.ctypes.data)
+        call.planted_fault, call.planted_site, call.order = self.fault, self.site, self.order
+        call.multiprocessors = 3
+        call.workspace_bytes = self.library.executor_workspace_bytes(ctypes.byref(call))
+        workspace = aligned((call.workspace_bytes,), np.uint8)
+        call.workspace = workspace.ctypes.data if call.workspace_bytes else None
+        self.cases += 1
+        error = self.library.executor_run(ctypes.byref(call))
+        if error is not None:
+            raise ExecutorError(error.decode())
+
+    @staticmethod
+    def _options(rule: Any) -> dict[str, Any]:
+        return {
+            "rule": RULES[type(rule)],
+            "column_scope": int(getattr(rule, "scope", "token") == "column"),
+            "value": float(getattr(rule, "value", 0)),
+            "topk": int(getattr(rule, "k", 0)),
+        }
+
+    def quantize(self, x: np.ndarray, rule: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Returns lo, hi and row scales."""
+        m, k = x.shape
+        lo, hi, scale = (
+            aligned((m, k), np.int8),
+            aligned((m, k), np.int8),
+            aligned((m,), np.float32),
+        )
+        call = Call(kind=QUANTIZE, type=TYPES[x.dtype], m=m, k=k, path=AUTO, **self._options(rule))
+        self._run(call, x=copy(x), lo=lo, hi=hi, row_scale=scale)
+        return lo, hi, scale
+
+    def product(self, a: np.ndarray, codes: np.ndarray, path: int = AUTO) -> np.ndarray:
+        """Returns int32[m, n]."""
+        m, k = a.shape
+        n = codes.shape[0]
+        y = aligned((m, n), np.int32)
+        self._run(Call(kind=PRODUCT, m=m, k=k, n=n, path=path), x=copy(a), w=copy(codes), y=y)
+        return y
+
+    def linear(
+        self, case: battery.Case, rule: Any, path: int = AUTO, around: Around | None = None
+    ) -> np.ndarray:
+        """Returns the layer's output."""
+        around = around or Around()
+        m, (n, k) = len(case.x), case.codes.shape
+        call = Call(kind=LINEAR, m=m, k=k, n=n, path=path, **self._options(rule))
+        bias, norm, residual = (
+            None if array is None else copy(array)
+            for array in (case.bias, around.norm, around.residual)
+        )
+        in_place = around.in_place and residual is not None
+        y = residual if in_place else aligned((m, n), case.x.dtype)
+        arrays = {"w": copy(case.codes), "w_scale": copy(case.scale), "bias": bias}
+        self._run_around(call, case.x, around, norm=norm, residual=residual, y=y, **arrays)
+        assert y is not None
+        return y
+
+    def prologue(self, x: np.ndarray, k: int, around: Around) -> np.ndarray:
+        """Returns the rows after what stands before a layer."""
+        y = aligned((len(x), k), x.dtype)
+        norm = None if around.norm is None else copy(around.norm)
+        self._run_around(Call(kind=PROLOGUE, m=len(x), k=k, path=AUTO), x, around, norm=norm, y=y)
+        return y
+
+    def _run_around(
+        self, call: Call, x: np.ndarray, around: Around, **arrays: np.ndarray | None
+    ) -> None:
+        call.type = TYPES[x.dtype]
+        call.prologue, call.epsilon = around.prologue, around.epsilon
+        self._run(call, x=copy(x), **arrays)
+
+    def race(self, readers: int, barrier: int, order: int = 0) -> str | None:
+        """Returns what is said of a byte that several threads read and one of them writes, see executor_race."""
+        error = self.library.executor_race(readers, barrier, order)
+        return None if error is None else error.decode()
+
+    def sites(self) -> list[tuple[str, int]]:
+        """Returns (place in the source, fault that can be planted there) of the last run."""
+        lines = self.library.executor_sites().decode().split("\n")
+        return [(place, int(fault)) for place, fault in (line.split() for line in lines if line)]
+
+
+def build(folder: pathlib.Path) -> Executor:
+    """Compiles the executor."""
+    library = folder / "executor.so"
+    flags = ["-std=c++17", "-O1", "-ffp-contract=off", "-U_FORTIFY_SOURCE", "-shared", "-fPIC"]
+    warnings = ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
+    command = [COMPILER, *flags, *warnings, str(SOURCE), "-o", str(library)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return Executor(library)
+
+
+def expect_linear(
+    executor: Executor,
+    case: battery.Case,
+    rule: Any,
+    path: int = AUTO,
+    around: Around | None = None,
+) -> None:
+    y = executor.linear(case, rule, path, around)
+    wanted = wanted_linear(case, rule, around or Around())
+    np.testing.assert_array_equal(y.astype(np.float32), wanted.astype(np.float32))
+
+
+def wanted_linear(case: battery.Case, rule: Any, around: Around) -> np.ndarray:
+    """Returns the layer by the oracle, with what stands around it."""
+    x = around.rows(case.x)
+    wanted = reference.int8_linear(x, case.codes, case.scale, case.bias, rule)
+    if around.residual is not None:
+        with np.errstate(over="ignore", invalid="ignore"):
+            sums = around.residual.astype(np.float32) + wanted.astype(np.float32)
+            wanted = sums.astype(case.x.dtype)
+    return wanted
+
+
+def make_around(
+    shape: tuple[int, int, int],
+    dtype: type,
+    prologue: int,
+    kind: str = "outliers",
+    residual: bool = True,
+) -> tuple[battery.Case, Around]:
+    """Returns a layer whose input is what its prologue takes, and what stands around it."""
+    m, k, n = shape
+    case = battery.make(shape, dtype, kind)
+    rng = np.random.default_rng([m, k, n, prologue])
+    if prologue == SILU_GATE:
+        gate = battery.make((m, 2 * k, n), dtype, kind).x
+        case = dataclasses.replace(case, x=gate)
+    norm = rng.normal(1, 0.5, k).astype(np.float32) if prologue == RMS_NORM else None
+    added = rng.normal(scale=4, size=(m, n)).astype(dtype) if residual else None
+    if added is not None and kind == "nan" and added.size:
+        added[0, 0], added[-1, -1] = np.nan, np.inf
+    return case, Around(prologue, 1e-5, norm, added, in_place=n % 2 == 0)
