@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-STAGES = ("native", "jax", "model", "sizes", "sweep", "block", "peers", "xla", "decode", "profile")
-CHECKS = ("memcheck", "racecheck")
+STAGES = (
+    *("probe", "native", "jax", "model", "memcheck", "racecheck"),
+    *("sizes", "sweep", "block", "peers", "xla", "decode", "profile"),
+)
 RULES = {"none": "none", "column 6": "paper's rule", "relative 6": "relative 6", "top 8": "top 8"}
 PEERS = ("none", "relative 6", "bitsandbytes 0", "bitsandbytes 6")
 Row = dict[str, Any]
@@ -23,12 +25,14 @@ Row = dict[str, Any]
 
 def take_up(results: Row, report: Row, commit: str) -> None:
     """Puts the stages of a report into results; raises ValueError for one that failed."""
-    for name in (*STAGES, *CHECKS):
-        stage = report.get(name)
-        if stage is None:
+    for name, stage in report.items():
+        if name == "build":
             continue
-        if stage.get("status") != 0 or stage.get("failures"):
-            raise ValueError(f"{name}: expected a stage without failures, got {stage}")
+        if name not in STAGES:
+            raise ValueError(f"{name}: expected one of {', '.join(STAGES)}")
+        failures = stage.get("failures") or stage.get("result", {}).get("failures")
+        if stage.get("status") != 0 or failures or "skipped" in stage:
+            raise ValueError(f"{name}: expected a stage that ran without failures, got {stage}")
         results[name] = {"commit": commit, **stage}
 
 
