@@ -161,7 +161,7 @@ def attend_one(
 
     Args:
         query: float[b, 1, heads, head_dim].
-        keys: the same dtype, [b, kv_heads, head_dim, slots].
+        keys: the same dtype, [b, kv_heads, head_dim, slots], finite in all slots, unseen ones too.
         values: the same dtype, [b, kv_heads, slots, head_dim].
         mask: bool[b, 1, 1, slots]; every token sees at least one slot.
         bias: float32[b, heads, 1, slots], added to the scores.
@@ -198,11 +198,11 @@ def _attend_one_by_sums(
     b, _, heads, width = query.shape
     group = (b, keys.shape[1], heads // keys.shape[1], width, 1)
     scaled = query.astype(jnp.float32).reshape(group) * np.float32(width**-0.5)
-    # Minus infinity is added to what is not seen, made once for all layers: with a select in each, XLA:CPU would not do
-    # the products, their maximum and the exponentials in one pass.
+    # Minus infinity is added to what is not seen, which all layers share: with a select of scores, XLA:CPU would not do
+    # the products, their maximum and the exponentials in one pass. So scores must be finite: free slots hold zeros.
     seen = jnp.where(mask, np.float32(0), -jnp.inf)
     if bias is not None:
-        seen = (seen + bias).reshape(*group[:3], -1)
+        seen = (seen + bias).reshape(*group[:3], keys.shape[-1])
     scores = jnp.sum(scaled * keys[:, :, None].astype(jnp.float32), axis=3) + seen
     share = jax.nn.softmax(scores, axis=-1)
     y = jnp.sum(share[..., None] * values[:, :, None].astype(jnp.float32), axis=3)

@@ -87,7 +87,7 @@ def test_one_token(function: Callable[..., jax.Array], heads: int, kv_heads: int
     attend = jax.jit(function, static_argnums=4)
     found = attend(query, keys, values, jnp.asarray(mask), None)
     np.testing.assert_allclose(found, plain(query, key, value, mask), atol=2e-5)
-    # What is not seen does not matter, whatever it is.
+    # What is not seen does not matter, as long as it is finite.
     other = (keys.at[..., 31:].set(1e30), values.at[:, :, 31:].set(-7.0))
     assert (attend(query, *other, jnp.asarray(mask), None) == found).all()
 
