@@ -15,8 +15,8 @@ import jax.numpy as jnp
 # Logits computed once more. At 4,096 places of the demo text the float head's first choice is always
 # among the first 4 by int8 logits, and its first 40, a usual top_k, among the first 58.
 CANDIDATES = 64
-# Logits of a block of `largest`: with 100,000 of them about as many blocks as logits of the best.
-BLOCK = 64
+# Logits of a block of `largest`: few enough that those of the best blocks are one kernel's work on a GPU.
+BLOCK = 16
 
 
 def rescore(logits: jax.Array, x: jax.Array, take: Callable[[jax.Array], jax.Array]) -> jax.Array:
@@ -53,16 +53,21 @@ def rescore(logits: jax.Array, x: jax.Array, take: Callable[[jax.Array], jax.Arr
 def largest(x: jax.Array, count: int) -> jax.Array:
     """Indices of the ``count`` largest of each row, in falling order: int32[..., count].
 
-    As jax.lax.top_k of finite x[..., n], but of equal ones any may be taken. Sorting all is most of
-    what an int8 head costs. No element of a block whose largest is not among the ``count`` largest
-    of blocks can be among the ``count`` largest of all, so two short rows are sorted instead.
+    As jax.lax.top_k of finite x[..., n], but of equal ones any may be taken: then XLA:GPU selects,
+    where it would sort all. Finding them is most of what an int8 head costs beside its product. No
+    element of a block whose largest is not among the ``count`` largest of blocks can be among the
+    ``count`` largest of all, so they are found among two short rows instead.
     """
     n = x.shape[-1]
     if n < 4 * count * BLOCK:
-        return jax.lax.top_k(x, count)[1]
+        return _largest(x, count)
     padding = [(0, 0)] * (x.ndim - 1) + [(0, -n % BLOCK)]
     blocks = jnp.pad(x, padding, constant_values=-jnp.inf).reshape(*x.shape[:-1], -1, BLOCK)
-    _, best = jax.lax.top_k(jnp.max(blocks, axis=-1), count)
+    best = _largest(jnp.max(blocks, axis=-1), count)
     kept = jnp.take_along_axis(blocks, best[..., None], axis=-2)
-    _, place = jax.lax.top_k(kept.reshape(*x.shape[:-1], count * BLOCK), count)
+    place = _largest(kept.reshape(*x.shape[:-1], count * BLOCK), count)
     return jnp.take_along_axis(best, place // BLOCK, axis=-1) * BLOCK + place % BLOCK
+
+
+def _largest(x: jax.Array, count: int) -> jax.Array:
+    return jax.lax.top_k(x, count, is_stable=False)[1]

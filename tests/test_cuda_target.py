@@ -30,6 +30,7 @@ from jaxint8 import (
     kernels,
 )
 from jaxint8.models.attention import attend_one, store
+from jaxint8.models.head import CANDIDATES, largest
 
 BUILD = pathlib.Path(__file__).parents[1] / "build" / "cuda" / "cuda"
 # An H200 by its data sheet and the limits of compute capability 9.0; the compiler asks for no more.
@@ -231,3 +232,12 @@ def test_attention_to_a_cache_copies_none_of_it(devices: np.ndarray) -> None:
     assert memory is not None
     assert memory.alias_size_in_bytes >= 2 * 2 * b * kv_heads * width * slots
     assert memory.temp_size_in_bytes <= 3 * 4 * b * heads * slots
+
+
+@pytest.mark.parametrize("n", [2000, 128256])
+def test_the_largest_logits_are_selected_without_sorting(devices: np.ndarray, n: int) -> None:
+    sharding = SingleDeviceSharding(devices[0])
+    logits = jax.ShapeDtypeStruct((8, 1, n), jnp.float32, sharding=sharding)
+    text = jax.jit(largest, static_argnums=1).lower(logits, CANDIDATES).compile().as_text()
+    assert " sort(" not in text
+    assert text.count('custom_call_target="__gpu$TopK"') == (1 if n == 2000 else 2)
