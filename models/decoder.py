@@ -38,10 +38,11 @@ from jaxint8.models.attention import (
 )
 from jaxint8.models.cache import KVCache
 from jaxint8.models.config import DecoderConfig, QuantizationConfig
-from jaxint8.models.head import rescore
+from jaxint8.models.head import most_likely, rescore
 from jaxint8.models.linear import activate, apply_norm, as_prologue, block, linear
 from jaxint8.models.placement import Placement
 from jaxint8.models.product import product
+from jaxint8.models.sampling import first_largest
 from jaxint8.models.split import ALONE, Split
 
 Params = Mapping[str, Any]
@@ -56,6 +57,7 @@ def forward(
     quantization: QuantizationConfig | None = None,
     placement: Placement | None = None,
     last_only: bool = False,
+    greedy: bool = False,
     seen: list[dict[str, jax.Array]] | None = None,
 ) -> tuple[jax.Array, KVCache | None]:
     """Runs the decoder on the next tokens of every row.
@@ -72,17 +74,26 @@ def forward(
             multiple of its "data" axis; static under jit.
         last_only: whether only the last token's logits are wanted, to choose the next by: then an
             int8 head's largest logits are exact (see `rescore`); else they all are int8.
+        greedy: whether, with ``last_only``, only the token of the largest logit is wanted.
         seen: if a list, what enters the linear layers is appended, a dict by name for each layer;
             with a placement, columns of padding included.
 
     Returns:
-        Logits float32[b, t or 1, vocab], and the cache with the t tokens added (None without one).
+        Logits float32[b, t or 1, vocab] (if ``greedy`` the tokens of the largest, int32[b], ties to the lower
+        id), and the cache with the t tokens added (None without one).
         With a placement all t logits of a token have columns of padding (see ``whole_logits``).
 
     """
     if placement is None:
         return _forward(
-            config, params, tokens, cache, quantization=quantization, last_only=last_only, seen=seen
+            config,
+            params,
+            tokens,
+            cache,
+            quantization=quantization,
+            last_only=last_only,
+            greedy=greedy,
+            seen=seen,
         )
     split = placement.split
     config = dataclasses.replace(placement.local, end_tokens=config.end_tokens)
@@ -98,6 +109,7 @@ def forward(
             cache,
             quantization=quantization,
             last_only=last_only,
+            greedy=greedy,
             seen=inputs,
             split=split,
         )
@@ -126,6 +138,7 @@ def _forward(
     *,
     quantization: QuantizationConfig | None,
     last_only: bool,
+    greedy: bool,
     seen: list[dict[str, jax.Array]] | None = None,
     split: Split = ALONE,
 ) -> tuple[jax.Array, KVCache | None]:
@@ -167,7 +180,7 @@ def _forward(
         if cache is not None:
             length = cache.length + tokens.shape[1]
             cache = dataclasses.replace(cache, keys=keys, values=values, length=length)
-        return _logits(config, params, x, quantization, last_only, split), cache
+        return _logits(config, params, x, quantization, last_only, greedy, split), cache
 
 
 @jax.tree_util.register_dataclass
@@ -362,9 +375,10 @@ def _logits(
     x: jax.Array,
     quantization: QuantizationConfig | None,
     last_only: bool,
+    greedy: bool,
     split: Split,
 ) -> jax.Array:
-    """Logits float32[b, t, vocab] of x[b, t, embedding_size]; the last one's are exact at the top."""
+    """Logits float32[b, t, vocab] of x[b, t, embedding_size], or the last one's token, as `forward` returns them."""
     table = params["embedding"] if config.tied_embeddings else params["lm_head"]["weight"]
     if "int8_head" in params:
         # In float32, for in bfloat16 the best logits would often be equal.
@@ -374,5 +388,7 @@ def _logits(
     if not last_only:
         return logits
     logits = split.whole_vocabulary(logits)
-    take = functools.partial(split.take, table)
-    return rescore(logits, x, take) if "int8_head" in params else logits
+    if "int8_head" in params:
+        take = functools.partial(split.take, table)
+        return most_likely(logits, x, take)[:, 0] if greedy else rescore(logits, x, take)
+    return first_largest(logits[:, 0]) if greedy else logits

@@ -71,18 +71,9 @@ def _prefill(
     keys = keys if placement is None else jax.random.wrap_key_data(keys)
     held = config if placement is None else placement.cache_config
     cache = init_cache(held, tokens.shape[1], start, params["embedding"].dtype)
-    logits, cache = forward(
-        config,
-        params,
-        tokens,
-        cache,
-        quantization=quantization,
-        placement=placement,
-        last_only=True,
-    )
+    how = {"config": config, "quantization": quantization, "placement": placement}
     step = jnp.zeros((), jnp.int32)
-    token = next_tokens(logits[:, 0], draw, keys, step)
-    token = token if placement is None else placement.everywhere(token)
+    token, cache = _next(params, tokens, cache, draw, keys, step, **how)
     return _State(cache, token, _is_end(token, config), step + jnp.int32(1), keys)
 
 
@@ -109,23 +100,16 @@ def _decode(
 
     """
     first = state.step
+    how = {"config": config, "quantization": quantization, "placement": placement}
 
     def going(state: _State) -> jax.Array:
         return (state.step - first < steps) & ~jnp.all(state.done)
 
     def one(carry: tuple[_State, jax.Array]) -> tuple[_State, jax.Array]:
         state, made = carry
-        logits, cache = forward(
-            config,
-            params,
-            state.token[:, None],
-            state.cache,
-            quantization=quantization,
-            placement=placement,
-            last_only=True,
+        token, cache = _next(
+            params, state.token[:, None], state.cache, draw, state.keys, state.step, **how
         )
-        token = next_tokens(logits[:, 0], draw, state.keys, state.step)
-        token = token if placement is None else placement.everywhere(token)
         made = jax.lax.dynamic_update_slice(made, token[:, None], (0, state.step - first))
         done = state.done | _is_end(token, config)
         step = state.step + jnp.int32(1)
@@ -151,6 +135,34 @@ def _decode(
     params = with_wide_norms(params)
     made = jnp.zeros((state.token.shape[0], CHUNK + burst - 1), jnp.int32)
     return jax.lax.while_loop(lambda carry: going(carry[0]), turn, (state, made))
+
+
+def _next(
+    params: Params,
+    tokens: jax.Array,
+    cache: KVCache,
+    draw: Draw,
+    keys: jax.Array,
+    step: jax.Array,
+    *,
+    config: DecoderConfig,
+    quantization: QuantizationConfig | None,
+    placement: Placement | None,
+) -> tuple[jax.Array, KVCache]:
+    """The token int32[b] that follows int32[b, t], and the cache that holds those."""
+    greedy = draw.temperature is None
+    made, cache = forward(
+        config,
+        params,
+        tokens,
+        cache,
+        quantization=quantization,
+        placement=placement,
+        last_only=True,
+        greedy=greedy,
+    )
+    token = made if greedy else next_tokens(made[:, 0], draw, keys, step)
+    return token if placement is None else placement.everywhere(token), cache
 
 
 def steps_of_a_turn(params: Params, chunk: int) -> int:

@@ -56,7 +56,7 @@ def build(weight_map: dict, tensors: dict[str, np.ndarray]) -> dict:
     return params
 
 
-run = jax.jit(forward, static_argnums=0, static_argnames=("quantization", "last_only"))
+run = jax.jit(forward, static_argnums=0, static_argnames=("quantization", "last_only", "greedy"))
 
 
 def test_goldens_exist() -> None:
@@ -116,6 +116,9 @@ def test_last_only_is_the_last() -> None:
     last, _ = run(config, params, tokens, last_only=True)
     assert last.shape == (2, 1, config.vocab_size)
     np.testing.assert_allclose(last, golden["logits"][:, -1:], atol=TOLERANCE, rtol=0)
+    token, _ = run(config, params, tokens, last_only=True, greedy=True)
+    assert token.dtype == jnp.int32
+    assert (token == last[:, 0].argmax(axis=-1)).all()
 
 
 def test_neighbours_do_not_change_a_row() -> None:

@@ -14,7 +14,7 @@ from jaxint8 import RelativeThreshold, TopK, int8_linear, quantize
 from jaxint8.models import load
 from jaxint8.models.config import QUANTIZATIONS, QuantizationConfig
 from jaxint8.models.generate import generate_tokens
-from jaxint8.models.head import BLOCK, CANDIDATES, largest, rescore
+from jaxint8.models.head import BLOCK, CANDIDATES, largest, most_likely, rescore
 from jaxint8.models.sampling import Sampling
 from jaxint8.quantize import quantize_rows
 
@@ -88,6 +88,25 @@ def test_candidates_are_exact_and_stay_ahead() -> None:
         np.testing.assert_array_equal(found[row, rest], np.minimum(approximate[row, rest], least))
 
 
+@pytest.mark.parametrize("size", [CANDIDATES - 1, VOCAB])
+def test_the_most_likely_is_the_largest_of_the_rescored(size: int) -> None:
+    x, table = random_head(4)
+    table = table[:size].at[size // 2].set(table[size // 3])  # equal logits: the lower id
+    x = x.at[0, 0].set(jnp.nan)  # and a row of which any token may come, but one of the vocabulary
+    x = x.at[1, 0].set(table[size // 3])
+    logits = int8_linear(x, quantize(table.T), outliers=None)
+
+    def take(tokens: jax.Array) -> jax.Array:
+        return jnp.take(table, tokens, axis=0)
+
+    found = jax.jit(most_likely, static_argnums=2)(logits, x, take)
+    expected = jnp.argmax(rescore(logits, x, take), axis=-1)
+    assert found.dtype == jnp.int32
+    assert (found[1:] == expected[1:]).all()
+    assert found[1, 0] == size // 3
+    assert 0 <= found[0, 0] < size
+
+
 def test_a_small_vocabulary_is_all_exact() -> None:
     x, table = random_head(0)
     table = table[: CANDIDATES - 1]
@@ -139,6 +158,8 @@ def test_logits_of_a_whole_text_are_int8_ones() -> None:
     last, _ = run(config, int8, tokens, quantization=how, last_only=True)
     best = np.asarray(exact[:, -1:]).max(axis=-1)
     np.testing.assert_allclose(last.max(axis=-1), best, atol=1e-4)
+    token, _ = run(config, int8, tokens, quantization=how, last_only=True, greedy=True)
+    assert (token == last[:, 0].argmax(axis=-1)).all()
 
 
 @pytest.mark.parametrize("case", ["llama_gqa_tied", "llama_mha"])
