@@ -8,7 +8,7 @@ import tempfile
 from typing import Any
 
 import jax
-from gpu_decode import CONFIG, METHODS, STEPS, Decoding, make_params
+from gpu_decode import BATCHES, CONFIG, METHODS, STEPS, Decoding, make_params, with_head
 from jax.profiler import ProfileData
 
 # Beside them a step has one embedding and one head.
@@ -17,13 +17,14 @@ SHOWN = 16
 
 
 def stage_profile() -> dict[str, Any]:
-    """The kernels of a step by time, without and with outliers, at one row and at 32."""
+    """The kernels of a step by time: bf16, and int8 with outliers, with a float head and with one in int8."""
     config = dataclasses.replace(CONFIG, layers=LAYERS)
     rows = []
-    for method in ("bf16", "int8 relative 6"):
-        params = make_params(METHODS[method] is not None, config)
-        for batch in (1, 32):
-            steps = Decoding(params, METHODS[method], batch, config)
+    for method in ("bf16", "int8 relative 6", "int8 relative 6, int8 head"):
+        quantization = METHODS[method]
+        params = with_head(make_params(quantization is not None, config), quantization)
+        for batch in BATCHES:
+            steps = Decoding(params, quantization, batch, config)
             jax.block_until_ready(steps())
             with tempfile.TemporaryDirectory() as folder:
                 with jax.profiler.trace(folder):
