@@ -302,7 +302,7 @@ class Call {
     const int64_t row_bytes = p_.k * TypeBytes(p_.type);
     g.beside = GemvBeside(p_.prologue, rows, row_bytes, p_.k);
     const int64_t rows_of_warp = (g.base + (g.more > 0)) * (p_.gated ? 2 : 1);
-    const GemvShape shape = ChooseGemv(rows, p_.k, row_bytes, rows_of_warp, g.beside);
+    const GemvShape shape = ChooseGemv(rows, plan_.has_rule, p_.k, row_bytes, rows_of_warp, g.beside);
     g.piece = shape.piece;
     g.depth = shape.depth;
     g.epilogue = MakeEpilogue();

@@ -151,13 +151,14 @@ struct GemvShape {
   int piece, depth;  // depth 0: it does not fit
   int64_t shared;
 };
-inline GemvShape ChooseGemv(int rows, int64_t k, int64_t row_bytes, int64_t rows_of_warp, int64_t beside) {
+inline GemvShape ChooseGemv(int rows, bool high, int64_t k, int64_t row_bytes, int64_t rows_of_warp, int64_t beside) {
   GemvShape best{};
   int64_t most = 0;
   for (int64_t pieces = (k + kGemvPiece - 1) / kGemvPiece; pieces <= 4 * k / kGemvPiece + 1; ++pieces) {
     const int piece = static_cast<int>(RoundUp((k + pieces - 1) / pieces, 512));
+    if (pieces > 1 && piece < kGemvLeast) break;
     for (int depth = 2; depth <= kGemvDepth; ++depth) {
-      const int64_t shared = MakeGemvLayout(rows, row_bytes, k, piece, depth, beside).bytes;
+      const int64_t shared = MakeGemvLayout(rows, high, row_bytes, k, piece, depth, beside).bytes;
       if (shared > kSharedMost) break;
       const int64_t ahead = int64_t{piece} * depth < rows_of_warp * k ? int64_t{piece} * depth : rows_of_warp * k;
       if (ahead > most) {
@@ -264,9 +265,10 @@ inline Plan MakePlan(const Problem& p, bool hopper) {
   plan.stride = quantize ? p.k : RoundUp(p.k, kCodeAlign);
   const int rows = static_cast<int>(p.m < kGemvM ? p.m : kGemvM);
   const int64_t row_bytes = p.k * TypeBytes(p.type);
-  plan.gemv = hopper && linear && (p.path == Path::kAuto || p.path == Path::kWgmma) && p.k % 16 == 0 && p.k > 0 &&
-              p.m <= (plan.has_rule ? 1 : kGemvM) &&
-              ChooseGemv(rows, p.k, row_bytes, 2, GemvBeside(p.prologue, rows, row_bytes, p.k)).depth > 0;
+  plan.gemv =
+      hopper && linear && (p.path == Path::kAuto || p.path == Path::kWgmma) && p.k % 16 == 0 && p.k > 0 &&
+      p.m <= (plan.has_rule ? 1 : kGemvM) &&
+      ChooseGemv(rows, plan.has_rule, p.k, row_bytes, 2, GemvBeside(p.prologue, rows, row_bytes, p.k)).depth > 0;
   plan.skinny = hopper && !quantize && !plan.gemv && (p.path == Path::kAuto || p.path == Path::kWgmma) &&
                 p.k % 16 == 0 && p.k > 0 && p.m <= kStreamM;
   plan.stream = (plan.stream && !plan.skinny) || plan.gemv;
