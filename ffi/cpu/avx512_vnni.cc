@@ -87,9 +87,9 @@ const int32_t* AddHiGroups(const Block& b, const uint8_t* panel, int64_t begin, 
   return slot;
 }
 
-// (hi . W) << 7 of a single row and four rows of weights, group by group of four columns. To be called while these rows
-// are in the L1 cache.
-ALWAYS_INLINE inline __m128i HiOfSingle(const Row& row, const int8_t* const (&w)[4], int64_t k) {
+// (hi . W) << 7 of a row of activations and four rows of weights, group by group of four columns. To be called while
+// these rows are in the L1 cache.
+ALWAYS_INLINE inline __m128i HiOfRow(const Row& row, const int8_t* const (&w)[4], int64_t k) {
   const __m128i flip = _mm_set1_epi8(static_cast<char>(0x80));
   __m128i sum = _mm_setzero_si128();
   if (row.words == 0) return sum;
@@ -183,14 +183,14 @@ void Dots(const Block& b, const Part& part) {
 // caches give, so there the last line of every kGroup goes to a second one (1: there is no second). kRest: k is no
 // multiple of 64.
 template <int M, int kGroup, bool kRest, bool kDense>
-void DotsOfWholeRows(const Block& b, int64_t j, int64_t j_end) {
-  static_assert(M == 1 || !kDense, "several rows of activations share a plan of groups");
+void DotsOfWholeRows(const Block& b) {
+  static_assert(M == 1 || !kDense, "only a single row keeps its high parts for all columns");
   constexpr int U = kGroup == 1 ? 1 : 2;  // chains
   const __m512i flip = _mm512_set1_epi8(static_cast<char>(0x80));
   const int64_t k = b.k, whole = k / 64 * 64, before_groups = whole % (64 * kGroup);
   const __mmask64 rest = FirstBytes(k - whole);
   const int8_t* hi = kDense ? b.plan->hi : nullptr;
-  for (int64_t first = j; first < j_end; first += 4) {
+  for (int64_t first = 0; first < b.n; first += 4) {
     const int8_t* w[4];  // beyond the last row: that one again
     Unroll<4>([&](auto r) ALWAYS_INLINE { w[r] = b.w + (first + r < b.n ? first + r : b.n - 1) * k; });
     __m512i sums[M][4];
@@ -227,29 +227,30 @@ void DotsOfWholeRows(const Block& b, int64_t j, int64_t j_end) {
       }
     });
     Unroll<M>([&](auto i) ALWAYS_INLINE {
+      const Row& row = b.rows[i];
       __m128i four = Sum4(sums[i][0], sums[i][1], sums[i][2], sums[i][3]);
-      if constexpr (M == 1 && !kDense) {
-        if (b.with_hi) four = _mm_add_epi32(four, HiOfSingle(b.rows[0], w, k));
-      }
-      const __m128i before = _mm_set1_epi32(Correction(b.rows[i]));
-      _mm_store_si128(reinterpret_cast<__m128i*>(b.c + i * kBlockN + first), _mm_add_epi32(before, four));
+      if (!kDense && b.with_hi) four = _mm_add_epi32(four, HiOfRow(row, w, k));
+      four = _mm_add_epi32(four, _mm_set1_epi32(Correction(row)));
+      _mm_store_si128(reinterpret_cast<__m128i*>(b.c + i * kBlockN + first), four);
     });
   }
 }
 
-// Columns up to which one chain of sums keeps up with the caches, for one row of activations and for two.
-constexpr int64_t kShortRow[2] = {1536, 1024};
+// Rows of activations for which weights are read as one stream. Columns up to which one chain of sums keeps up with the
+// caches, for each number of them.
+constexpr int kFewM = 4;
+constexpr int64_t kShortRow[kFewM] = {1536, 1024, 1024, 1024};
 // Lines of weights from one that goes to the second chain to the next, in longer rows.
-constexpr int kGroups[2] = {8, 2};
+constexpr int kGroups[kFewM] = {8, 2, 2, 2};
 
-template <int M, bool kDense>
-void DotsOfFewRows(const Block& b, int64_t j, int64_t j_end) {
+template <int M, bool kDense = false>
+void DotsOfFewRows(const Block& b) {
   constexpr int kGroup = kGroups[M - 1];
   const bool few = b.k <= kShortRow[M - 1];
   if (b.k % 64 == 0) {
-    return (few ? DotsOfWholeRows<M, 1, false, kDense> : DotsOfWholeRows<M, kGroup, false, kDense>)(b, j, j_end);
+    return (few ? DotsOfWholeRows<M, 1, false, kDense> : DotsOfWholeRows<M, kGroup, false, kDense>)(b);
   }
-  return (few ? DotsOfWholeRows<M, 1, true, kDense> : DotsOfWholeRows<M, kGroup, true, kDense>)(b, j, j_end);
+  return (few ? DotsOfWholeRows<M, 1, true, kDense> : DotsOfWholeRows<M, kGroup, true, kDense>)(b);
 }
 
 using DotsFunction = void (*)(const Block&, const Part&);
@@ -262,17 +263,12 @@ constexpr int64_t kDotsBytes = 24 << 10;
 // Rows of weights that GatherGroups still finds in the L1 cache: half of it, a multiple of 8.
 int64_t TurnOf(const Block& b) { return ((16 << 10) / (b.k + 1) / 8 + 1) * 8; }
 
-// One row or two: the weights are read once, in the order in which they lie.
+// Up to kFewM rows: the weights are read once, in the order in which they lie.
 void MultiplyFewRows(const Block& b) {
-  const bool gathers = b.plan && b.m == 2 && b.plan->groups > 0, dense = b.plan && b.plan->dense;
-  const int64_t turn = gathers ? TurnOf(b) : kBlockN;
-  uint8_t* const panel = reinterpret_cast<TileScratch*>(b.scratch)->panels[0];
-  for (int64_t j = 0; j < b.n; j += turn) {
-    const int64_t end = j + turn < b.n ? j + turn : b.n;
-    (dense ? DotsOfFewRows<1, true> : b.m == 1 ? DotsOfFewRows<1, false> : DotsOfFewRows<2, false>)(b, j, end);
-    if (gathers) GatherGroups(b, j, end - j, panel);
-  }
-  if (gathers) AddHiGroups(b, panel, 0, b.m, b.plan->slot);
+  constexpr void (*kDots[kFewM])(const Block&) = {DotsOfFewRows<1>, DotsOfFewRows<2>, DotsOfFewRows<3>,
+                                                  DotsOfFewRows<4>};
+  const bool dense = b.plan && b.plan->dense;
+  (dense ? DotsOfFewRows<1, true> : kDots[b.m - 1])(b);
   if (b.epilogue) Finish(*b.epilogue, 0, b.m);
 }
 
@@ -404,7 +400,7 @@ void MultiplyPickingLanes(const Block& b, const PickPlan& high) {
     Unroll<4>([&](auto r) ALWAYS_INLINE { w[r] = b.w + (j + r < b.n ? j + r : b.n - 1) * b.k; });
     for (int64_t i = 0; i < b.m; ++i) {
       auto* const out = reinterpret_cast<__m128i*>(b.c + i * kBlockN + j);
-      _mm_store_si128(out, _mm_add_epi32(_mm_load_si128(out), HiOfSingle(b.rows[i], w, b.k)));
+      _mm_store_si128(out, _mm_add_epi32(_mm_load_si128(out), HiOfRow(b.rows[i], w, b.k)));
     }
   }
   LanesCut(b).Each(b, [&](int64_t i, int64_t rows, int64_t begin, int64_t end) {
@@ -436,12 +432,14 @@ void Multiply(const Block& b) {
 
 // The same with lanes (measured on Zen 5). Tiles: (5.6 - 0.075 * m) * k, and 6 for each word of high parts. Lanes: 30
 // for each group of high parts and 4 for each word; or 360 for each round, and for each pair of lines 88, or 134 if
-// they are no longer in the L1 cache when they are wanted. One row, and two without outliers, are a stream of weights.
+// they are no longer in the L1 cache when they are wanted. Lanes read eight rows of weights at once, from memory at
+// half the speed of a stream (3 x 576 x 131072 by the relative rule: 1.9 ms and 1.0), so few rows are one, though from
+// the second-level cache high parts cost them more (3 x 768 x 3072: 15 us and 20).
 void MultiplyWithLanes(const Block& b) {
-  const int64_t groups = b.plan ? b.plan->groups : 0;
-  if (Planned(b) && (b.m == 1 || (b.m == 2 && groups == 0))) return MultiplyFewRows(b);
+  if (Planned(b) && b.m <= kFewM) return MultiplyFewRows(b);
   if (b.k == 0) return MultiplyDots(b);
   if (b.m > kSmallM) return MultiplyTiled(b);
+  const int64_t groups = b.plan ? b.plan->groups : 0;
   int64_t words = 0;
   for (int64_t i = 0; b.with_hi && i < b.m; ++i) words += b.rows[i].words;
   const int64_t tiled = (5600 - 75 * b.m) * b.k / 1000 + 6 * words;
