@@ -95,7 +95,6 @@ class Executor:
         for name in ("executor_run", "executor_sites"):
             getattr(self.library, name).restype = ctypes.c_char_p
         self.library.executor_workspace_bytes.restype = ctypes.c_int64
-        self.library.executor_race.restype = ctypes.c_char_p
         self.fault, self.site, self.order, self.cases = 0, b"", 0, 0
 
     def _run(self, call: Call, **arrays: np.ndarray | None) -> None:
@@ -175,6 +174,7 @@ class Executor:
 
     def race(self, readers: int, barrier: int, order: int = 0) -> str | None:
         """Returns what is said of a byte that several threads read and one of them writes, see executor_race."""
+        self.library.executor_race.restype = ctypes.c_char_p  # a GPU's library has none
         error = self.library.executor_race(readers, barrier, order)
         return None if error is None else error.decode()
 

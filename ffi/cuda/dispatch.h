@@ -37,13 +37,11 @@ class Call {
     if ((p_.path == Path::kWgmma || p_.path == Path::kSparse || p_.path == Path::kNarrow) && !wgmma_)
       return "the wgmma kernels need compute capability 9.0";
     wgmma_ = wgmma_ && p_.path != Path::kTiled && p_.k > 0;
-    swapped_ = wgmma_ && !plan_.stream && !plan_.sparse && !plan_.narrow && p_.m <= kSwappedM;  // or skinny
     // Where it pays, and the first kernel reads nothing before it waits: the stream does. The blocks that quantise many
     // rows by a rule would crowd onto the multiprocessors that are done first.
     const bool few = p_.m <= kSwappedM || (!plan_.has_rule && p_.k <= 2048);
     if (plan_.gemv || (wgmma_ && !plan_.stream && few)) queue_.StartEarly();
-    const bool bits = plan_.by_column || !(swapped_ || plan_.narrow);  // marked columns, or those to gather
-    if (plan_.bits_bytes > 0 && bits) JAXINT8_TRY(queue_.Clear(p_.workspace + plan_.bits, plan_.bits_bytes));
+    if (plan_.clear && plan_.bits_bytes > 0) JAXINT8_TRY(queue_.Clear(p_.workspace + plan_.bits, plan_.bits_bytes));
     switch (p_.kind) {
       case Problem::Kind::kQuantize:
         return Quantize();
@@ -73,7 +71,10 @@ class Call {
     if (q.prologue.kind == Prologue::kRmsNorm) q.prologue.norm = Memory<const float>(p_.norm, 4 * p_.k);
     q.options = p_.options;
     q.options.column_scope = plan_.by_column;
-    if (plan_.by_column && plan_.bits_bytes > 0) q.marks = Scratch<uint32_t>(plan_.bits, plan_.bits_bytes);
+    q.whole = p_.kind == Problem::Kind::kLinear;
+    q.parts = plan_.marking.parts;
+    q.mark_blocks = plan_.marking.blocks;
+    if (q.parts > 0) q.marks = Scratch<uint32_t>(plan_.bits, plan_.bits_bytes);
     return q;
   }
 
@@ -156,7 +157,7 @@ class Call {
       } else if (plan_.stream) {
         q.pieces = Scratch<uint8_t>(plan_.pieces, p_.m * plan_.piece_stride);
         q.piece_stride = plan_.piece_stride;
-      } else if (!plan_.by_column && !swapped_ && !plan_.narrow) {
+      } else if (plan_.gather && !plan_.by_column) {
         q.used = Scratch<uint32_t>(plan_.bits, plan_.bits_bytes);
       }
     }
@@ -210,7 +211,7 @@ class Call {
     if (plan_.skinny) return Skinny(lo, stride, hi, w);
     if (plan_.narrow) return Narrow(lo, stride, hi, w, w_stride);
     if (plan_.sparse) return SparseProduct(lo, stride, hi, w, w_stride);
-    if (swapped_) return Swapped(lo, stride, hi, w, w_stride);
+    if (plan_.swapped) return Swapped(lo, stride, hi, w, w_stride);
 #endif
     // Columns beyond k are zeros in padded codes and aligned copies, and are not read elsewhere.
     const int64_t k = RoundUp(p_.k, 16);
@@ -301,7 +302,7 @@ class Call {
     const int64_t row_bytes = p_.k * TypeBytes(p_.type);
     g.beside = GemvBeside(p_.prologue, rows, row_bytes, p_.k);
     const int64_t rows_of_warp = (g.base + (g.more > 0)) * (p_.gated ? 2 : 1);
-    const GemvShape shape = ChooseGemv(rows, p_.k, row_bytes, rows_of_warp, g.beside);
+    const GemvShape shape = ChooseGemv(rows, plan_.has_rule, p_.k, row_bytes, rows_of_warp, g.beside);
     g.piece = shape.piece;
     g.depth = shape.depth;
     g.epilogue = MakeEpilogue();
@@ -478,7 +479,7 @@ class Call {
   const Plan& plan_;
   LaunchQueue queue_;
   int64_t multiprocessors_ = 1;
-  bool wgmma_ = false, swapped_ = false;
+  bool wgmma_ = false;
 };
 
 }  // namespace

@@ -83,6 +83,15 @@ JAXINT8_DEVICE Word4 LoadRemote(uint32_t address, int block) {
   return v;
 }
 
+// Stores a word in the same place of another block of the cluster.
+JAXINT8_DEVICE void StoreRemote(uint32_t address, int block, uint32_t value) {
+  asm volatile(
+      "{\n.reg .b32 remote;\nmapa.shared::cluster.u32 remote, %0, %1;\n"
+      "st.shared::cluster.u32 [remote], %2;\n}" ::"r"(address),
+      "r"(block), "r"(value)
+      : "memory");
+}
+
 // --- Copies of tiles.
 
 // What kernels before this one stored is to be read by the accelerator.

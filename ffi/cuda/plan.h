@@ -7,6 +7,8 @@
 
 #include "gemv.h"
 #include "int8.h"
+#include "marks.h"
+#include "quantize.h"
 #include "skinny.h"
 #include "sparse_codes.h"
 #include "stream.h"
@@ -149,13 +151,14 @@ struct GemvShape {
   int piece, depth;  // depth 0: it does not fit
   int64_t shared;
 };
-inline GemvShape ChooseGemv(int rows, int64_t k, int64_t row_bytes, int64_t rows_of_warp, int64_t beside) {
+inline GemvShape ChooseGemv(int rows, bool high, int64_t k, int64_t row_bytes, int64_t rows_of_warp, int64_t beside) {
   GemvShape best{};
   int64_t most = 0;
   for (int64_t pieces = (k + kGemvPiece - 1) / kGemvPiece; pieces <= 4 * k / kGemvPiece + 1; ++pieces) {
     const int piece = static_cast<int>(RoundUp((k + pieces - 1) / pieces, 512));
+    if (pieces > 1 && piece < kGemvLeast) break;
     for (int depth = 2; depth <= kGemvDepth; ++depth) {
-      const int64_t shared = MakeGemvLayout(rows, row_bytes, k, piece, depth, beside).bytes;
+      const int64_t shared = MakeGemvLayout(rows, high, row_bytes, k, piece, depth, beside).bytes;
       if (shared > kSharedMost) break;
       const int64_t ahead = int64_t{piece} * depth < rows_of_warp * k ? int64_t{piece} * depth : rows_of_warp * k;
       if (ahead > most) {
@@ -202,20 +205,39 @@ inline int ChooseSplit(int64_t k) {
   return split;
 }
 
+// How the marks of a column-scope rule are found: see QuantizeParams.
+struct Marking {
+  int64_t parts;
+  int blocks;
+};
+inline Marking ChooseMarking(const Problem& p, int64_t stride, bool hopper, bool gather, bool prologue) {
+  if (gather) return {1, 1};
+  const int64_t staged = StagedBytes(p.type, p.k, stride, Prologue::kNone), bytes = p.m * staged;
+  if (p.options.rule == Rule::kThreshold && !prologue && staged > 0 && p.m <= kMarkedRows) {
+    if (bytes <= kMarkedAlone) return {0, 1};
+    if (hopper && p.m >= kMarkBlocks && bytes <= kMarkedBytes) return {0, kMarkBlocks};
+  }
+  return {p.m * p.k <= kMarkedBits ? p.m : 1, 1};
+}
+
 struct Plan {
   const char* error = nullptr;
   bool stream = false, fused = false;
-  bool gemv = false;    // Hopper's fused kernel; then `fused` as well
-  bool skinny = false;  // Hopper's kernel for few rows; then not `stream`
-  bool narrow = false;  // Hopper's kernel for some tens of rows
-  bool sparse = false;  // high parts are compressed, and multiplied by sparse.h
+  bool gemv = false;     // Hopper's fused kernel; then `fused` as well
+  bool skinny = false;   // Hopper's kernel for few rows; then not `stream`
+  bool narrow = false;   // Hopper's kernel for some tens of rows
+  bool sparse = false;   // high parts are compressed, and multiplied by sparse.h
+  bool swapped = false;  // Hopper's kernel for some tens of rows of wide weights
+  bool gather = false;   // the columns that hold high parts are gathered
   bool has_rule = false, by_column = false;
   bool apart = false;                     // what stands before the layer is done by a kernel of its own
   bool align_a = false, align_w = false;  // copy to a stride that is a multiple of 16
   int64_t stride = 0;                     // of codes (and aligned copies)
   int64_t piece_stride = 0;
   int64_t capacity = 0;  // gathered columns
-  // Offsets in the workspace; 0 where unused. The bits come first: they are cleared before each call.
+  Marking marking{};     // see QuantizeParams
+  bool clear = false;    // the bits before each call
+  // Offsets in the workspace; 0 where unused. The bits come first.
   int64_t bits = 0, bits_bytes = 0;
   int64_t sparse_codes = 0, sparse_codes_bytes = 0, sparse_flags = 0, sparse_flags_bytes = 0;
   int64_t rows = 0, lo = 0, hi = 0, row_scale = 0, pieces = 0, count = 0, gathered_a = 0, gathered_w = 0;
@@ -243,9 +265,10 @@ inline Plan MakePlan(const Problem& p, bool hopper) {
   plan.stride = quantize ? p.k : RoundUp(p.k, kCodeAlign);
   const int rows = static_cast<int>(p.m < kGemvM ? p.m : kGemvM);
   const int64_t row_bytes = p.k * TypeBytes(p.type);
-  plan.gemv = hopper && linear && (p.path == Path::kAuto || p.path == Path::kWgmma) && p.k % 16 == 0 && p.k > 0 &&
-              p.m <= (plan.has_rule ? 1 : kGemvM) &&
-              ChooseGemv(rows, p.k, row_bytes, 2, GemvBeside(p.prologue, rows, row_bytes, p.k)).depth > 0;
+  plan.gemv =
+      hopper && linear && (p.path == Path::kAuto || p.path == Path::kWgmma) && p.k % 16 == 0 && p.k > 0 &&
+      p.m <= (plan.has_rule ? 1 : kGemvM) &&
+      ChooseGemv(rows, plan.has_rule, p.k, row_bytes, 2, GemvBeside(p.prologue, rows, row_bytes, p.k)).depth > 0;
   plan.skinny = hopper && !quantize && !plan.gemv && (p.path == Path::kAuto || p.path == Path::kWgmma) &&
                 p.k % 16 == 0 && p.k > 0 && p.m <= kStreamM;
   plan.stream = (plan.stream && !plan.skinny) || plan.gemv;
@@ -258,6 +281,8 @@ inline Plan MakePlan(const Problem& p, bool hopper) {
   plan.sparse =
       hopper && linear && plan.has_rule && !plan.stream && !plan.skinny && !plan.narrow && p.k > 0 &&
       (p.path == Path::kSparse || (p.path == Path::kAuto && p.m > kSwappedM && PrefersSparse(p, plan.by_column)));
+  plan.swapped = hopper && !quantize && p.path != Path::kTiled && p.k > 0 && p.m <= kSwappedM && !plan.stream &&
+                 !plan.skinny && !plan.narrow && !plan.sparse;
   plan.align_w = !quantize && !plan.stream && p.k % 16 != 0;
   plan.align_a = p.kind == Problem::Kind::kProduct && (plan.stream || plan.align_w);
 
@@ -268,11 +293,16 @@ inline Plan MakePlan(const Problem& p, bool hopper) {
     return at;
   };
   const bool prepared = linear && !plan.fused;
-  const bool gather = prepared && plan.has_rule && !plan.stream && !plan.skinny && !plan.sparse && !plan.narrow;
-  if ((plan.by_column && !plan.fused) || gather) {
-    plan.bits_bytes = (p.k + 31) / 32 * 4;
-    plan.bits = take(plan.bits_bytes);
+  plan.gather =
+      prepared && plan.has_rule && !plan.stream && !plan.skinny && !plan.sparse && !plan.narrow && !plan.swapped;
+  const bool marks = plan.by_column && !plan.fused;
+  if (marks) {
+    const bool prologue = linear && p.prologue != Prologue::kNone && !plan.apart;  // of the quantiser
+    plan.marking = ChooseMarking(p, plan.stride, hopper, plan.gather, prologue);
   }
+  plan.clear = marks ? plan.marking.parts == 1 : plan.gather;
+  plan.bits_bytes = (marks ? plan.marking.parts : plan.gather ? 1 : 0) * 4 * MarkWords(p.k);
+  if (plan.bits_bytes > 0) plan.bits = take(plan.bits_bytes);
   if (plan.apart) plan.rows = take(p.m * row_bytes);
   if (prepared || plan.align_a) plan.lo = take(p.m * plan.stride);
   if (prepared) {
@@ -290,7 +320,7 @@ inline Plan MakePlan(const Problem& p, bool hopper) {
     plan.sparse_codes = take(plan.sparse_codes_bytes);
     plan.sparse_flags = take(plan.sparse_flags_bytes);
   }
-  if (gather) {
+  if (plan.gather) {
     const int64_t quarter = RoundUp((p.k + 3) / 4, kGatherStep);
     plan.capacity = quarter < kGatherMost ? quarter : kGatherMost;
     plan.count = take(4);

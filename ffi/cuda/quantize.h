@@ -5,6 +5,7 @@
 #include "device.h"
 #include "hopper.h"
 #include "int8.h"
+#include "marks.h"
 #include "prologue.h"
 #include "rows.h"
 
@@ -15,8 +16,11 @@ struct QuantizeParams {
   int64_t m, k;
   PrologueParams prologue;  // only in kernels that stage the row
   Options options;
-  bool marking;         // set bits of `marks` instead of writing codes
-  Ptr<uint32_t> marks;  // column scope: bit per column
+  bool marking;         // find the marks of rows (marks.h) instead of writing codes
+  Ptr<uint32_t> marks;  // column scope: [parts][MarkWords(k)]
+  int64_t parts;        // m, one a row; 1, which are zeros before they are marked; or 0 if blocks are to find them
+  int mark_blocks;      // which do so together: 1 or kMarkBlocks, a cluster
+  int marks_at;         // where in shared memory they are put together, MarkBytes(k)
   Ptr<int8_t> lo, hi;   // [m][stride]; hi may be null if the rule selects nothing
   int64_t stride;
   Ptr<float> row_scale;  // [m]
@@ -25,6 +29,7 @@ struct QuantizeParams {
   int64_t piece_stride;
   SparseCodes<uint8_t> sparse;  // beside hi; or null
   int sparse_at;                // where in shared memory the bits of its flags are, kSparseWords; or 0
+  bool whole;                   // see RowOutput
 };
 
 // A row is copied to shared memory, which suits most: no more than this, and with what stands before the layer no more
@@ -48,6 +53,12 @@ inline int RowThreads(int64_t rows, int64_t columns) {
   return threads < 32 ? 32 : threads < kQuantizeThreads ? static_cast<int>(threads) : kQuantizeThreads;
 }
 
+// And where each block looks at all rows.
+inline int MarkThreads(int64_t rows, int64_t columns) {
+  const int64_t wanted = (columns / 2 + 31) / 32 * 32, least = RowThreads(rows, columns);
+  return static_cast<int>(wanted < least ? least : wanted < kQuantizeThreads ? wanted : kQuantizeThreads);
+}
+
 // One block per row. Short rows have blocks of one warp. kSparse: with compressed high parts.
 template <Type kType, bool kVector, bool kStaged, int kRule, bool kSparse = false>
 struct QuantizeKernel {
@@ -64,19 +75,25 @@ struct QuantizeKernel {
     const Ptr<uint32_t> scratch = Cast<uint32_t>(SharedMemory());
     Team<> team(scratch);
     Ptr<const uint8_t> x = p.x + i * RowsOf(p.prologue.kind) * p.k * kBytes;
+    const Ptr<uint8_t> staged = SharedMemory() + kShared;
+    const bool has_row = kRule != kMarked || i < p.m;  // the last cluster may have blocks without
+    if (kStaged && has_row) StartCopies(p, x, staged);
+    const Ptr<uint32_t> marks = Cast<uint32_t>(SharedMemory() + p.marks_at);
+    const bool only_marks = kRule < 0 && (kStaged || p.marking);
+    if (!only_marks && (kRule == kMarked || (kRule < 0 && p.options.column_scope))) FindMarks(p, marks);
+    if (!has_row) return;
     if constexpr (kStaged) {
-      const Ptr<uint8_t> staged = SharedMemory() + kShared;
-      Stage(p, x, staged, team);
+      EndCopies(p, staged, team);
       x = staged;
     }
     Row<kType, kVector, kRule> row(x, p.k, p.options, scratch, team);
     if constexpr (kRule < 0) {
-      if (p.marking) {
-        row.Mark(p.marks);
+      if (only_marks) {
+        Mark(p, i, row, marks);
         return;
       }
     }
-    RowOutput out{Keep(p.lo + i * p.stride), p.hi, p.stride, p.marks, p.used, {}};
+    RowOutput out{Keep(p.lo + i * p.stride), p.hi, p.stride, p.parts == 1 ? p.marks : marks, p.used, {}, p.whole};
     if (p.hi) out.hi = Keep(p.hi + i * p.stride);
     float scale;
     if constexpr (kSparse) {
@@ -89,6 +106,28 @@ struct QuantizeKernel {
 
  private:
   static constexpr int kBytes = RowReader<kType, kVector>::kBytes;
+
+  // Leaves the marks of one row.
+  static JAXINT8_DEVICE void Mark(const Params& p, int64_t i, Row<kType, kVector, kRule>& row, Ptr<uint32_t> marks) {
+    if (p.parts == 1) return row.Mark(p.marks);
+    const int words = static_cast<int>(MarkWords(p.k));
+    ClearMarks(marks, words);
+    row.Mark(marks);
+    Barrier();
+    for (int j = ThreadIndex(); j < words; j += BlockThreads()) Store(p.marks + (i * words + j), Load(marks + j));
+  }
+
+  // Puts the marks of all rows into shared memory, unless they are together already.
+  static JAXINT8_DEVICE void FindMarks(const Params& p, Ptr<uint32_t> marks) {
+    const int words = static_cast<int>(MarkWords(p.k)), rows = static_cast<int>(p.m), k = static_cast<int>(p.k);
+    if constexpr (kStaged) {
+      if (p.parts == 0) return Marker<kType>(p.x, rows, k, ThresholdBits(p.options), marks).Mark(p.mark_blocks);
+    }
+    if (p.parts == 1) return;
+    ClearMarks(marks, words);
+    CombineMarks(p.marks, rows, words, marks);
+    Barrier();
+  }
 
   static JAXINT8_DEVICE float Quantize(const Params& p, int64_t i, Row<kType, kVector, kRule>& row, RowOutput& out,
                                        Ptr<uint32_t> pieces) {
@@ -120,19 +159,22 @@ struct QuantizeKernel {
     return scale;
   }
 
-  // Copies the row to shared memory and does what stands before the layer to it. Each thread copies, and then reads,
-  // its own elements.
-  static JAXINT8_DEVICE void Stage(const Params& p, Ptr<const uint8_t> x, Ptr<uint8_t> to, Team<>& team) {
+  // Copies the row to shared memory. Each thread copies, and then reads, its own elements.
+  static JAXINT8_DEVICE void StartCopies(const Params& p, Ptr<const uint8_t> x, Ptr<uint8_t> to) {
     const int k = static_cast<int>(p.k), row_bytes = k * kBytes;
     const Prologue prologue = p.prologue.kind;
-    PrologueParams staged = p.prologue;
-    staged.norm = Cast<const float>(to + row_bytes);
     Copy<kBytes>(x, to, k);
     if (prologue == Prologue::kSiluGate) Copy<kBytes>(x + row_bytes, to + row_bytes, k);
     if (prologue == Prologue::kRmsNorm) Copy<4>(Cast<const uint8_t>(p.prologue.norm), to + row_bytes, k);
     CopyAsyncCommit();
+  }
+  // Does what stands before the layer to it.
+  static JAXINT8_DEVICE void EndCopies(const Params& p, Ptr<uint8_t> to, Team<>& team) {
+    const int k = static_cast<int>(p.k), row_bytes = k * kBytes;
     CopyAsyncWait<0>();
-    if (prologue == Prologue::kNone) return;
+    if (p.prologue.kind == Prologue::kNone) return;
+    PrologueParams staged = p.prologue;
+    staged.norm = Cast<const float>(to + row_bytes);
     const MemoryRow<kType, kVector> in_place{{to, k}, to};
     ApplyPrologue(in_place, to + row_bytes, staged, team);
   }

@@ -74,17 +74,23 @@ inline const char* QueuePrologue(LaunchQueue& queue, Type type, const QuantizePa
 
 template <Type kType, bool kVector, bool kStaged, int kRule>
 const char* QueueQuantizer(LaunchQueue& queue, QuantizeParams q, int64_t staged) {
-  const int threads = RowThreads(q.m, q.stride);
+  const bool finds = q.options.column_scope && q.parts == 0;
+  const int threads = finds ? MarkThreads(q.m, q.stride) : RowThreads(q.m, q.stride);
+  const int cluster = finds ? q.mark_blocks : 1;
+  const int64_t blocks = (q.m + cluster - 1) / cluster * cluster;
+  const int marks = q.options.column_scope && q.parts != 1 ? static_cast<int>(MarkBytes(q.k)) : 0;
   constexpr bool kMarks = kStaged && kRule < 0;
   if constexpr (kRule != 0 && !kMarks) {
     if (q.sparse.codes && !q.marking) {
       using Kernel = QuantizeKernel<kType, kVector, kStaged, kRule, true>;
-      q.sparse_at = static_cast<int>(Kernel::kShared + staged);
-      return queue.Launch<Kernel>(q.m, threads, q.sparse_at + 4 * kSparseWords, q);
+      q.marks_at = static_cast<int>(Kernel::kShared + staged);
+      q.sparse_at = q.marks_at + marks;
+      return queue.Launch<Kernel>(blocks, threads, q.sparse_at + 4 * kSparseWords, q, cluster);
     }
   }
   using Kernel = QuantizeKernel<kType, kVector, kStaged, kRule>;
-  return queue.Launch<Kernel>(q.m, threads, Kernel::kShared + staged, q);
+  q.marks_at = static_cast<int>(Kernel::kShared + staged);
+  return queue.Launch<Kernel>(blocks, threads, q.marks_at + marks, q, cluster);
 }
 
 // Of rows that are staged.
@@ -104,13 +110,13 @@ const char* QueueQuantizerOfRule(LaunchQueue& queue, const QuantizeParams& q, in
   }
 }
 
-// Columns are marked first, if they are taken out whole, then codes are written.
+// Columns are marked first, if they are taken out whole and not by each block for itself, then codes are written.
 inline const char* QueueQuantizers(LaunchQueue& queue, Type type, QuantizeParams q) {
   return WithType(type, [&](auto constant) -> const char* {
     constexpr Type kType = decltype(constant)::kType;
     const int64_t staged = StagedBytes(kType, q.k, q.stride, q.prologue.kind);
     for (const bool marking : {true, false}) {
-      if (marking && !q.options.column_scope) continue;
+      if (marking && (!q.options.column_scope || q.parts == 0)) continue;
       q.marking = marking;
       if (staged > 0) {
         JAXINT8_TRY(QueueQuantizerOfRule<kType>(queue, q, staged));

@@ -92,6 +92,21 @@ struct RowReader {
     return Bits(Widen(a));  // Widen keeps the order of magnitudes, also of NaN
   }
 
+  // The larger magnitude of each two elements.
+  static JAXINT8_DEVICE Raw LargerMagnitudes(const Raw& a, const Raw& b) {
+    const auto larger = [](uint32_t v, uint32_t w) {
+      if constexpr (kType != Type::kF32) return LargerHalves(v & 0x7fff7fff, w & 0x7fff7fff);
+      return (v & 0x7fffffff) > (w & 0x7fffffff) ? v & 0x7fffffff : w & 0x7fffffff;
+    };
+    Raw raw;
+#pragma unroll
+    for (int j = 0; j < kWords; ++j) {
+      raw.words[j] = {larger(a.words[j].x, b.words[j].x), larger(a.words[j].y, b.words[j].y),
+                      larger(a.words[j].z, b.words[j].z), larger(a.words[j].w, b.words[j].w)};
+    }
+    return raw;
+  }
+
   // Eight elements as they were read.
   struct VectorGroup {
     Raw raw;

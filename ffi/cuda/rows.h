@@ -8,6 +8,7 @@
 
 #include "device.h"
 #include "int8.h"
+#include "marks.h"
 #include "reader.h"
 #include "sparse_codes.h"
 #include "team.h"
@@ -47,9 +48,10 @@ struct RowOutput {
   Ptr<int8_t> lo;  // [stride], columns from k on are set to 0
   Ptr<int8_t> hi;  // likewise, or null if the rule selects nothing
   int64_t stride;
-  Ptr<const uint32_t> marks;  // column scope: bit per column, set where the column is out
+  Ptr<const uint32_t> marks;  // column scope: see marks.h
   Ptr<uint32_t> used;         // bit per column, set where a high part is not 0; or null
   Ptr<uint32_t> pieces;       // [kPieceWords], zeroed: bits are set where a piece of columns has high parts; or null
+  bool whole = false;         // a code that fits into a byte has no high part, as most of a marked column have
   static constexpr bool kSparse = false;
 };
 // The same with compressed high parts beside hi: a type of its own, as the others have less code without them.
@@ -165,9 +167,7 @@ class Row {
   }
 
   static JAXINT8_DEVICE void SetBits(Ptr<uint32_t> bits, int i, uint32_t mask) {
-    const uint32_t shifted = mask << (i & 31);
-    // Most outliers stand in a few columns that others have marked before: look before taking the line.
-    if (shifted & ~LoadRelaxed(bits + (i >> 5))) AtomicOr(bits + (i >> 5), shifted);
+    SetMarks(bits + (i >> 5), mask << (i & 31));
   }
 
   JAXINT8_DEVICE Tally Measure(const RowOutput& out, Selection* selection) {
@@ -221,7 +221,7 @@ class Row {
     return {t[0], t[1], t[2], t[3]};
   }
 
-  JAXINT8_DEVICE Selection Fixed() const { return {options_.value > 0 ? Bits(options_.value) : 0, row_.k}; }
+  JAXINT8_DEVICE Selection Fixed() const { return {ThresholdBits(options_), row_.k}; }
 
   // By the rms of magnitudes rounded to units of absmax / 4095, less up to 4096 of the sum of squares.
   JAXINT8_DEVICE Selection SelectRelative(uint32_t absmax) {
@@ -388,6 +388,7 @@ class Row {
     for (int j = 0; j < 8; ++j) {
       const auto code = static_cast<int32_t>(lo[j] - kMagicBits);
       hi[j] = static_cast<uint32_t>((code + 64) >> 7) & (0u - (mask >> j & 1));
+      if (ByColumn() && out.whole && code >= -127 && code <= 127) hi[j] = 0;
       high |= static_cast<uint32_t>(hi[j] != 0) << j;
       lo[j] -= hi[j] << 7;
     }

@@ -102,6 +102,13 @@ inline Word4 LoadRemote(uint32_t address, int block, Site site = Site::Here()) {
   return v;
 }
 
+inline void StoreRemote(uint32_t address, int block, uint32_t value, Site site = Site::Here()) {
+  Machine& m = TheMachine();
+  if (block < 0 || block >= m.cluster()) m.Fail(site, "no such block in the cluster");
+  Buffer* shared = m.shared_buffer(block);
+  std::memcpy(m.Access(shared, 0, shared->bytes, address, 4, 4, true, false, site), &value, 4);
+}
+
 // --- Copies of tiles.
 
 struct TileMap {
