@@ -438,9 +438,9 @@ void MultiplyWithLanes(const Block& b) {
 }  // namespace
 
 extern const Rung kAvx512VnniLanes, kAvx512Vnni;
-const Rung kAvx512VnniLanes = {"avx512_vnni_lanes", SupportedLanes,    EnterRowWide, MarkRow,
-                               QuantizeRow,         MultiplyWithLanes, kChunkM,      sizeof(LanesScratch)};
-const Rung kAvx512Vnni = {"avx512_vnni", Supported, EnterRowWide, MarkRow,
-                          QuantizeRow,   Multiply,  kChunkM,      sizeof(TileScratch)};
+const Rung kAvx512VnniLanes = {"avx512_vnni_lanes", SupportedLanes, EnterRowWide,         MarkRow, QuantizeRow,
+                               MultiplyWithLanes,   kChunkM,        sizeof(LanesScratch), kPanelK};
+const Rung kAvx512Vnni = {"avx512_vnni", Supported, EnterRowWide,        MarkRow, QuantizeRow,
+                          Multiply,      kChunkM,   sizeof(TileScratch), kPanelK};
 
 }  // namespace jaxint8::cpu
