@@ -70,6 +70,7 @@ void GatherGroups(const Block& b, int64_t j, int64_t rows, uint8_t* panel) {
 const int32_t* AddHiGroups(const Block& b, const uint8_t* panel, int64_t begin, int64_t end, const int32_t* slot) {
   for (int64_t i = begin; i < end; ++i) {
     const Row& row = b.rows[i];
+    if (row.words == 0) continue;
     __m512i sum[4];
     Unroll<4>([&](auto z) ALWAYS_INLINE { sum[z] = _mm512_setzero_si512(); });
     for (int32_t word = 0; word < row.words; ++word, ++slot) {

@@ -162,7 +162,7 @@ void LanesOf(const Block& b, const LanesPart& part) {
         TransposeLanes(row, weights[g]);
       });
       if constexpr (kHigh == HighParts::kGathered) {
-        const int64_t t = w - first;
+        const auto t = static_cast<uint64_t>(w - first);
         const unsigned words = needed[t / 64];
         Unroll<4>([&](auto q) ALWAYS_INLINE {
           if (words & 0x1111 << q) {
