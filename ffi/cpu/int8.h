@@ -65,7 +65,7 @@ struct HiQuad {
 struct Row {
   float scale = 1;               // NaN: the row holds a non-finite value, its codes are 0
   int32_t sum = 0;               // of the full codes 128 * hi + lo: cancels the offset of unsigned weights
-  int32_t count = 0;             // outliers
+  int32_t count = 0;             // outliers with a high part; all of them with float_outliers
   int32_t words = 0;             // groups of four columns with an outlier that has a high part
   int32_t quads = 0;             // in the place of words, if the rung asks for them (Rung::quads_k)
   const Outlier* outliers = {};  // ascending columns
@@ -148,8 +148,9 @@ struct Rung {
   void (*enter)(const Prologue&, Type, const void* x, int64_t k, void* row);
   // Sets marks[j] = 1 for each outlier of one row (column scope; relaxed atomic stores of the same value).
   void (*mark)(const Options&, Type, const void* x, int64_t k, const RowScratch&, uint8_t* marks);
-  // Quantises one row into lo[k] and returns scale, sum and count; the outliers stand in the scratch. With column scope
-  // they are the given columns.
+  // Quantises one row into lo[k] and returns scale, sum and the count of all outliers, which stand in the scratch. With
+  // column scope they are the given columns. An outlier whose code fits into a byte is that byte of lo, as if it were
+  // none: the split of a code does not change the sum.
   Row (*quantize)(const Options&, Type, const void* x, int64_t k, const Columns&, const RowScratch&, int8_t* lo);
   void (*block)(const Block&);
   int64_t chunk_m;        // rows per block of a large product

@@ -47,6 +47,31 @@ class ScopedFloatState {
 
 int64_t TypeSize(Type type) { return type == Type::kF32 || type == Type::kS32 ? 4 : 2; }
 
+// Adds to the lists what products need of the outliers of a row, of which few under column scope have a high part.
+void ListOutliers(const RowScratch& scratch, bool float_outliers, bool quads, Workspace::Lists* lists, Row* row) {
+  const int32_t all = row->count;
+  if (float_outliers) {
+    for (int32_t j = 0; j < all; ++j) lists->outliers.push_back({scratch.index[j], 0, scratch.outliers[j]});
+    return;
+  }
+  const size_t first_word = lists->words.size(), first_quad = lists->quads.size();
+  row->count = 0;
+  for (int32_t j = 0; j < all; ++j) {
+    const int32_t column = scratch.index[j], code = scratch.codes[j];
+    if (std::abs(code) <= 127) continue;
+    const int32_t hi = (code + 64) >> 7;
+    lists->outliers.push_back({column, hi, scratch.outliers[j]});
+    if (quads) {
+      lists->AddQuad(column, hi, row->count);
+    } else {
+      lists->AddWord(column, hi, first_word);
+    }
+    ++row->count;
+  }
+  row->words = static_cast<int32_t>(lists->words.size() - first_word);
+  row->quads = static_cast<int32_t>(lists->quads.size() - first_quad);
+}
+
 uint64_t NextId() {
   static std::atomic<uint64_t> last{0};
   return last.fetch_add(1, std::memory_order_relaxed) + 1;
@@ -220,33 +245,16 @@ void Job::QuantizeRows(int64_t item) {
       int8_t* hi = p_.hi + i * p_.k;
       if (p_.k > 0) std::memset(hi, 0, static_cast<size_t>(p_.k));
       if (p_.options.float_outliers) continue;
-      for (int32_t j = 0; j < row.count; ++j) {
-        hi[scratch.index[j]] = static_cast<int8_t>((scratch.codes[j] + 64) >> 7);
+      for (int32_t j = 0; j < row.count; ++j) {  // split as the law has it
+        const int32_t column = scratch.index[j], code = scratch.codes[j], high = (code + 64) >> 7;
+        hi[column] = static_cast<int8_t>(high);
+        lo[column] = static_cast<int8_t>(code - high * 128);
       }
       continue;
     }
     std::memset(lo + p_.k, 0, static_cast<size_t>(ws_->stride - p_.k));
-    const size_t words = lists.words.size(), quads = lists.quads.size();
-    int32_t number = 0;
-    for (int32_t j = 0; j < row.count; ++j) {
-      const int32_t column = scratch.index[j];
-      int32_t hi = p_.options.float_outliers ? 0 : (scratch.codes[j] + 64) >> 7;
-      if (hi != 0 && std::abs(scratch.codes[j]) <= 127) {  // needs no high part: most outliers of a column are small
-        lo[column] = static_cast<int8_t>(scratch.codes[j]);
-        hi = 0;
-      }
-      lists.outliers.push_back({column, hi, scratch.outliers[j]});
-      if (hi == 0) continue;
-      if (quads_) {
-        lists.Add(column, hi, number++);
-        continue;
-      }
-      if (lists.words.size() == words || lists.words.back().group != column / 4) lists.words.push_back({column / 4, 0});
-      lists.words.back().four |= static_cast<uint32_t>(hi & 0xff) << (column % 4 * 8);
-    }
     ws_->rows[i] = row;
-    ws_->rows[i].words = static_cast<int32_t>(lists.words.size() - words);
-    ws_->rows[i].quads = static_cast<int32_t>(lists.quads.size() - quads);
+    ListOutliers(scratch, p_.options.float_outliers, quads_, &lists, &ws_->rows[i]);
   }
   if (rows_only) return;
   const Outlier* outlier = lists.outliers.data();  // set last: the lists move while they grow

@@ -83,8 +83,14 @@ struct Workspace {
     std::vector<HiQuad> quads;
     std::vector<uint64_t> groups;  // with quads: of every four columns a bit, whether there is any
 
+    // Adds a high part to the words of a row, which begin at `first`.
+    void AddWord(int32_t column, int32_t hi, size_t first) {
+      if (words.size() == first || words.back().group != column / 4) words.push_back({column / 4, 0});
+      words.back().four |= static_cast<uint32_t>(hi & 0xff) << (column % 4 * 8);
+    }
+
     // Adds a high part to the quads of a row, of which it is the number-th.
-    void Add(int32_t column, int32_t hi, int32_t number) {
+    void AddQuad(int32_t column, int32_t hi, int32_t number) {
       groups[column / 256] |= uint64_t{1} << (column / 4 % 64);
       const int32_t place = number % 4;
       if (place == 0) quads.push_back({});
