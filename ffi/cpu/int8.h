@@ -155,7 +155,7 @@ struct Rung {
   void (*block)(const Block&);
   int64_t chunk_m;        // rows per block of a large product
   int64_t scratch_bytes;  // per thread
-  // Up to this k the high parts of more than kSmallM rows are to be listed as quads, in the place of words.
+  // Up to this k the high parts of large products are to be listed as quads, in the place of words.
   int64_t quads_k = 0;
 };
 

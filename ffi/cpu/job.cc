@@ -23,6 +23,9 @@ namespace {
 // chunks of fewer rows than these, whose weights would be packed too often.
 constexpr double kLeastIdle = 0.02;
 constexpr int64_t kLeastChunk = 128;
+// Quads take columns that are made ready once for each block, which pays from so many rows on.
+constexpr int64_t kLeastQuadRows = 96;
+static_assert(kLeastQuadRows > kSmallM);
 
 // Standard rounding, subnormals kept: XLA may run its threads otherwise. Restored on leaving.
 class ScopedFloatState {
@@ -114,7 +117,7 @@ Job::Job(const Problem& problem) : p_(problem), ws_(Acquire()), id_(NextId()) {
   plans_ = quantizes && p_.options.rule != Rule::kNone && !p_.options.float_outliers && p_.m <= kSmallM;
   items_[2] = plans_ && row_items > 1;
   const bool high = quantizes && p_.options.rule != Rule::kNone && !p_.options.float_outliers;
-  quads_ = high && p_.m > kSmallM && p_.k <= p_.rung->quads_k;
+  quads_ = high && p_.m >= kLeastQuadRows && p_.k <= p_.rung->quads_k;
   const int64_t blocks = CeilDiv(p_.n, kBlockN);
   // Both halves of a gate and its sums are to stay in the second-level cache.
   chunks_ = CeilDiv(p_.m, p_.gated ? p_.rung->chunk_m / 2 : p_.rung->chunk_m);
