@@ -88,17 +88,24 @@ const int32_t* AddHiGroups(const Block& b, const uint8_t* panel, int64_t begin, 
   return slot;
 }
 
-// c[0..3] += (hi . W) << 7 of a single row for four rows of (unsigned) weights, outlier by outlier. To be called while
+// (hi . W) << 7 of a row of activations and four rows of weights, group by group of four columns. To be called while
 // these rows are in the L1 cache.
-ALWAYS_INLINE inline void AddHiSingle(const Row& row, const int8_t* const (&w)[4], int32_t* c) {
-  int32_t sum[4] = {};
-  for (int32_t o = 0; o < row.count; ++o) {
-    const Outlier& outlier = row.outliers[o];
-    Unroll<4>([&](auto j) ALWAYS_INLINE { sum[j] += outlier.hi * (w[j][outlier.column] + 128); });
-  }
-  Unroll<4>([&](auto j) ALWAYS_INLINE {
-    c[j] = static_cast<int32_t>(static_cast<uint32_t>(c[j]) + (static_cast<uint32_t>(sum[j]) << 7));
-  });
+ALWAYS_INLINE inline __m128i HiOfRow(const Row& row, const int8_t* const (&w)[4], int64_t k) {
+  const __m128i flip = _mm_set1_epi8(static_cast<char>(0x80));
+  __m128i sum = _mm_setzero_si128();
+  if (row.words == 0) return sum;
+  const auto add = [&](const HiWord& word, size_t bytes) ALWAYS_INLINE {
+    int32_t four[4] = {};
+    Unroll<4>([&](auto r) ALWAYS_INLINE { std::memcpy(&four[r], w[r] + int64_t{word.group} * 4, bytes); });
+    const __m128i weights = _mm_xor_si128(_mm_setr_epi32(four[0], four[1], four[2], four[3]), flip);
+    sum = _mm_dpbusd_epi32(sum, weights, _mm_set1_epi32(static_cast<int32_t>(word.four)));
+  };
+  int32_t whole = row.words;  // the last group may be cut off by the end of the row
+  const int64_t last = int64_t{row.hi[whole - 1].group} * 4;
+  if (last + 4 > k) --whole;
+  for (int32_t word = 0; word < whole; ++word) add(row.hi[word], 4);
+  if (whole < row.words) add(row.hi[whole], static_cast<size_t>(k - last));
+  return _mm_slli_epi32(sum, 7);
 }
 
 // Which part of a block a group of dot products covers.
@@ -170,17 +177,21 @@ void Dots(const Block& b, const Part& part) {
   }
 }
 
-// The same for one or two rows of activations and whole rows of weights. U: chains of sums. With one chain a row of
-// weights is so few instructions that the processor works on several at once: from the second-level cache 64 rows of
-// 576 take 0.26 us, with four chains 0.31; only long rows need more than one. kRest: k is no multiple of 64.
-template <int M, int U, bool kRest, bool kDense>
-void DotsOfWholeRows(const Block& b, int64_t j, int64_t j_end) {
-  static_assert(M == 1 || !kDense, "several rows of activations share a plan of groups");
+// The same for one or two rows of activations and whole rows of weights. With one chain of sums a row of weights is so
+// few instructions that the processor works on several at once, and weights are asked for at a steady pace: with more
+// chains each arrival lets a burst of requests go, and a processor drops what its queues cannot take (16384 rows of
+// 4096 from memory: 640 us with four chains, 560 with two as here). In long rows one chain is too slow for what the
+// caches give, so there the last line of every kGroup goes to a second one (1: there is no second). kRest: k is no
+// multiple of 64.
+template <int M, int kGroup, bool kRest, bool kDense>
+void DotsOfWholeRows(const Block& b) {
+  static_assert(M == 1 || !kDense, "only a single row keeps its high parts for all columns");
+  constexpr int U = kGroup == 1 ? 1 : 2;  // chains
   const __m512i flip = _mm512_set1_epi8(static_cast<char>(0x80));
-  const int64_t k = b.k, whole = k / 64 * 64, first_chunk = whole % (64 * U);
+  const int64_t k = b.k, whole = k / 64 * 64, before_groups = whole % (64 * kGroup);
   const __mmask64 rest = FirstBytes(k - whole);
   const int8_t* hi = kDense ? b.plan->hi : nullptr;
-  for (int64_t first = j; first < j_end; first += 4) {
+  for (int64_t first = 0; first < b.n; first += 4) {
     const int8_t* w[4];  // beyond the last row: that one again
     Unroll<4>([&](auto r) ALWAYS_INLINE { w[r] = b.w + (first + r < b.n ? first + r : b.n - 1) * k; });
     __m512i sums[M][4];
@@ -193,47 +204,54 @@ void DotsOfWholeRows(const Block& b, int64_t j, int64_t j_end) {
         const __m512i weights = _mm512_xor_si512(line, flip);
         Unroll<M>([&](auto i) ALWAYS_INLINE {
           acc[u][i] = _mm512_dpbusd_epi32(acc[u][i], weights, _mm512_load_si512(b.lo + i * b.stride + t));
+          asm("" : "+v"(acc[u][i]));  // see below
         });
         if constexpr (kDense) high[u] = _mm512_dpbusd_epi32(high[u], weights, _mm512_load_si512(hi + t));
       };
       constexpr std::integral_constant<int, 0> kFirst{};
+      constexpr std::integral_constant<int, U - 1> kLast{};
       if constexpr (kRest) step(kFirst, whole, _mm512_maskz_loadu_epi8(rest, w[r] + whole));
       int64_t t = 0;
-      for (; t < first_chunk; t += 64) step(kFirst, t, _mm512_loadu_si512(w[r] + t));
-      for (; t < whole; t += 64 * U) {
-        Unroll<U>([&](auto u) ALWAYS_INLINE { step(u, t + u * 64, _mm512_loadu_si512(w[r] + t + u * 64)); });
+      for (; t < before_groups; t += 64) step(kFirst, t, _mm512_loadu_si512(w[r] + t));
+      for (; t < whole; t += 64 * kGroup) {
+        const auto line = [&](int i) ALWAYS_INLINE { return _mm512_loadu_si512(w[r] + t + i * 64); };
+        Unroll<kGroup - 1>([&](auto i) ALWAYS_INLINE { step(kFirst, t + i * 64, line(i)); });
+        step(kLast, t + (kGroup - 1) * 64, line(kGroup - 1));
       }
-      Unroll<M>([&](auto i) ALWAYS_INLINE {
-        sums[i][r] = acc[0][i];
-        Unroll<U - 1>([&](auto u) ALWAYS_INLINE { sums[i][r] = _mm512_add_epi32(sums[i][r], acc[u + 1][i]); });
-      });
+      // Without these two GCC moves a chain to another register and back in every turn of the loop.
+      Unroll<U * M>([&](auto i) ALWAYS_INLINE { asm volatile("" : "+v"(acc[i / M][i % M])); });
+      Unroll<M>([&](auto i)
+                    ALWAYS_INLINE { sums[i][r] = U == 1 ? acc[0][i] : _mm512_add_epi32(acc[0][i], acc[U - 1][i]); });
       if constexpr (kDense) {
-        Unroll<U - 1>([&](auto u) ALWAYS_INLINE { high[0] = _mm512_add_epi32(high[0], high[u + 1]); });
+        if constexpr (U > 1) high[0] = _mm512_add_epi32(high[0], high[U - 1]);
         sums[0][r] = _mm512_add_epi32(sums[0][r], _mm512_slli_epi32(high[0], 7));
       }
     });
     Unroll<M>([&](auto i) ALWAYS_INLINE {
-      const __m128i four = Sum4(sums[i][0], sums[i][1], sums[i][2], sums[i][3]);
-      const __m128i before = _mm_set1_epi32(Correction(b.rows[i]));
-      _mm_store_si128(reinterpret_cast<__m128i*>(b.c + i * kBlockN + first), _mm_add_epi32(before, four));
+      const Row& row = b.rows[i];
+      __m128i four = Sum4(sums[i][0], sums[i][1], sums[i][2], sums[i][3]);
+      if (!kDense && b.with_hi) four = _mm_add_epi32(four, HiOfRow(row, w, k));
+      four = _mm_add_epi32(four, _mm_set1_epi32(Correction(row)));
+      _mm_store_si128(reinterpret_cast<__m128i*>(b.c + i * kBlockN + first), four);
     });
-    if constexpr (M == 1 && !kDense) {
-      if (b.with_hi && b.rows[0].words > 0) AddHiSingle(b.rows[0], w, b.c + first);
-    }
   }
 }
 
-// Of so many columns: 16 multiplications one after the other take no longer than the other instructions of the row.
-constexpr int64_t kShortRow = 1024;
+// Rows of activations for which weights are read as one stream. Columns up to which one chain of sums keeps up with the
+// caches, for each number of them.
+constexpr int kFewM = 4;
+constexpr int64_t kShortRow[kFewM] = {1536, 1024, 1024, 1024};
+// Lines of weights from one that goes to the second chain to the next, in longer rows.
+constexpr int kGroups[kFewM] = {8, 2, 2, 2};
 
-template <int M, bool kDense>
-void DotsOfFewRows(const Block& b, int64_t j, int64_t j_end) {
-  constexpr int U = M == 1 ? 4 : 2;
-  const bool few = b.k <= kShortRow;
+template <int M, bool kDense = false>
+void DotsOfFewRows(const Block& b) {
+  constexpr int kGroup = kGroups[M - 1];
+  const bool few = b.k <= kShortRow[M - 1];
   if (b.k % 64 == 0) {
-    return (few ? DotsOfWholeRows<M, 1, false, kDense> : DotsOfWholeRows<M, U, false, kDense>)(b, j, j_end);
+    return (few ? DotsOfWholeRows<M, 1, false, kDense> : DotsOfWholeRows<M, kGroup, false, kDense>)(b);
   }
-  return (few ? DotsOfWholeRows<M, 1, true, kDense> : DotsOfWholeRows<M, U, true, kDense>)(b, j, j_end);
+  return (few ? DotsOfWholeRows<M, 1, true, kDense> : DotsOfWholeRows<M, kGroup, true, kDense>)(b);
 }
 
 using DotsFunction = void (*)(const Block&, const Part&);
@@ -246,17 +264,12 @@ constexpr int64_t kDotsBytes = 24 << 10;
 // Rows of weights that GatherGroups still finds in the L1 cache: half of it, a multiple of 8.
 int64_t TurnOf(const Block& b) { return ((16 << 10) / (b.k + 1) / 8 + 1) * 8; }
 
-// One row or two: the weights are read once, in the order in which they lie.
+// Up to kFewM rows: the weights are read once, in the order in which they lie.
 void MultiplyFewRows(const Block& b) {
-  const bool gathers = b.plan && b.m == 2 && b.plan->groups > 0, dense = b.plan && b.plan->dense;
-  const int64_t turn = gathers ? TurnOf(b) : kBlockN;
-  uint8_t* const panel = reinterpret_cast<TileScratch*>(b.scratch)->panels[0];
-  for (int64_t j = 0; j < b.n; j += turn) {
-    const int64_t end = j + turn < b.n ? j + turn : b.n;
-    (dense ? DotsOfFewRows<1, true> : b.m == 1 ? DotsOfFewRows<1, false> : DotsOfFewRows<2, false>)(b, j, end);
-    if (gathers) GatherGroups(b, j, end - j, panel);
-  }
-  if (gathers) AddHiGroups(b, panel, 0, b.m, b.plan->slot);
+  constexpr void (*kDots[kFewM])(const Block&) = {DotsOfFewRows<1>, DotsOfFewRows<2>, DotsOfFewRows<3>,
+                                                  DotsOfFewRows<4>};
+  const bool dense = b.plan && b.plan->dense;
+  (dense ? DotsOfFewRows<1, true> : kDots[b.m - 1])(b);
   if (b.epilogue) Finish(*b.epilogue, 0, b.m);
 }
 
@@ -386,7 +399,10 @@ void MultiplyPickingLanes(const Block& b, const PickPlan& high) {
   for (int64_t j = octets; j < b.n; j += 4) {
     const int8_t* w[4];  // beyond the last row: that one again
     Unroll<4>([&](auto r) ALWAYS_INLINE { w[r] = b.w + (j + r < b.n ? j + r : b.n - 1) * b.k; });
-    for (int64_t i = 0; i < b.m; ++i) AddHiSingle(b.rows[i], w, b.c + i * kBlockN + j);
+    for (int64_t i = 0; i < b.m; ++i) {
+      auto* const out = reinterpret_cast<__m128i*>(b.c + i * kBlockN + j);
+      _mm_store_si128(out, _mm_add_epi32(_mm_load_si128(out), HiOfRow(b.rows[i], w, b.k)));
+    }
   }
   LanesCut(b).Each(b, [&](int64_t i, int64_t rows, int64_t begin, int64_t end) {
     LanesPart part{};
@@ -417,12 +433,14 @@ void Multiply(const Block& b) {
 
 // The same with lanes (measured on Zen 5). Tiles: (5.6 - 0.075 * m) * k, and 6 for each word of high parts. Lanes: 30
 // for each group of high parts and 4 for each word; or 360 for each round, and for each pair of lines 88, or 134 if
-// they are no longer in the L1 cache when they are wanted. One row, and two without outliers, are a stream of weights.
+// they are no longer in the L1 cache when they are wanted. Lanes read eight rows of weights at once, from memory at
+// half the speed of a stream (3 x 576 x 131072 by the relative rule: 1.9 ms and 1.0), so few rows are one, though from
+// the second-level cache high parts cost them more (3 x 768 x 3072: 15 us and 20).
 void MultiplyWithLanes(const Block& b) {
-  const int64_t groups = b.plan ? b.plan->groups : 0;
-  if (Planned(b) && (b.m == 1 || (b.m == 2 && groups == 0))) return MultiplyFewRows(b);
+  if (Planned(b) && b.m <= kFewM) return MultiplyFewRows(b);
   if (b.k == 0) return MultiplyDots(b);
   if (b.m > kSmallM) return MultiplyTiled(b);
+  const int64_t groups = b.plan ? b.plan->groups : 0;
   int64_t words = 0;
   for (int64_t i = 0; b.with_hi && i < b.m; ++i) words += b.rows[i].words;
   const int64_t tiled = (5600 - 75 * b.m) * b.k / 1000 + 6 * words;
