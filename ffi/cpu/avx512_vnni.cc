@@ -70,6 +70,7 @@ void GatherGroups(const Block& b, int64_t j, int64_t rows, uint8_t* panel) {
 const int32_t* AddHiGroups(const Block& b, const uint8_t* panel, int64_t begin, int64_t end, const int32_t* slot) {
   for (int64_t i = begin; i < end; ++i) {
     const Row& row = b.rows[i];
+    if (row.words == 0) continue;
     __m512i sum[4];
     Unroll<4>([&](auto z) ALWAYS_INLINE { sum[z] = _mm512_setzero_si512(); });
     for (int32_t word = 0; word < row.words; ++word, ++slot) {
@@ -456,9 +457,9 @@ void MultiplyWithLanes(const Block& b) {
 }  // namespace
 
 extern const Rung kAvx512VnniLanes, kAvx512Vnni;
-const Rung kAvx512VnniLanes = {"avx512_vnni_lanes", SupportedLanes,    EnterRowWide, MarkRow,
-                               QuantizeRow,         MultiplyWithLanes, kChunkM,      sizeof(LanesScratch)};
-const Rung kAvx512Vnni = {"avx512_vnni", Supported, EnterRowWide, MarkRow,
-                          QuantizeRow,   Multiply,  kChunkM,      sizeof(TileScratch)};
+const Rung kAvx512VnniLanes = {"avx512_vnni_lanes", SupportedLanes, EnterRowWide,         MarkRow, QuantizeRow,
+                               MultiplyWithLanes,   kChunkM,        sizeof(LanesScratch), kPanelK};
+const Rung kAvx512Vnni = {"avx512_vnni", Supported, EnterRowWide,        MarkRow, QuantizeRow,
+                          Multiply,      kChunkM,   sizeof(TileScratch), kPanelK};
 
 }  // namespace jaxint8::cpu

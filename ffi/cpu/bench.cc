@@ -15,6 +15,7 @@
 #include <deque>
 #include <functional>
 #include <mutex>
+#include <numeric>
 #include <random>
 #include <thread>
 #include <vector>
@@ -93,15 +94,34 @@ struct Shape {
   int64_t m, k, n;
 };
 
-void Run(const Shape& s, int threads, Pool* pool, double peak, const int8_t* weights) {
+// Outliers as in real activations (jaxint8/evaluation/benchmark/layers.py has the same): one column in two thousand is
+// large in most rows, and a tenth of the columns in a few. The largest eight values of a row are mostly others, in
+// columns that differ from row to row.
+std::vector<float> Activations(const Shape& s) {
   std::mt19937 random(1);
   std::normal_distribution<float> normal;
-  std::vector<float> x(s.m * s.k), scale(s.n, 0.01f), y(s.m * s.n);
+  std::uniform_real_distribution<float> uniform;
+  std::vector<float> x(s.m * s.k);
   for (float& v : x) v = normal(random);
-  // Outliers as in real activations: six columns that are large in nearly every row.
-  for (int64_t i = 0; i < s.m; ++i) {
-    for (int64_t j = 0; j < 6; ++j) x[i * s.k + (j * 7919 + 13) % s.k] = (i + j) % 8 ? 30 + normal(random) : 0;
-  }
+  std::vector<int64_t> columns(s.k);
+  std::iota(columns.begin(), columns.end(), 0);
+  std::shuffle(columns.begin(), columns.end(), random);
+  const auto enlarge = [&](int64_t count, float share, float low, float high) {
+    for (int64_t i = 0; i < s.m; ++i) {
+      for (int64_t j = 0; j < std::max<int64_t>(1, count); ++j) {
+        const float large = low + (high - low) * uniform(random), sign = uniform(random) < 0.5f ? -1.0f : 1.0f;
+        if (uniform(random) < share) x[i * s.k + columns[j]] = sign * large;
+      }
+    }
+  };
+  enlarge(s.k / 2048, 7.0f / 8, 20, 60);
+  enlarge(s.k / 10, 0.003f, 10, 30);
+  return x;
+}
+
+void Run(const Shape& s, int threads, Pool* pool, double peak, const int8_t* weights) {
+  const std::vector<float> x = Activations(s), scale(s.n, 0.01f);
+  std::vector<float> y(s.m * s.n);
   std::vector<Options> options(5);
   options[1].rule = Rule::kThreshold, options[1].value = 6, options[1].column_scope = true;
   options[2].rule = Rule::kRelative, options[2].value = 6;

@@ -55,14 +55,22 @@ struct HiWord {
   uint32_t four;
 };
 
+// Up to four high parts of a row.
+struct HiQuad {
+  int32_t column[4];  // ascending; what is left over repeats the last
+  uint32_t four;      // their bytes, zero where left over
+};
+
 // What the quantiser knows of one row of activations. Its low codes lie elsewhere, zero-padded to a multiple of 64.
 struct Row {
   float scale = 1;               // NaN: the row holds a non-finite value, its codes are 0
   int32_t sum = 0;               // of the full codes 128 * hi + lo: cancels the offset of unsigned weights
-  int32_t count = 0;             // outliers
+  int32_t count = 0;             // outliers with a high part; all of them with float_outliers
   int32_t words = 0;             // groups of four columns with an outlier that has a high part
+  int32_t quads = 0;             // in the place of words, if the rung asks for them (Rung::quads_k)
   const Outlier* outliers = {};  // ascending columns
   const HiWord* hi = {};         // ascending groups
+  const HiQuad* quad = {};       // ascending columns
 };
 
 // The high parts of a small product (m <= kSmallM): which groups of four columns hold any, in some row. The weights of
@@ -102,6 +110,8 @@ struct Block {
   const Row* rows;     // [m]
   bool with_hi;        // some row may hold outliers that are carried as 128 * hi + lo
   const HiPlan* plan;  // set when with_hi and m <= kSmallM, unless there would be too many groups
+  // Set where high parts are quads: of every four columns a bit that says whether some row may have one there.
+  const uint64_t* groups;
   int64_t m;
   const int8_t* w;  // [n][k]
   int64_t n;        // 1..kBlockN
@@ -138,12 +148,15 @@ struct Rung {
   void (*enter)(const Prologue&, Type, const void* x, int64_t k, void* row);
   // Sets marks[j] = 1 for each outlier of one row (column scope; relaxed atomic stores of the same value).
   void (*mark)(const Options&, Type, const void* x, int64_t k, const RowScratch&, uint8_t* marks);
-  // Quantises one row into lo[k] and returns scale, sum and count; the outliers stand in the scratch. With column scope
-  // they are the given columns.
+  // Quantises one row into lo[k] and returns scale, sum and the count of all outliers, which stand in the scratch. With
+  // column scope they are the given columns. An outlier whose code fits into a byte is that byte of lo, as if it were
+  // none: the split of a code does not change the sum.
   Row (*quantize)(const Options&, Type, const void* x, int64_t k, const Columns&, const RowScratch&, int8_t* lo);
   void (*block)(const Block&);
   int64_t chunk_m;        // rows per block of a large product
   int64_t scratch_bytes;  // per thread
+  // Up to this k the high parts of large products are to be listed as quads, in the place of words.
+  int64_t quads_k = 0;
 };
 
 // Bit pattern of the count-th largest of n magnitudes (reorders them); 1 <= count <= n.
@@ -214,6 +227,7 @@ class Job {
   Columns ListColumns() const;
   const float* FloatOutliers(const Block& block, const float* w_scale);
   bool BeginsLane(int64_t item) const;
+  const uint64_t* GroupsOf(int64_t begin, int64_t end) const;
   Block BlockOf(int64_t item) const;
   Epilogue EpilogueOf(const Block& block, int64_t first_output);
   void Multiply(int64_t item);
@@ -225,6 +239,7 @@ class Job {
   double cost_[kPhases] = {};
   int64_t rows_per_item_ = 1;
   bool plans_ = false;  // whether high parts are planned: in a phase of their own, or with the one item that quantises
+  bool quads_ = false;  // whether high parts are listed as quads, not as words
   int64_t chunk_m_ = 0, chunks_ = 0;  // rows of an item of the last phase, items of a block; 0 if there are none
   int64_t threads_ = 1;
   uint64_t id_;

@@ -23,6 +23,9 @@ namespace {
 // chunks of fewer rows than these, whose weights would be packed too often.
 constexpr double kLeastIdle = 0.02;
 constexpr int64_t kLeastChunk = 128;
+// Quads take columns that are made ready once for each block, which pays from so many rows on.
+constexpr int64_t kLeastQuadRows = 96;
+static_assert(kLeastQuadRows > kSmallM);
 
 // Standard rounding, subnormals kept: XLA may run its threads otherwise. Restored on leaving.
 class ScopedFloatState {
@@ -46,6 +49,31 @@ class ScopedFloatState {
 };
 
 int64_t TypeSize(Type type) { return type == Type::kF32 || type == Type::kS32 ? 4 : 2; }
+
+// Adds to the lists what products need of the outliers of a row, of which few under column scope have a high part.
+void ListOutliers(const RowScratch& scratch, bool float_outliers, bool quads, Workspace::Lists* lists, Row* row) {
+  const int32_t all = row->count;
+  if (float_outliers) {
+    for (int32_t j = 0; j < all; ++j) lists->outliers.push_back({scratch.index[j], 0, scratch.outliers[j]});
+    return;
+  }
+  const size_t first_word = lists->words.size(), first_quad = lists->quads.size();
+  row->count = 0;
+  for (int32_t j = 0; j < all; ++j) {
+    const int32_t column = scratch.index[j], code = scratch.codes[j];
+    if (std::abs(code) <= 127) continue;
+    const int32_t hi = (code + 64) >> 7;
+    lists->outliers.push_back({column, hi, scratch.outliers[j]});
+    if (quads) {
+      lists->AddQuad(column, hi, row->count);
+    } else {
+      lists->AddWord(column, hi, first_word);
+    }
+    ++row->count;
+  }
+  row->words = static_cast<int32_t>(lists->words.size() - first_word);
+  row->quads = static_cast<int32_t>(lists->quads.size() - first_quad);
+}
 
 uint64_t NextId() {
   static std::atomic<uint64_t> last{0};
@@ -88,6 +116,8 @@ Job::Job(const Problem& problem) : p_(problem), ws_(Acquire()), id_(NextId()) {
   ws_->lo.Get<int8_t>(p_.m * ws_->stride);
   plans_ = quantizes && p_.options.rule != Rule::kNone && !p_.options.float_outliers && p_.m <= kSmallM;
   items_[2] = plans_ && row_items > 1;
+  const bool high = quantizes && p_.options.rule != Rule::kNone && !p_.options.float_outliers;
+  quads_ = high && p_.m >= kLeastQuadRows && p_.k <= p_.rung->quads_k;
   const int64_t blocks = CeilDiv(p_.n, kBlockN);
   // Both halves of a gate and its sums are to stay in the second-level cache.
   chunks_ = CeilDiv(p_.m, p_.gated ? p_.rung->chunk_m / 2 : p_.rung->chunk_m);
@@ -206,6 +236,8 @@ void Job::QuantizeRows(int64_t item) {
   Workspace::Lists& lists = ws_->lists[item];
   lists.outliers.clear();
   lists.words.clear();
+  lists.quads.clear();
+  if (quads_) lists.groups.assign(CeilDiv(p_.k, 256), 0);
   const int64_t begin = item * rows_per_item_, end = std::min(p_.m, begin + rows_per_item_);
   for (int64_t i = begin; i < end; ++i) {
     const void* x = RowOf(i, false);
@@ -216,37 +248,29 @@ void Job::QuantizeRows(int64_t item) {
       int8_t* hi = p_.hi + i * p_.k;
       if (p_.k > 0) std::memset(hi, 0, static_cast<size_t>(p_.k));
       if (p_.options.float_outliers) continue;
-      for (int32_t j = 0; j < row.count; ++j) {
-        hi[scratch.index[j]] = static_cast<int8_t>((scratch.codes[j] + 64) >> 7);
+      for (int32_t j = 0; j < row.count; ++j) {  // split as the law has it
+        const int32_t column = scratch.index[j], code = scratch.codes[j], high = (code + 64) >> 7;
+        hi[column] = static_cast<int8_t>(high);
+        lo[column] = static_cast<int8_t>(code - high * 128);
       }
       continue;
     }
     std::memset(lo + p_.k, 0, static_cast<size_t>(ws_->stride - p_.k));
-    const size_t words = lists.words.size();
-    for (int32_t j = 0; j < row.count; ++j) {
-      const int32_t column = scratch.index[j];
-      int32_t hi = p_.options.float_outliers ? 0 : (scratch.codes[j] + 64) >> 7;
-      if (hi != 0 && std::abs(scratch.codes[j]) <= 127) {  // needs no high part: most outliers of a column are small
-        lo[column] = static_cast<int8_t>(scratch.codes[j]);
-        hi = 0;
-      }
-      lists.outliers.push_back({column, hi, scratch.outliers[j]});
-      if (hi == 0) continue;
-      if (lists.words.size() == words || lists.words.back().group != column / 4) lists.words.push_back({column / 4, 0});
-      lists.words.back().four |= static_cast<uint32_t>(hi & 0xff) << (column % 4 * 8);
-    }
     ws_->rows[i] = row;
-    ws_->rows[i].words = static_cast<int32_t>(lists.words.size() - words);
+    ListOutliers(scratch, p_.options.float_outliers, quads_, &lists, &ws_->rows[i]);
   }
   if (rows_only) return;
   const Outlier* outlier = lists.outliers.data();  // set last: the lists move while they grow
   const HiWord* word = lists.words.data();
+  const HiQuad* quad = lists.quads.data();
   for (int64_t i = begin; i < end; ++i) {
     Row& row = ws_->rows[i];
     row.outliers = outlier;
     row.hi = word;
+    row.quad = quad;
     outlier += row.count;
     word += row.words;
+    quad += row.quads;
   }
   if (plans_ && items_[1] == 1) PlanHi();
 }
@@ -324,6 +348,19 @@ bool Job::BeginsLane(int64_t item) const {
   return each == 0 || (item - in_longer) % each == 0;
 }
 
+// Of every four columns a bit that says whether one of the rows [begin, end), or of those quantised with them, has a
+// high part there.
+const uint64_t* Job::GroupsOf(int64_t begin, int64_t end) const {
+  const int64_t words = CeilDiv(p_.k, 256);
+  uint64_t* groups = Scratch().groups.Get<uint64_t>(words);
+  std::fill_n(groups, words, uint64_t{0});
+  for (int64_t item = begin / rows_per_item_; item * rows_per_item_ < end; ++item) {
+    const uint64_t* own = ws_->lists[item].groups.data();
+    for (int64_t word = 0; word < words; ++word) groups[word] |= own[word];
+  }
+  return groups;
+}
+
 // The product of an item, of the gate if there is one: all but its epilogue.
 Block Job::BlockOf(int64_t item) const {
   const int64_t j0 = item / chunks_ * kBlockN, i0 = item % chunks_ * chunk_m_;
@@ -338,6 +375,7 @@ Block Job::BlockOf(int64_t item) const {
   b.rows = ws_->rows.data() + i0;
   b.with_hi = p_.kind == Problem::Kind::kLinear && p_.options.rule != Rule::kNone && !p_.options.float_outliers;
   b.plan = plans_ && ws_->plan.groups <= HiPlan::kMaxGroups ? &ws_->plan : nullptr;
+  b.groups = quads_ ? GroupsOf(i0, i0 + b.m) : nullptr;
   b.w = p_.w + j0 * p_.k;
   b.job = id_;
   const int64_t j_next = (item + 1) / chunks_ * kBlockN;

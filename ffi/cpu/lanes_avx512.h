@@ -25,16 +25,6 @@ constexpr int kLanesN = 8;  // outputs at once: two transpositions
 constexpr int64_t kLanesBytes = 36 << 10;
 constexpr int kLanesM = 8;  // rows of codes at once: 8 x 2 sums + 8 weights + 1 of codes
 
-// Four rows of weights as four registers of [lane][4 rows][4 columns].
-ALWAYS_INLINE inline void TransposeLanes(const __m512i (&row)[4], __m512i (&out)[4]) {
-  const __m512i low01 = _mm512_unpacklo_epi32(row[0], row[1]), high01 = _mm512_unpackhi_epi32(row[0], row[1]);
-  const __m512i low23 = _mm512_unpacklo_epi32(row[2], row[3]), high23 = _mm512_unpackhi_epi32(row[2], row[3]);
-  out[0] = _mm512_unpacklo_epi64(low01, low23);
-  out[1] = _mm512_unpackhi_epi64(low01, low23);
-  out[2] = _mm512_unpacklo_epi64(high01, high23);
-  out[3] = _mm512_unpackhi_epi64(high01, high23);
-}
-
 // Lane l: the sum of the lanes of the l-th register.
 ALWAYS_INLINE inline __m512i SumLanes(__m512i a, __m512i b, __m512i c, __m512i d) {
   const __m512i ab = _mm512_add_epi32(_mm512_shuffle_i32x4(a, b, 0x44), _mm512_shuffle_i32x4(a, b, 0xee));
@@ -172,7 +162,7 @@ void LanesOf(const Block& b, const LanesPart& part) {
         TransposeLanes(row, weights[g]);
       });
       if constexpr (kHigh == HighParts::kGathered) {
-        const int64_t t = w - first;
+        const auto t = static_cast<uint64_t>(w - first);
         const unsigned words = needed[t / 64];
         Unroll<4>([&](auto q) ALWAYS_INLINE {
           if (words & 0x1111 << q) {

@@ -228,7 +228,8 @@ int64_t FindOutliers(const Options& options, const float* x, int64_t k, uint32_t
   return absmax < threshold ? 0 : Collect(x, k, threshold, scratch.index);
 }
 
-// Codes of the outliers, 128 * hi + lo; lo replaces what stands in the row. Returns by how much the sum of codes grows.
+// Codes of the outliers; what stands in the row is replaced by the code, if it fits into a byte, else by its low part.
+// Returns by how much the sum of codes grows.
 inline int32_t QuantizeOutliers(int64_t count, const RowScale& s, const RowScratch& scratch, int8_t* lo) {
   int32_t sum = 0;
   for (int64_t j = 0; j < count; ++j) {
@@ -237,7 +238,7 @@ inline int32_t QuantizeOutliers(int64_t count, const RowScale& s, const RowScrat
     scratch.codes[j] = v;
     int8_t* place = lo + scratch.index[j];
     sum += v - *place;
-    *place = static_cast<int8_t>(v - ((v + 64) >> 7) * 128);
+    *place = static_cast<int8_t>(v >= -127 && v <= 127 ? v : v - ((v + 64) >> 7) * 128);
   }
   return sum;
 }

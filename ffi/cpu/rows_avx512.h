@@ -285,7 +285,8 @@ inline Outliers FindOutliers(const Options& options, const WideRow& row, int64_t
   return absmax < threshold ? Outliers{0, absmax} : Collect(row.x, k, threshold, scratch.index);
 }
 
-// Codes of the outliers, 128 * hi + lo; lo replaces what stands in the row. Returns by how much the sum of codes grows.
+// Codes of the outliers; what stands in the row is replaced by the code, if it fits into a byte, else by its low part.
+// Returns by how much the sum of codes grows.
 inline int32_t QuantizeOutliers(int64_t count, const RowScale& s, const RowScratch& scratch, int8_t* lo) {
   const __m512i limit = _mm512_set1_epi32(s.limit), least = _mm512_set1_epi32(-s.limit);
   const __m512 divisor = _mm512_set1_ps(s.scale);
@@ -298,7 +299,8 @@ inline int32_t QuantizeOutliers(int64_t count, const RowScale& s, const RowScrat
     _mm512_mask_storeu_epi32(scratch.codes + j, mask, v);
     sum += _mm512_reduce_add_epi32(v);
     alignas(16) int8_t low[16];
-    const __m512i rest = _mm512_sub_epi32(v, _mm512_slli_epi32(hi, 7));
+    const __mmask16 large = _mm512_cmpgt_epi32_mask(_mm512_abs_epi32(v), _mm512_set1_epi32(127));
+    const __m512i rest = _mm512_mask_sub_epi32(v, large, v, _mm512_slli_epi32(hi, 7));
     _mm_store_si128(reinterpret_cast<__m128i*>(low), _mm512_cvtepi32_epi8(rest));
     const int64_t n = count - j < 16 ? count - j : 16;
     for (int64_t i = 0; i < n; ++i) {

@@ -31,8 +31,19 @@ struct alignas(64) TileScratch {
   int64_t columns;
   int buffer;
   alignas(64) uint8_t panels[2][kPanelBytes];
-  int32_t next_hi[kChunkM];  // per row: the first of its words that is not yet added
+  alignas(64) uint8_t lines[kPanelBytes];  // see SplitGroups
+  int32_t next_hi[kChunkM];                // per row: the first of its words that is not yet added
 };
+
+// Four rows of words as four registers of [lane][4 rows].
+ALWAYS_INLINE inline void TransposeLanes(const __m512i (&row)[4], __m512i (&out)[4]) {
+  const __m512i low01 = _mm512_unpacklo_epi32(row[0], row[1]), high01 = _mm512_unpackhi_epi32(row[0], row[1]);
+  const __m512i low23 = _mm512_unpacklo_epi32(row[2], row[3]), high23 = _mm512_unpackhi_epi32(row[2], row[3]);
+  out[0] = _mm512_unpacklo_epi64(low01, low23);
+  out[1] = _mm512_unpackhi_epi64(low01, low23);
+  out[2] = _mm512_unpacklo_epi64(high01, high23);
+  out[3] = _mm512_unpackhi_epi64(high01, high23);
+}
 
 // Writes 64 bytes of each of 16 weight rows as 16 registers of [16 outputs][4 columns]: a transposition of 16 x 16
 // words of four bytes, 64 shuffles for 1 KiB. Rows and columns beyond the matrix become zero weights.
@@ -184,6 +195,51 @@ ALWAYS_INLINE inline void AddHi(const Row& row, const Panel& panel, int32_t* nex
   Unroll<Z>([&](auto z) ALWAYS_INLINE { acc[z] = _mm512_add_epi32(acc[z], _mm512_slli_epi32(sum[z], 7)); });
 }
 
+// Of a panel that holds all columns: writes those whose groups hold high parts, each as a line of its weights. Byte 16
+// * l + 4 * z + i is that of output 16 * z + 4 * l + i.
+inline void SplitGroups(const Block& b, const uint8_t* panel, int registers, uint8_t* columns) {
+  const __m512i order = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
+  for (int64_t first = 0; first * 4 < b.k; first += 64) {
+    for (uint64_t left = b.groups[first / 64]; left; left &= left - 1) {
+      const int64_t group = first + __builtin_ctzll(left);
+      __m512i words[4], lines[4];
+      Unroll<4>([&](auto z) ALWAYS_INLINE {  // beyond the last output: some weights
+        const uint8_t* from = panel + (group * registers + (z < registers ? z : 0)) * 64;
+        words[z] = _mm512_shuffle_epi8(_mm512_load_si512(from), order);
+      });
+      TransposeLanes(words, lines);
+      Unroll<4>([&](auto i) ALWAYS_INLINE { _mm512_store_si512(columns + (group * 4 + i) * 64, lines[i]); });
+    }
+  }
+}
+
+// c += (hi . W) << 7 for rows [begin, end) of a block. Four columns are interleaved to words: a quarter of the lines
+// that the words of their groups would take, which come from the L2 cache.
+inline void AddQuads(const Block& b, int64_t begin, int64_t end, const uint8_t* columns) {
+  for (int64_t i = begin; i < end; ++i) {
+    const HiQuad *quad = b.rows[i].quad, *const stop = quad + b.rows[i].quads;
+    if (quad == stop) continue;
+    __m512i sum[4];
+    Unroll<4>([&](auto z) ALWAYS_INLINE { sum[z] = _mm512_setzero_si512(); });
+    do {
+      __m512i line[4];
+      Unroll<4>([&](auto j) ALWAYS_INLINE { line[j] = _mm512_load_si512(columns + quad->column[j] * 64); });
+      const __m512i low01 = _mm512_unpacklo_epi8(line[0], line[1]), high01 = _mm512_unpackhi_epi8(line[0], line[1]);
+      const __m512i low23 = _mm512_unpacklo_epi8(line[2], line[3]), high23 = _mm512_unpackhi_epi8(line[2], line[3]);
+      const __m512i four = _mm512_set1_epi32(static_cast<int32_t>(quad->four));
+      sum[0] = _mm512_dpbusd_epi32(sum[0], _mm512_unpacklo_epi16(low01, low23), four);
+      sum[1] = _mm512_dpbusd_epi32(sum[1], _mm512_unpackhi_epi16(low01, low23), four);
+      sum[2] = _mm512_dpbusd_epi32(sum[2], _mm512_unpacklo_epi16(high01, high23), four);
+      sum[3] = _mm512_dpbusd_epi32(sum[3], _mm512_unpackhi_epi16(high01, high23), four);
+    } while (++quad != stop);
+    int32_t* c = b.c + i * kBlockN;
+    Unroll<4>([&](auto z) ALWAYS_INLINE {
+      const __m512i high = _mm512_slli_epi32(sum[z], 7);
+      _mm512_store_si512(c + z * 16, _mm512_add_epi32(_mm512_load_si512(c + z * 16), high));
+    });
+  }
+}
+
 // c[M][16 * Z] (+)= x[M] . panel for rows i.. of a block, high parts included; the first panel sets c. `next_hi` of
 // these rows, null if there are no high parts.
 template <int M, int Z>
@@ -256,14 +312,16 @@ void MultiplyTiled(const Block& b) {
     const int64_t next_end = end < b.k ? (end + width < b.k ? end + width : b.k) : (width < b.k ? width : b.k);
     const int64_t next_columns = end < b.k ? next_end - end : next_end;
     const bool whole = next && next_columns % 64 == 0 && (end < b.k ? b.n : b.ahead_n) == kBlockN;
+    if (b.groups) SplitGroups(b, panel.data, registers, scratch->lines);
     PackAhead ahead;
     if (whole && next != b.w + t) ahead.Start(next, b.k, next_columns, scratch->panels[1 - buffer], tiles * blocks);
     int64_t i = 0;
     for (int64_t tile = 0; tile < tiles; ++tile) {  // heights differ by one at most, so that no tile is thin
       const int64_t rows = b.m / tiles + (tile < b.m % tiles);
       if (b.epilogue && end == b.k) FetchOutputs(*b.epilogue, i, i + rows);
-      int32_t* next_hi = b.with_hi ? scratch->next_hi + i : nullptr;
+      int32_t* next_hi = b.with_hi && !b.groups ? scratch->next_hi + i : nullptr;
       kTiles[registers - 1][rows - 1](b, i, panel, next_hi, &ahead);
+      if (b.groups) AddQuads(b, i, i + rows, scratch->lines);
       // At once, so that it overlaps with the next tile.
       if (b.epilogue && end == b.k) Finish(*b.epilogue, i, i + rows);
       i += rows;

@@ -56,7 +56,7 @@ class Buffer {
 // Buffers of one thread; used within one item, never across.
 struct ThreadScratch {
   Buffer values, index, codes, outliers, magnitude, columns, mask, entered;
-  Buffer rung, c, extra, gathered, halves;
+  Buffer rung, c, extra, gathered, halves, groups;
   std::vector<int32_t> slots;
   uint64_t columns_job = 0;  // whose columns and mask these are
   int64_t columns_count = 0;
@@ -80,6 +80,23 @@ struct Workspace {
   struct Lists {
     std::vector<Outlier> outliers;
     std::vector<HiWord> words;
+    std::vector<HiQuad> quads;
+    std::vector<uint64_t> groups;  // with quads: of every four columns a bit, whether there is any
+
+    // Adds a high part to the words of a row, which begin at `first`.
+    void AddWord(int32_t column, int32_t hi, size_t first) {
+      if (words.size() == first || words.back().group != column / 4) words.push_back({column / 4, 0});
+      words.back().four |= static_cast<uint32_t>(hi & 0xff) << (column % 4 * 8);
+    }
+
+    // Adds a high part to the quads of a row, of which it is the number-th.
+    void AddQuad(int32_t column, int32_t hi, int32_t number) {
+      groups[column / 256] |= uint64_t{1} << (column / 4 % 64);
+      const int32_t place = number % 4;
+      if (place == 0) quads.push_back({});
+      std::fill(quads.back().column + place, quads.back().column + 4, column);
+      quads.back().four |= static_cast<uint32_t>(hi & 0xff) << (place * 8);
+    }
   };
   std::vector<Lists> lists;
   int64_t stride = 0;
@@ -92,7 +109,8 @@ struct Workspace {
   size_t bytes() const {
     size_t total = lo.size() + marks.size() + entered.size() + rows.capacity() * sizeof(Row);
     for (const Lists& list : lists) {
-      total += list.outliers.capacity() * sizeof(Outlier) + list.words.capacity() * sizeof(HiWord);
+      total += list.outliers.capacity() * sizeof(Outlier) + list.words.capacity() * sizeof(HiWord) +
+               list.quads.capacity() * sizeof(HiQuad);
     }
     return total;
   }
