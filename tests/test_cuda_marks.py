@@ -22,16 +22,17 @@ from jaxint8 import RelativeThreshold, Threshold, reference
 
 COLUMN = Threshold(2.5, "column")
 # Each block looks at all rows, several threads for a column, one, or one for several columns; so do the blocks of
-# clusters, some without a row or a column; marks of each row put together: more values than a cluster looks at, a rule
-# that takes whole rows, rows that are not staged.
+# clusters, some without a row or a column; marks of each row put together: fewer rows and more than a cluster is sooner
+# done with, a rule that takes whole rows, rows that are not staged.
 WAYS = [
     ((3, 24), COLUMN),
     ((7, 136), COLUMN),
     ((32, 256), COLUMN),
     ((70, 24), COLUMN),
     ((2, 4104), COLUMN),
+    ((19, 1032), COLUMN),
+    ((61, 280), COLUMN),
     ((9, 4104), COLUMN),
-    ((67, 264), COLUMN),
     ((257, 24), COLUMN),
     ((9, 520), RelativeThreshold(3.0, "column")),
     ((4, 333), COLUMN),
@@ -91,7 +92,8 @@ def test_planted_faults_are_noticed_in_marks(executor: Executor) -> None:
         ((3, 272, 1), np.float32, "nan"),
         ((6, 136, 1), np.float32, "outliers"),
         ((33, 264, 1), np.float32, "nan"),
-        ((9, 1032, 1), np.float32, "outliers"),
+        ((17, 520, 1), np.float32, "outliers"),
+        ((17, 520, 1), np.float32, "nan"),
         ((9, 1032, 1), np.float32, "nan"),
         ((5, 37, 1), np.float32, "nan"),
     ):
