@@ -83,7 +83,14 @@ def forward(
         id), and the cache with the t tokens added (None without one).
         With a placement all t logits of a token have columns of padding (see ``whole_logits``).
 
+    Raises:
+        ValueError: ``greedy`` without ``last_only``.
+
     """
+    if greedy and not last_only:
+        raise ValueError(
+            "greedy chooses by the last token's logits: expected last_only=True, got False"
+        )
     if placement is None:
         return _forward(
             config,

@@ -50,7 +50,8 @@ def most_likely(
 ) -> jax.Array:
     """The tokens of the largest logits of `rescore`, int32[b, t], without a pass over all of them.
 
-    Arguments are those of `rescore`. Of equal logits the lower id's is taken, as by `next_tokens`.
+    Arguments are those of `rescore`. Of equal logits the lower id's is taken, but only among those that
+    were computed once more: where all of these are equal, or one is NaN, other ids have no say.
     """
     tokens, exact = _candidates(logits, x, take)
     first = (exact == jnp.max(exact, axis=-1, keepdims=True)) | jnp.isnan(exact)

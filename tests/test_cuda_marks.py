@@ -22,8 +22,8 @@ from jaxint8 import RelativeThreshold, Threshold, reference
 
 COLUMN = Threshold(2.5, "column")
 # Each block looks at all rows, several threads for a column, one, or one for several columns; so do the blocks of
-# clusters, some without a row or a column; marks of each row put together: fewer rows and more than a cluster is sooner
-# done with, a rule that takes whole rows, rows that are not staged.
+# clusters, some without a column; marks of each row put together: fewer rows and more than a cluster is sooner
+# done with, a rule that takes whole rows, rows that are not staged; many rows, which set bits of the same marks.
 WAYS = [
     ((3, 24), COLUMN),
     ((7, 136), COLUMN),
@@ -37,6 +37,7 @@ WAYS = [
     ((9, 520), RelativeThreshold(3.0, "column")),
     ((4, 333), COLUMN),
     ((2, 33000), COLUMN),
+    ((1500, 24), COLUMN),
 ]
 
 

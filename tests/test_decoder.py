@@ -119,6 +119,8 @@ def test_last_only_is_the_last() -> None:
     token, _ = run(config, params, tokens, last_only=True, greedy=True)
     assert token.dtype == jnp.int32
     assert (token == last[:, 0].argmax(axis=-1)).all()
+    with pytest.raises(ValueError, match="last_only"):
+        run(config, params, tokens, greedy=True)
 
 
 def test_neighbours_do_not_change_a_row() -> None:

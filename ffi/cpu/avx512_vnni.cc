@@ -177,7 +177,7 @@ void Dots(const Block& b, const Part& part) {
   }
 }
 
-// The same for one or two rows of activations and whole rows of weights. With one chain of sums a row of weights is so
+// The same for up to four rows of activations and whole rows of weights. With one chain of sums a row of weights is so
 // few instructions that the processor works on several at once, and weights are asked for at a steady pace: with more
 // chains each arrival lets a burst of requests go, and a processor drops what its queues cannot take (16384 rows of
 // 4096 from memory: 640 us with four chains, 560 with two as here). In long rows one chain is too slow for what the
@@ -266,10 +266,10 @@ int64_t TurnOf(const Block& b) { return ((16 << 10) / (b.k + 1) / 8 + 1) * 8; }
 
 // Up to kFewM rows: the weights are read once, in the order in which they lie.
 void MultiplyFewRows(const Block& b) {
-  constexpr void (*kDots[kFewM])(const Block&) = {DotsOfFewRows<1>, DotsOfFewRows<2>, DotsOfFewRows<3>,
-                                                  DotsOfFewRows<4>};
+  constexpr void (*kStreams[kFewM])(const Block&) = {DotsOfFewRows<1>, DotsOfFewRows<2>, DotsOfFewRows<3>,
+                                                     DotsOfFewRows<4>};
   const bool dense = b.plan && b.plan->dense;
-  (dense ? DotsOfFewRows<1, true> : kDots[b.m - 1])(b);
+  (dense ? DotsOfFewRows<1, true> : kStreams[b.m - 1])(b);
   if (b.epilogue) Finish(*b.epilogue, 0, b.m);
 }
 

@@ -74,8 +74,9 @@ struct Row {
 };
 
 // The high parts of a small product (m <= kSmallM): which groups of four columns hold any, in some row. The weights of
-// these groups are gathered once per block and serve all rows. A single row has its own lists instead, or, with many
-// outliers, keeps its high parts for all columns (dense): its weights are read more slowly than multiplied.
+// these groups are gathered once per block and serve all rows. Rows whose weights are read as a stream use their own
+// lists instead; a single one with many outliers keeps its high parts for all columns (dense), for weights are read
+// more slowly than multiplied.
 struct HiPlan {
   static constexpr int64_t kMaxGroups = 256;  // with more, a tiled product is better
 

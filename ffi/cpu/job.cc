@@ -291,7 +291,8 @@ void Job::PlanHi() {
   Workspace& ws = *ws_;
   ws.plan = HiPlan{};
   if (p_.m == 1) {
-    // Dense: an instruction more per 64 columns, and some at the end of a row. Else: four per outlier.
+    // Dense: an instruction more per 64 columns, and some at the end of a row. Else: some ten per group and four
+    // outputs.
     if (ws.rows[0].words <= HiPlan::kMaxGroups && ws.rows[0].count * 200 <= p_.k + 200) return;
     const int64_t width = RoundUp(p_.k, 64);
     int8_t* hi = ws.hi.Get<int8_t>(width);

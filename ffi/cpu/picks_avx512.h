@@ -77,7 +77,7 @@ struct PickPlan {
   static void EachOf(const Row& row, int64_t end, int32_t* next, const F& f) {
     int32_t number = 0;
     for (; *next < row.count && row.outliers[*next].column < end && number < kPickPlaces; ++*next) {
-      if (row.outliers[*next].hi != 0) f(row.outliers[*next], number++);
+      f(row.outliers[*next], number++);
     }
   }
 };
@@ -95,7 +95,6 @@ inline bool PickPlan::Add(const Row* all, const PickPart& part, int32_t* next) {
         used[line / 64] |= uint64_t{1} << (line % 64);
         any = 1;
       });
-      if (any == 0) next[i] = at;
     }
     if (any == 0) break;
     if (last_round == kRounds) return false;

@@ -23,8 +23,8 @@ JAXINT8_HOST_DEVICE constexpr int64_t MarkBytes(int64_t k) { return 4 * (MarkWor
 // reading these.
 inline constexpr int kMarkBlocks = 8;
 inline constexpr int64_t kMarkedRows = 32 * kMarkFlags, kMarkedAlone = 32 * 1024, kMarkedBytes = 512 * 1024;
-// Marks of rows are put together up to so many bits.
-inline constexpr int64_t kMarkedBits = 1024 * 1024;
+// Marks of rows are put together, by each row for itself, up to so many words read by all (256 rows of 4096 columns).
+inline constexpr int64_t kMarkedWords = 8 * 1024 * 1024;
 
 // What the bits of an outlier's magnitude reach, by a threshold.
 JAXINT8_DEVICE uint32_t ThresholdBits(const Options& options) { return options.value > 0 ? Bits(options.value) : 0; }
@@ -83,6 +83,8 @@ class Marker {
       rank = static_cast<int>(ClusterRank());
       ClusterBarrier();
     }
+#else
+    blocks = 1;
 #endif
     const int begin = words_ * rank / blocks, end = words_ * (rank + 1) / blocks;
     if (MarkShare(begin, end)) AtomicOr(marks_ + (words_ + rank), 1);

@@ -156,7 +156,7 @@ inline GemvShape ChooseGemv(int rows, bool high, int64_t k, int64_t row_bytes, i
   int64_t most = 0;
   for (int64_t pieces = (k + kGemvPiece - 1) / kGemvPiece; pieces <= 4 * k / kGemvPiece + 1; ++pieces) {
     const int piece = static_cast<int>(RoundUp((k + pieces - 1) / pieces, 512));
-    if (pieces > 1 && piece < kGemvLeast) break;
+    if (pieces > 1 && piece < kGemvLeast && best.depth > 0) break;
     for (int depth = 2; depth <= kGemvDepth; ++depth) {
       const int64_t shared = MakeGemvLayout(rows, high, row_bytes, k, piece, depth, beside).bytes;
       if (shared > kSharedMost) break;
@@ -219,7 +219,7 @@ inline Marking ChooseMarking(const Problem& p, int64_t stride, bool hopper, bool
     // and 256 x 1024 17.2 and 12.8 (all of the layer, on an H200).
     if (hopper && p.m > 16 && p.m <= 64 && bytes <= kMarkedBytes) return {0, kMarkBlocks};
   }
-  return {p.m * p.k <= kMarkedBits ? p.m : 1, 1};
+  return {p.m * p.m * MarkWords(p.k) <= kMarkedWords ? p.m : 1, 1};
 }
 
 struct Plan {
