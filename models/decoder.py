@@ -88,9 +88,7 @@ def forward(
 
     """
     if greedy and not last_only:
-        raise ValueError(
-            "greedy chooses by the last token's logits: expected last_only=True, got False"
-        )
+        raise ValueError("greedy: expected last_only=True beside it, got last_only=False")
     if placement is None:
         return _forward(
             config,
