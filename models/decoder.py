@@ -89,17 +89,11 @@ def forward(
     """
     if greedy and not last_only:
         raise ValueError("greedy: expected last_only=True beside it, got last_only=False")
+    part = functools.partial(
+        _forward, quantization=quantization, last_only=last_only, greedy=greedy
+    )
     if placement is None:
-        return _forward(
-            config,
-            params,
-            tokens,
-            cache,
-            quantization=quantization,
-            last_only=last_only,
-            greedy=greedy,
-            seen=seen,
-        )
+        return part(config, params, tokens, cache, seen=seen)
     split = placement.split
     config = dataclasses.replace(placement.local, end_tokens=config.end_tokens)
 
@@ -107,17 +101,7 @@ def forward(
         params: Params, tokens: jax.Array, cache: KVCache | None
     ) -> tuple[jax.Array, KVCache | None, list[dict[str, jax.Array]] | None]:
         inputs = None if seen is None else []
-        logits, cache = _forward(
-            config,
-            params,
-            tokens,
-            cache,
-            quantization=quantization,
-            last_only=last_only,
-            greedy=greedy,
-            seen=inputs,
-            split=split,
-        )
+        logits, cache = part(config, params, tokens, cache, seen=inputs, split=split)
         return logits, cache, inputs
 
     rows = placement.rows_spec

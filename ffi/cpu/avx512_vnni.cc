@@ -434,7 +434,7 @@ void Multiply(const Block& b) {
 // The same with lanes (measured on Zen 5). Tiles: (5.6 - 0.075 * m) * k, and 6 for each word of high parts. Lanes: 30
 // for each group of high parts and 4 for each word; or 360 for each round, and for each pair of lines 88, or 134 if
 // they are no longer in the L1 cache when they are wanted. Lanes read eight rows of weights at once, from memory at
-// half the speed of a stream (3 x 576 x 131072 by the relative rule: 1.9 ms and 1.0), so few rows are one, though from
+// half the speed of a stream (2 x 1536 x 65536 by the relative rule: 2.0 ms and 1.2), so few rows are one, though from
 // the second-level cache high parts cost them more (3 x 768 x 3072: 15 us and 20).
 void MultiplyWithLanes(const Block& b) {
   if (Planned(b) && b.m <= kFewM) return MultiplyFewRows(b);
