@@ -404,7 +404,8 @@ class Call {
     s.cluster = ChooseCluster(128 * tiles, p_.k, multiprocessors_);
     s.stages = ChooseStages(128 * tiles, multiprocessors_, Kernel::kMinBlocks, Kernel::kStageBytes);
     s.early = queue_.follows() && !plan_.align_w ? EarlySteps(kSwappedEarly, p_.k, Kernel::kBytesW, s.stages) : 0;
-    return queue_.Launch<Kernel>(tiles * s.cluster, Kernel::kMaxThreads, Kernel::Shared(s.stages), s, s.cluster);
+    return queue_.Launch<Kernel>(tiles * s.cluster, Kernel::kMaxThreads, Kernel::Shared(s.stages, s.cluster), s,
+                                 s.cluster);
   }
 
   const char* Wgmma(const TiledParams& t) {

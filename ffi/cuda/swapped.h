@@ -3,8 +3,8 @@
 //
 // Two warpgroups multiply; one thread beside them keeps some stages of shared memory filled, beginning with some
 // weights while the activations are still being quantised (see EarlySteps). The blocks of a cluster share the k of a
-// tile, so that also a narrow layer keeps all multiprocessors reading, and add their sums through each other's shared
-// memory. Two blocks fit on a multiprocessor: a second tile is on its way while the first ends.
+// tile, so that also a narrow layer keeps all multiprocessors reading, and send each other the sums of the rows that
+// each is to add. Two blocks fit on a multiprocessor: a second tile is on its way while the first ends.
 //
 // High parts (kHigh) are multiplied in full, with sums of their own: reading the weights takes longer than both.
 #ifndef JAXINT8_FFI_CUDA_SWAPPED_H_
@@ -37,8 +37,15 @@ class SwappedKernel {
   static constexpr int kMinBlocks = 2;
   static constexpr int kBytesW = kTileM * kTileK, kBytesX = kTileN * kTileK;
   static constexpr int kStageBytes = kBytesW + kBytesX * (kHigh ? 2 : 1);
-  // Stages first, in 1024-byte units; then two barriers per stage.
-  static constexpr int64_t Shared(int stages) { return 1024 + stages * (kStageBytes + 16); }
+  // The sums of a tile, where the stages were: [kTileN][kSumStride], without bank conflicts.
+  static constexpr int kSumStride = kTileM + 4;
+  static_assert(kTileN * kSumStride * 4 <= 3 * kStageBytes);  // there are more
+  // Stages first, in 1024-byte units; then two barriers per stage, and, from a multiple of 128 on, a barrier and the
+  // sums of the other blocks.
+  static constexpr int64_t Shared(int stages, int cluster) {
+    const int64_t alone = 1024 + stages * (kStageBytes + 16);
+    return cluster == 1 ? alone : alone + 2 * 128 + (cluster - 1) * SumBytes(cluster);
+  }
 
   static JAXINT8_DEVICE void Run(const Params& p) {
 #ifdef JAXINT8_HOPPER
@@ -47,13 +54,16 @@ class SwappedKernel {
 #endif
   }
 
+  // Of the rows that one block of a cluster adds.
+  static JAXINT8_HOST_DEVICE constexpr int64_t SumBytes(int cluster) {
+    return int64_t{4} * kSumStride * kTileN / cluster;
+  }
+
 #ifdef JAXINT8_HOPPER
 
  private:
   static constexpr int kSums = kTileN / 2;  // of a thread: 64 x kTileN in 128 threads
-  // The sums of a tile, where the stages were: [kTileN][kSumStride], without bank conflicts.
-  static constexpr int kSumStride = kTileM + 4;
-  static_assert(kTileN * kSumStride * 4 <= 3 * kStageBytes);  // there are more
+  static constexpr int kMultiplyBarrier = 1;
 
   JAXINT8_DEVICE explicit SwappedKernel(const Params& p)
       : p_(p),
@@ -61,7 +71,8 @@ class SwappedKernel {
         stages_((SharedAddress(SharedMemory()) + 1023) & ~1023u),
         shared_(SharedMemory() + (stages_ - SharedAddress(SharedMemory()))),
         full_(stages_ + p.stages * kStageBytes),
-        empty_(full_ + 8 * p.stages) {}
+        empty_(full_ + 8 * p.stages),
+        arrived_((empty_ + 8 * p.stages + 127) & ~127u) {}
 
   JAXINT8_DEVICE uint32_t Stage(int stage) const { return stages_ + static_cast<uint32_t>(stage) * kStageBytes; }
 
@@ -84,21 +95,32 @@ class SwappedKernel {
         InitBarrier(full_ + 8 * s, 1);
         InitBarrier(empty_ + 8 * s, 8);  // one arrival of each multiplying warp
       }
+      if (p_.cluster > 1) {
+        InitBarrier(arrived_, 1);
+        ArriveExpecting(arrived_, static_cast<uint32_t>((p_.cluster - 1) * SumBytes(p_.cluster)));
+      }
       FenceBarrierInit();
     }
     Barrier();
+    if (p_.cluster > 1) ClusterArrive();
     if (ThreadIndex() >= 2 * 128) {
       if (ThreadIndex() == 2 * 128) Produce();
-      WarpBarrier();                                 // all lanes together again
-      for (int i = 0; i < 3; ++i) ClusterBarrier();  // those of AddBlocks
+      WarpBarrier();  // all lanes together again
+      if (p_.cluster == 1) return;
+      ClusterWait();
+      ClusterArrive();
     } else {
       WaitForPreviousKernel();
       const Tile tile = MyTile();
       const Scales scales = LoadScales(tile);  // they arrive while the tile is multiplied
       int32_t c[kSums];
       Multiply(c, tile.steps);
-      AddBlocks(c, tile, scales);
+      KeepSums(c);
+      if (p_.cluster > 1) SendSums();
+      AddBlocks(tile, scales);
+      if (p_.cluster == 1) return;
     }
+    ClusterWait();  // all sums have been received, so that none are still read here
   }
 
   JAXINT8_DEVICE void CopyWeights(const Tile& tile, int step, int stage) const {
@@ -184,9 +206,9 @@ class SwappedKernel {
     int64_t n;
     float w_scale[4], bias[4], row_scale;
   };
-  JAXINT8_DEVICE int RowOf(int turn) const {
-    return static_cast<int>(rank_) * 8 + ThreadIndex() / 32 + turn * 8 * p_.cluster;
-  }
+  JAXINT8_DEVICE int Rows() const { return kTileN / p_.cluster; }  // of this block
+  JAXINT8_DEVICE int RowOf(int turn) const { return ThreadIndex() / 32 + 8 * turn; }
+  JAXINT8_DEVICE int FirstRow() const { return static_cast<int>(rank_) * Rows(); }
   JAXINT8_DEVICE Scales LoadScales(const Tile& tile) const {
     const int lane = ThreadIndex() % 32;
     const Epilogue& e = p_.epilogue;
@@ -201,58 +223,78 @@ class SwappedKernel {
       s.w_scale[j] = Load(e.w_scale + weight + j);
       if (e.bias) s.bias[j] = Load(e.bias + weight + j);
     }
-    const int row = RowOf(lane);
-    if (row < kTileN && tile.m + row < p_.m) s.row_scale = Load(e.row_scale + tile.m + row);
+    const int64_t row = tile.m + FirstRow() + RowOf(lane);
+    if (RowOf(lane) < Rows() && row < p_.m) s.row_scale = Load(e.row_scale + row);
     return s;
   }
 
-  // Adds the sums of the blocks of the cluster, each its share of the rows of x, and stores the outputs.
-  JAXINT8_DEVICE void AddBlocks(const int32_t (&c)[kSums], const Tile& tile, const Scales& scales) const {
+  // Puts the sums of this block where the stages were.
+  JAXINT8_DEVICE void KeepSums(const int32_t (&c)[kSums]) const {
     const int thread = ThreadIndex(), lane = thread % 32, g = lane / 4, t = lane % 4;
-    ClusterBarrier();  // nothing reads the stages any more
+    PartBarrier(kMultiplyBarrier, 2 * 128);  // nothing reads the stages any more
     const Ptr<int32_t> sums = Cast<int32_t>(shared_);
 #pragma unroll
     for (int i = 0; i < kSums; ++i) {
       const int row = 8 * (i / 4) + 2 * t + i % 2, column = thread / 32 * 16 + g + 8 * (i / 2 % 2);
       Store(sums + row * kSumStride + column, c[i]);
     }
-    ClusterBarrier();
+    if (p_.cluster > 1) FenceShared();
+    PartBarrier(kMultiplyBarrier, 2 * 128);
+  }
+
+  // Sends each other block of the cluster the sums of its rows, and waits for those of its own.
+  JAXINT8_DEVICE void SendSums() const {
+    ClusterWait();  // the barriers of all are there
+    if (ThreadIndex() == 0) {
+      const int rank = static_cast<int>(rank_);
+      const auto bytes = static_cast<uint32_t>(SumBytes(p_.cluster));
+#pragma unroll 1
+      for (int block = 0; block < p_.cluster; ++block) {
+        const uint32_t place = static_cast<uint32_t>(rank < block ? rank : rank - 1);
+        if (block != rank) CopyToBlock(block, Received() + place * bytes, stages_ + block * bytes, bytes, arrived_);
+      }
+    }
+    WaitBarrier(arrived_, 0);
+    ClusterArrive();
+  }
+  JAXINT8_DEVICE uint32_t Received() const { return arrived_ + 128; }
+
+  // Adds the sums of the blocks of the cluster, each block those of its share of the rows of x, and stores the outputs.
+  JAXINT8_DEVICE void AddBlocks(const Tile& tile, const Scales& scales) const {
     switch (p_.cluster) {
       case 1:
-        AddRows<1>(tile, scales);
-        break;
+        return AddRows<1>(tile, scales);
       case 2:
-        AddRows<2>(tile, scales);
-        break;
+        return AddRows<2>(tile, scales);
       case 4:
-        AddRows<4>(tile, scales);
-        break;
+        return AddRows<4>(tile, scales);
       default:
-        AddRows<8>(tile, scales);
-        break;
+        return AddRows<8>(tile, scales);
     }
-    ClusterBarrier();  // no block may end while another can still read its memory
   }
 
   // One warp a row. What is added to the layer is asked for a row ahead.
   template <int kBlocks>
   JAXINT8_DEVICE void AddRows(const Tile& tile, const Scales& scales) const {
     const Epilogue& e = p_.epilogue;
-    const int64_t left = p_.m - tile.m;
-    const int rows = left < kTileN ? static_cast<int>(left) : kTileN;
+    const int64_t first = tile.m + FirstRow(), left = p_.m - first;
+    const int rows = left < Rows() ? static_cast<int>(left) : Rows();
     const bool words = !kGated && p_.n % 4 == 0 && scales.n < p_.n;
-    Word4 residual = words && RowOf(0) < rows ? LoadWords(tile.m + RowOf(0), scales.n) : Word4{};
+    const Ptr<int32_t> own = Cast<int32_t>(shared_) + (FirstRow() * kSumStride + scales.first);
+    const Ptr<int32_t> others = Cast<int32_t>(shared_ + (Received() - stages_)) + scales.first;
+    Word4 residual = words && RowOf(0) < rows ? LoadWords(first + RowOf(0), scales.n) : Word4{};
 #pragma unroll 1
     for (int turn = 0; RowOf(turn) < rows; ++turn) {
       const int row = RowOf(turn), next = RowOf(turn + 1);
-      const int64_t m = tile.m + row, n = scales.n;
+      const int64_t m = first + row, n = scales.n;
       Word4 parts[kBlocks];
+      parts[0] = LoadAs<Word4>(own + row * kSumStride);
 #pragma unroll
-      for (int block = 0; block < kBlocks; ++block) {
-        parts[block] = LoadRemote(stages_ + 4 * static_cast<uint32_t>(row * kSumStride + scales.first), block);
+      for (int block = 1; block < kBlocks; ++block) {
+        parts[block] = LoadAs<Word4>(others + ((block - 1) * kTileN / kBlocks + row) * kSumStride);
       }
       const Word4 added = residual;
-      if (words && next < rows) residual = LoadWords(tile.m + next, n);
+      if (words && next < rows) residual = LoadWords(first + next, n);
       uint32_t sum[4] = {0, 0, 0, 0};
 #pragma unroll
       for (int block = 0; block < kBlocks; ++block) {
@@ -321,7 +363,7 @@ class SwappedKernel {
   const Params& p_;
   const uint32_t rank_, stages_;  // the address of the stages, a multiple of 1024
   const Ptr<uint8_t> shared_;     // the same as a pointer
-  const uint32_t full_, empty_;
+  const uint32_t full_, empty_, arrived_;
 #endif
 };
 
