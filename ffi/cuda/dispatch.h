@@ -385,27 +385,28 @@ class Call {
     s.k = p_.k;
     s.epilogue = MakeEpilogue();
     const int rows = p_.m <= 32 ? 32 : 64;
-    JAXINT8_TRY(MakeTileMap(&s.w, w, p_.n, p_.k, w_stride, p_.gated ? 64 : 128));
+    const SwappedShape shape = ChooseSwapped(s.n, p_.k, hi ? 2 * rows : rows, p_.gated, multiprocessors_);
+    s.cluster = shape.cluster;
+    JAXINT8_TRY(MakeTileMap(&s.w, w, p_.n, p_.k, w_stride, p_.gated ? 64 : shape.rows));
     JAXINT8_TRY(MakeTileMap(&s.lo, lo, p_.m, p_.k, stride, rows));
     if (hi) JAXINT8_TRY(MakeTileMap(&s.hi, hi, p_.m, p_.k, stride, rows));
-    if (rows == 32) return hi ? SwappedGated<32, true>(s) : SwappedGated<32, false>(s);
-    return hi ? SwappedGated<64, true>(s) : SwappedGated<64, false>(s);
+    if (rows == 32) return hi ? SwappedShaped<32, true>(s, shape) : SwappedShaped<32, false>(s, shape);
+    return hi ? SwappedShaped<64, true>(s, shape) : SwappedShaped<64, false>(s, shape);
   }
 
   template <int kTileN, bool kHigh>
-  const char* SwappedGated(SwappedParams& s) {
-    return p_.gated ? SwappedWith<SwappedKernel<kTileN, kHigh, true>>(s)
-                    : SwappedWith<SwappedKernel<kTileN, kHigh, false>>(s);
+  const char* SwappedShaped(SwappedParams& s, const SwappedShape& shape) {
+    if (p_.gated) return SwappedWith<SwappedKernel<128, kTileN, kHigh, true>>(s);
+    return shape.rows == 64 ? SwappedWith<SwappedKernel<64, kTileN, kHigh, false>>(s)
+                            : SwappedWith<SwappedKernel<128, kTileN, kHigh, false>>(s);
   }
 
   template <typename Kernel>
   const char* SwappedWith(SwappedParams& s) {
-    const int64_t tiles = (Outputs() + Kernel::kOutputs - 1) / Kernel::kOutputs;
-    s.cluster = ChooseCluster(128 * tiles, p_.k, multiprocessors_);
-    s.stages = ChooseStages(128 * tiles, multiprocessors_, Kernel::kMinBlocks, Kernel::kStageBytes);
+    const int64_t blocks = (s.n + Kernel::kOutputs - 1) / Kernel::kOutputs * s.cluster;
+    s.stages = ChooseStages(blocks, multiprocessors_, Kernel::kMinBlocks, Kernel::kStageBytes);
     s.early = queue_.follows() && !plan_.align_w ? EarlySteps(kSwappedEarly, p_.k, Kernel::kBytesW, s.stages) : 0;
-    return queue_.Launch<Kernel>(tiles * s.cluster, Kernel::kMaxThreads, Kernel::Shared(s.stages, s.cluster), s,
-                                 s.cluster);
+    return queue_.Launch<Kernel>(blocks, Kernel::kMaxThreads, Kernel::Shared(s.stages, s.cluster), s, s.cluster);
   }
 
   const char* Wgmma(const TiledParams& t) {

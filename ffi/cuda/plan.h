@@ -95,22 +95,39 @@ inline bool PrefersSparse(const Problem& p, bool by_column) {
 // Up to this many rows Hopper's product has the weights in the place of the rows (swapped.h): measured on an H200.
 inline constexpr int64_t kSwappedM = 64;
 
-// Blocks that share the k of 128 outputs there: enough for all multiprocessors, with two steps of k for each. Larger
-// clusters than pairs do not fill the chip, whose multiprocessors come in groups that are no multiple of four.
-inline int ChooseCluster(int64_t n, int64_t k, int64_t multiprocessors) {
-  const int64_t tiles = (n + 127) / 128, steps = (k + 127) / 128;
+// Rows of weights of a tile there, and blocks that share its k: enough for all multiprocessors, with two steps of k for
+// each. Larger clusters than pairs do not fill the chip, whose multiprocessors come in groups that are no multiple of
+// four.
+struct SwappedShape {
+  int rows, cluster;
+};
+inline int ChooseCluster(int64_t tiles, int64_t k, int64_t multiprocessors) {
+  const int64_t steps = (k + 127) / 128;
   int cluster = 1;
   while (cluster < 8 && 2 * cluster * tiles * (cluster > 1 ? 3 : 2) <= 2 * multiprocessors && 4 * cluster <= steps) {
     cluster *= 2;
   }
   return cluster;
 }
+// codes: rows of them, low and high. A multiprocessor takes in no more than some 42 bytes a cycle, so half tiles pay
+// where twice as many of them have each a multiprocessor, although all read the codes.
+inline SwappedShape ChooseSwapped(int64_t n, int64_t k, int codes, bool gated, int64_t multiprocessors) {
+  const SwappedShape whole{128, ChooseCluster((n + 127) / 128, k, multiprocessors)};
+  if (gated) return whole;
+  const int64_t tiles = (n + 63) / 64;
+  const SwappedShape half{64, ChooseCluster(tiles, k, multiprocessors)};
+  const auto cost = [&](const SwappedShape& s) {
+    const int64_t blocks = (n + s.rows - 1) / s.rows * s.cluster;
+    return (blocks + multiprocessors - 1) / multiprocessors * (s.rows + codes) * 8 / s.cluster;
+  };
+  return cost(half) < cost(whole) ? half : whole;
+}
 
 // And the stages that they keep in shared memory: half of it if there are tiles for two blocks on a multiprocessor.
-inline int ChooseStages(int64_t n, int64_t multiprocessors, int fit, int stage_bytes) {
-  const bool two = fit > 1 && (n + 127) / 128 > multiprocessors;
+inline int ChooseStages(int64_t blocks, int64_t multiprocessors, int fit, int stage_bytes) {
+  const bool two = fit > 1 && blocks > multiprocessors;
   const int stages = (two ? 104 : 192) * 1024 / stage_bytes;
-  return stages < 8 ? stages : 8;
+  return stages < 16 ? stages : 16;
 }
 
 // Whether tiles of few columns (narrow.h) are sooner done, by measurement on an H200: where the codes of 64 rows, which

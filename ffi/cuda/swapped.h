@@ -1,9 +1,9 @@
 // The product for some tens of rows on Hopper (sm_90a): as in wgmma.h, but with the weights in the place of the rows,
-// 128 of them to a block, and all activations in that of the columns, so that few rows cost few products.
+// 128 of them to a block, or 64, and all activations in that of the columns, so that few rows cost few products.
 //
-// Two warpgroups multiply; one thread beside them keeps some stages of shared memory filled, beginning with some
-// weights while the activations are still being quantised (see EarlySteps). The blocks of a cluster share the k of a
-// tile, so that also a narrow layer keeps all multiprocessors reading, and send each other the sums of the rows that
+// Two warpgroups multiply, or one; one thread beside them keeps some stages of shared memory filled, beginning with
+// some weights while the activations are still being quantised (see EarlySteps). The blocks of a cluster share the k of
+// a tile, so that also a narrow layer keeps all multiprocessors reading, and send each other the sums of the rows that
 // each is to add. Two blocks fit on a multiprocessor: a second tile is on its way while the first ends.
 //
 // High parts (kHigh) are multiplied in full, with sums of their own: reading the weights takes longer than both.
@@ -17,23 +17,25 @@
 namespace jaxint8::cuda {
 
 struct SwappedParams {
-  TileMap w, lo, hi;  // boxes of [128][128], or [64][128] with gates, and [kTileN][128]; hi only with high parts
-  int64_t m, n, k;    // n: outputs
-  int64_t up;         // with gates: the row of weights from which on are those that these are for
-  int cluster;        // blocks that share the k of a tile: 1, 2, 4 or 8; there are as many steps at least
-  int stages;         // in shared memory
+  TileMap w, lo,
+      hi;           // boxes of [kTileM][128], half of these rows with gates, and [kTileN][128]; hi only with high parts
+  int64_t m, n, k;  // n: outputs
+  int64_t up;       // with gates: the row of weights from which on are those that these are for
+  int cluster;      // blocks that share the k of a tile: 1, 2, 4 or 8; there are as many steps at least
+  int stages;       // in shared memory
   int early;  // of these, whose weights are asked for before the codes are there: the kernel before does not write them
   Epilogue epilogue;
 };
 
 // kGated: half of a tile's weights are those of gates, and the other half of what they are for.
-template <int kTileN, bool kHigh, bool kGated>
+template <int kWeights, int kTileN, bool kHigh, bool kGated>
 class SwappedKernel {
  public:
   using Params = SwappedParams;
-  static constexpr int kTileM = 128, kTileK = 128;
+  static constexpr int kTileM = kWeights, kTileK = 128;
+  static constexpr int kMultiply = 2 * kTileM;                   // threads that multiply: 128 for 64 rows of weights
   static constexpr int kOutputs = kGated ? kTileM / 2 : kTileM;  // columns of a tile
-  static constexpr int kMaxThreads = 2 * 128 + 32;
+  static constexpr int kMaxThreads = kMultiply + 32;
   static constexpr int kMinBlocks = 2;
   static constexpr int kBytesW = kTileM * kTileK, kBytesX = kTileN * kTileK;
   static constexpr int kStageBytes = kBytesW + kBytesX * (kHigh ? 2 : 1);
@@ -93,7 +95,7 @@ class SwappedKernel {
     if (ThreadIndex() == 0) {
       for (int s = 0; s < p_.stages; ++s) {
         InitBarrier(full_ + 8 * s, 1);
-        InitBarrier(empty_ + 8 * s, 8);  // one arrival of each multiplying warp
+        InitBarrier(empty_ + 8 * s, kMultiply / 32);  // one arrival of each multiplying warp
       }
       if (p_.cluster > 1) {
         InitBarrier(arrived_, 1);
@@ -103,8 +105,8 @@ class SwappedKernel {
     }
     Barrier();
     if (p_.cluster > 1) ClusterArrive();
-    if (ThreadIndex() >= 2 * 128) {
-      if (ThreadIndex() == 2 * 128) Produce();
+    if (ThreadIndex() >= kMultiply) {
+      if (ThreadIndex() == kMultiply) Produce();
       WarpBarrier();  // all lanes together again
       if (p_.cluster == 1) return;
       ClusterWait();
@@ -117,7 +119,20 @@ class SwappedKernel {
       Multiply(c, tile.steps);
       KeepSums(c);
       if (p_.cluster > 1) SendSums();
-      AddBlocks(tile, scales);
+      switch (p_.epilogue.type) {
+        case Type::kF32:
+          AddRows<Type::kF32>(tile, scales);
+          break;
+        case Type::kBF16:
+          AddRows<Type::kBF16>(tile, scales);
+          break;
+        case Type::kF16:
+          AddRows<Type::kF16>(tile, scales);
+          break;
+        case Type::kS32:
+          AddRows<Type::kS32>(tile, scales);
+          break;
+      }
       if (p_.cluster == 1) return;
     }
     ClusterWait();  // all sums have been received, so that none are still read here
@@ -199,18 +214,19 @@ class SwappedKernel {
     if (ThreadIndex() % 32 == 0) Arrive(empty_ + 8 * stage);
   }
 
-  // Four neighbouring columns of the output and what they are scaled by; of the rows of this warp the scale of one,
-  // that of the lane's number.
+  // So many lanes have a row, four neighbouring columns each: what these are scaled by, and the scale of one of the
+  // rows of these lanes, that of the lane's number.
+  static constexpr int kLanes = kTileM / 4;
   struct Scales {
     int first;  // within the tile
     int64_t n;
     float w_scale[4], bias[4], row_scale;
   };
   JAXINT8_DEVICE int Rows() const { return kTileN / p_.cluster; }  // of this block
-  JAXINT8_DEVICE int RowOf(int turn) const { return ThreadIndex() / 32 + 8 * turn; }
+  static JAXINT8_DEVICE int RowOf(int turn) { return ThreadIndex() / kLanes + 8 * turn; }
   JAXINT8_DEVICE int FirstRow() const { return static_cast<int>(rank_) * Rows(); }
   JAXINT8_DEVICE Scales LoadScales(const Tile& tile) const {
-    const int lane = ThreadIndex() % 32;
+    const int lane = ThreadIndex() % kLanes;
     const Epilogue& e = p_.epilogue;
     Scales s{};
     s.first = 4 * lane;
@@ -231,7 +247,7 @@ class SwappedKernel {
   // Puts the sums of this block where the stages were.
   JAXINT8_DEVICE void KeepSums(const int32_t (&c)[kSums]) const {
     const int thread = ThreadIndex(), lane = thread % 32, g = lane / 4, t = lane % 4;
-    PartBarrier(kMultiplyBarrier, 2 * 128);  // nothing reads the stages any more
+    PartBarrier(kMultiplyBarrier, kMultiply);  // nothing reads the stages any more
     const Ptr<int32_t> sums = Cast<int32_t>(shared_);
 #pragma unroll
     for (int i = 0; i < kSums; ++i) {
@@ -239,7 +255,7 @@ class SwappedKernel {
       Store(sums + row * kSumStride + column, c[i]);
     }
     if (p_.cluster > 1) FenceShared();
-    PartBarrier(kMultiplyBarrier, 2 * 128);
+    PartBarrier(kMultiplyBarrier, kMultiply);
   }
 
   // Sends each other block of the cluster the sums of its rows, and waits for those of its own.
@@ -260,85 +276,76 @@ class SwappedKernel {
   JAXINT8_DEVICE uint32_t Received() const { return arrived_ + 128; }
 
   // Adds the sums of the blocks of the cluster, each block those of its share of the rows of x, and stores the outputs.
-  JAXINT8_DEVICE void AddBlocks(const Tile& tile, const Scales& scales) const {
-    switch (p_.cluster) {
-      case 1:
-        return AddRows<1>(tile, scales);
-      case 2:
-        return AddRows<2>(tile, scales);
-      case 4:
-        return AddRows<4>(tile, scales);
-      default:
-        return AddRows<8>(tile, scales);
-    }
-  }
-
-  // One warp a row. What is added to the layer is asked for a row ahead.
-  template <int kBlocks>
+  // What is added to the layer is asked for a row ahead.
+  template <Type kType>
   JAXINT8_DEVICE void AddRows(const Tile& tile, const Scales& scales) const {
-    const Epilogue& e = p_.epilogue;
-    const int64_t first = tile.m + FirstRow(), left = p_.m - first;
+    Epilogue e = p_.epilogue;
+    e.type = kType;
+    const int64_t first = tile.m + FirstRow(), left = p_.m - first, n = scales.n;
     const int rows = left < Rows() ? static_cast<int>(left) : Rows();
-    const bool words = !kGated && p_.n % 4 == 0 && scales.n < p_.n;
+    const bool words = !kGated && p_.n % 4 == 0 && n < p_.n;
     const Ptr<int32_t> own = Cast<int32_t>(shared_) + (FirstRow() * kSumStride + scales.first);
     const Ptr<int32_t> others = Cast<int32_t>(shared_ + (Received() - stages_)) + scales.first;
-    Word4 residual = words && RowOf(0) < rows ? LoadWords(first + RowOf(0), scales.n) : Word4{};
+    Word4 residual = words && RowOf(0) < rows ? LoadWords(e, first + RowOf(0), n) : Word4{};
 #pragma unroll 1
-    for (int turn = 0; RowOf(turn) < rows; ++turn) {
+    for (int turn = 0; ThreadIndex() / 32 * (32 / kLanes) + 8 * turn < rows; ++turn) {  // the same for all lanes
+      const float row_scale =
+          FloatFromBits(Shuffle(Bits(scales.row_scale), ThreadIndex() % 32 / kLanes * kLanes + turn));
       const int row = RowOf(turn), next = RowOf(turn + 1);
-      const int64_t m = first + row, n = scales.n;
-      Word4 parts[kBlocks];
-      parts[0] = LoadAs<Word4>(own + row * kSumStride);
-#pragma unroll
-      for (int block = 1; block < kBlocks; ++block) {
-        parts[block] = LoadAs<Word4>(others + ((block - 1) * kTileN / kBlocks + row) * kSumStride);
+      if (32 > kLanes && row >= rows) continue;
+      const Word4 mine = LoadAs<Word4>(own + row * kSumStride);
+      uint32_t sum[4] = {mine.x, mine.y, mine.z, mine.w};
+#pragma unroll 1
+      for (int block = 1; block < p_.cluster; ++block) {
+        const Word4 other = LoadAs<Word4>(others + ((block - 1) * Rows() + row) * kSumStride);
+        sum[0] += other.x;
+        sum[1] += other.y;
+        sum[2] += other.z;
+        sum[3] += other.w;
       }
       const Word4 added = residual;
-      if (words && next < rows) residual = LoadWords(first + next, n);
-      uint32_t sum[4] = {0, 0, 0, 0};
-#pragma unroll
-      for (int block = 0; block < kBlocks; ++block) {
-        sum[0] += parts[block].x;
-        sum[1] += parts[block].y;
-        sum[2] += parts[block].z;
-        sum[3] += parts[block].w;
-      }
-      const float row_scale = FloatFromBits(Shuffle(Bits(scales.row_scale), turn));
+      if (words && next < rows) residual = LoadWords(e, first + next, n);
       uint32_t y[4];
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         y[j] = Output(e, static_cast<int32_t>(sum[j]), row_scale, scales.w_scale[j], scales.bias[j]);
       }
       if constexpr (kGated) {
-        WriteGated(e, m, n, y);
+        WriteGated(e, first + row, n, y);
       } else if (words) {
-        StoreRow(m, n, y, added);
+        StoreRow(e, first + row, n, y, added);
       } else if (p_.n % 4 != 0) {
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
-          if (n + j < p_.n) StoreOutput(e, m, n + j, y[j]);
+          if (n + j < p_.n) StoreOutput(e, first + row, n + j, y[j]);
         }
       }
     }
   }
 
   // Four neighbours, and what is added to them: of 16 bits in the first two words.
-  JAXINT8_DEVICE Word4 LoadWords(int64_t m, int64_t n) const {
-    const Epilogue& e = p_.epilogue;
+  JAXINT8_DEVICE Word4 LoadWords(const Epilogue& e, int64_t m, int64_t n) const {
     if (!e.residual) return {};
     if (IsWide(e)) return LoadAs<Word4>(e.residual + 4 * (m * p_.n + n));
     const Word2 two = LoadAs<Word2>(e.residual + 2 * (m * p_.n + n));
     return {two.x, two.y, 0, 0};
   }
-  JAXINT8_DEVICE void StoreRow(int64_t m, int64_t n, const uint32_t (&y)[4], const Word4& added) const {
-    const Epilogue& e = p_.epilogue;
-    const auto add = [&](uint32_t word, uint32_t other) { return e.residual ? AddResiduals(e, word, other) : word; };
+  JAXINT8_DEVICE void StoreRow(const Epilogue& e, int64_t m, int64_t n, const uint32_t (&y)[4],
+                               const Word4& added) const {
+    Word4 sums{y[0], y[1], y[2], y[3]};
+    if (!IsWide(e)) sums = {y[0] | y[1] << 16, y[2] | y[3] << 16, 0, 0};
+    if (e.residual) {
+      sums.x = AddResiduals(e, sums.x, added.x);
+      sums.y = AddResiduals(e, sums.y, added.y);
+      if (IsWide(e)) {
+        sums.z = AddResiduals(e, sums.z, added.z);
+        sums.w = AddResiduals(e, sums.w, added.w);
+      }
+    }
     if (IsWide(e)) {
-      const Word4 sums{add(y[0], added.x), add(y[1], added.y), add(y[2], added.z), add(y[3], added.w)};
       StoreAs<Word4>(e.y + 4 * (m * p_.n + n), sums);
     } else {
-      const Word2 sums{add(y[0] | y[1] << 16, added.x), add(y[2] | y[3] << 16, added.y)};
-      StoreAs<Word2>(e.y + 2 * (m * p_.n + n), sums);
+      StoreAs<Word2>(e.y + 2 * (m * p_.n + n), Word2{sums.x, sums.y});
     }
   }
 
