@@ -104,6 +104,7 @@ class SwappedKernel {
       FenceBarrierInit();
     }
     Barrier();
+    AllowNextKernel();  // once all blocks run
     if (p_.cluster > 1) ClusterArrive();
     if (ThreadIndex() >= kMultiply) {
       if (ThreadIndex() == kMultiply) Produce();
@@ -119,20 +120,7 @@ class SwappedKernel {
       Multiply(c, tile.steps);
       KeepSums(c);
       if (p_.cluster > 1) SendSums();
-      switch (p_.epilogue.type) {
-        case Type::kF32:
-          AddRows<Type::kF32>(tile, scales);
-          break;
-        case Type::kBF16:
-          AddRows<Type::kBF16>(tile, scales);
-          break;
-        case Type::kF16:
-          AddRows<Type::kF16>(tile, scales);
-          break;
-        case Type::kS32:
-          AddRows<Type::kS32>(tile, scales);
-          break;
-      }
+      WithTypeOf(p_.epilogue, [&](auto type) { AddRows<decltype(type)::kType>(tile, scales); });
       if (p_.cluster == 1) return;
     }
     ClusterWait();  // all sums have been received, so that none are still read here

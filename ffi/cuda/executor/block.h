@@ -244,6 +244,8 @@ class Machine {
   }
   void ClusterWait(const Site& site) {
     Fiber& f = fibers_[current_];
+    if (f.meeting == f.met) Fail(site, "waits for its cluster without having arrived");
+    f.met = f.meeting;
     const uint32_t synced = f.synced;
     WaitUntil(site, [this, &f] { return met_cluster_ / fibers_.size() >= f.meeting ? 1u : 0u; });
     f.synced = synced;
@@ -329,7 +331,7 @@ class Machine {
     uint32_t synced_part = 0;                           // the same of what the threads of its part have done
     std::shared_ptr<const std::vector<int>> part;       // in order
     std::function<uint32_t()>* done = nullptr;
-    size_t meeting = 0;  // of the cluster, that it has arrived at
+    size_t meeting = 0, met = 0;  // meetings of the cluster that it has arrived at, and waited for
   };
   // The shared memory of a block.
   struct SharedBlock {
@@ -386,7 +388,7 @@ class Machine {
       f.unfenced.clear();
       f.synced = f.synced_part = 0;
       f.part.reset();
-      f.meeting = 0;
+      f.meeting = f.met = 0;
     }
     error_ = nullptr;
     const int n = static_cast<int>(fibers_.size());
