@@ -41,3 +41,4 @@ def executor(compiled: "Executor") -> "Iterator[Executor]":
     """The same, without a fault planted."""
     yield compiled
     compiled.fault, compiled.site, compiled.order = 0, b"", 0
+    compiled.multiprocessors = 3

@@ -96,13 +96,14 @@ class Executor:
             getattr(self.library, name).restype = ctypes.c_char_p
         self.library.executor_workspace_bytes.restype = ctypes.c_int64
         self.fault, self.site, self.order, self.cases = 0, b"", 0, 0
+        self.multiprocessors = 3
 
     def _run(self, call: Call, **arrays: np.ndarray | None) -> None:
         for name, array in arrays.items():
             if array is not None and array.size:
                 setattr(call, name, array.ctypes.data)
         call.planted_fault, call.planted_site, call.order = self.fault, self.site, self.order
-        call.multiprocessors = 3
+        call.multiprocessors = self.multiprocessors
         call.workspace_bytes = self.library.executor_workspace_bytes(ctypes.byref(call))
         workspace = aligned((call.workspace_bytes,), np.uint8)
         call.workspace = workspace.ctypes.data if call.workspace_bytes else None

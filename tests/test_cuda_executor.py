@@ -188,6 +188,24 @@ def test_wgmma(executor: Executor, shape: tuple[int, int, int], rule: Any, order
     expect_linear(executor, battery.make(shape, battery.DTYPES[order]), rule, WGMMA)
 
 
+# More rows than 64 of long rows of weights: half tiles, whose k is shared by two, four and eight blocks.
+@pytest.mark.parametrize("order", range(3))
+@pytest.mark.parametrize(
+    ("shape", "multiprocessors", "rule"),
+    [
+        ((66, 4096, 70), 3, None),
+        ((100, 4100, 66), 16, TopK(8)),
+        ((128, 4112, 9), 16, Threshold(2.0, "column")),
+    ],
+    ids=str,
+)
+def test_half_tiles(
+    executor: Executor, shape: tuple[int, int, int], multiprocessors: int, rule: Any, order: int
+) -> None:
+    executor.order, executor.multiprocessors = order, multiprocessors
+    expect_linear(executor, battery.make(shape, battery.DTYPES[order]), rule)
+
+
 # Both halves of a tile's rows and of a step's columns, with and without high parts; blocks multiplied in full; tiles of
 # every width, more of them than multiprocessors; rows and columns off every boundary.
 @pytest.mark.parametrize("order", range(3))

@@ -43,7 +43,7 @@ PLANTED = [
     ((5, 272, 250), ml_dtypes.bfloat16, None, WGMMA),
     ((20, 1320, 66), np.float32, Threshold(0.5, "token"), WGMMA),
     ((40, 130, 19), ml_dtypes.bfloat16, None, WGMMA),
-    ((60, 1800, 19), ml_dtypes.bfloat16, TopK(3), WGMMA),
+    ((60, 3600, 19), ml_dtypes.bfloat16, TopK(3), WGMMA),
     ((260, 1290, 24), ml_dtypes.bfloat16, Threshold(1.5, "token"), WGMMA),
     ((257, 640, 19), np.float32, None, WGMMA),
     ((130, 64, 520), np.float32, None, WGMMA),

@@ -37,9 +37,8 @@ class Call {
     if ((p_.path == Path::kWgmma || p_.path == Path::kSparse || p_.path == Path::kNarrow) && !wgmma_)
       return "the wgmma kernels need compute capability 9.0";
     wgmma_ = wgmma_ && p_.path != Path::kTiled && p_.k > 0;
-    // Where it pays, and the first kernel reads nothing before it waits: the stream does. The blocks that quantise many
-    // rows by a rule would crowd onto the multiprocessors that are done first.
-    const bool few = p_.m <= kSwappedM || (!plan_.has_rule && p_.k <= 2048);
+    // Where it pays, and the first kernel reads nothing before it waits: the stream does.
+    const bool few = p_.m <= kSpreadMost * multiprocessors_ || (!plan_.has_rule && p_.k <= 2048);
     if (plan_.gemv || (wgmma_ && !plan_.stream && few)) queue_.StartEarly();
     if (plan_.clear && plan_.bits_bytes > 0) JAXINT8_TRY(queue_.Clear(p_.workspace + plan_.bits, plan_.bits_bytes));
     switch (p_.kind) {
@@ -72,6 +71,8 @@ class Call {
     q.options = p_.options;
     q.options.column_scope = plan_.by_column;
     q.whole = p_.kind == Problem::Kind::kLinear;
+    const bool narrow = plan_.narrow && p_.m <= kSwappedM;  // these blocks do little
+    if (wgmma_ && !plan_.stream && !narrow) q.spread = static_cast<int>(multiprocessors_);
     q.parts = plan_.marking.parts;
     q.mark_blocks = plan_.marking.blocks;
     if (q.parts > 0) q.marks = Scratch<uint32_t>(plan_.bits, plan_.bits_bytes);
@@ -384,27 +385,35 @@ class Call {
     s.n = s.up = Outputs();
     s.k = p_.k;
     s.epilogue = MakeEpilogue();
-    const int rows = p_.m <= 32 ? 32 : 64;
-    JAXINT8_TRY(MakeTileMap(&s.w, w, p_.n, p_.k, w_stride, p_.gated ? 64 : 128));
+    const int rows = p_.m <= 32 ? 32 : p_.m <= 64 ? 64 : 128;
+    const SwappedShape shape = ChooseSwapped(p_.m, s.n, p_.k, hi ? 2 * rows : rows, p_.gated, multiprocessors_);
+    s.cluster = shape.cluster;
+    JAXINT8_TRY(MakeTileMap(&s.w, w, p_.n, p_.k, w_stride, p_.gated ? 64 : shape.rows));
     JAXINT8_TRY(MakeTileMap(&s.lo, lo, p_.m, p_.k, stride, rows));
     if (hi) JAXINT8_TRY(MakeTileMap(&s.hi, hi, p_.m, p_.k, stride, rows));
-    if (rows == 32) return hi ? SwappedGated<32, true>(s) : SwappedGated<32, false>(s);
-    return hi ? SwappedGated<64, true>(s) : SwappedGated<64, false>(s);
+    if (rows == 128) return hi ? SwappedMost<true>(s) : SwappedMost<false>(s);
+    if (rows == 32) return hi ? SwappedShaped<32, true>(s, shape) : SwappedShaped<32, false>(s, shape);
+    return hi ? SwappedShaped<64, true>(s, shape) : SwappedShaped<64, false>(s, shape);
+  }
+
+  template <bool kHigh>
+  const char* SwappedMost(SwappedParams& s) {
+    return SwappedWith<SwappedKernel<64, 128, kHigh, false>>(s);
   }
 
   template <int kTileN, bool kHigh>
-  const char* SwappedGated(SwappedParams& s) {
-    return p_.gated ? SwappedWith<SwappedKernel<kTileN, kHigh, true>>(s)
-                    : SwappedWith<SwappedKernel<kTileN, kHigh, false>>(s);
+  const char* SwappedShaped(SwappedParams& s, const SwappedShape& shape) {
+    if (p_.gated) return SwappedWith<SwappedKernel<128, kTileN, kHigh, true>>(s);
+    return shape.rows == 64 ? SwappedWith<SwappedKernel<64, kTileN, kHigh, false>>(s)
+                            : SwappedWith<SwappedKernel<128, kTileN, kHigh, false>>(s);
   }
 
   template <typename Kernel>
   const char* SwappedWith(SwappedParams& s) {
-    const int64_t tiles = (Outputs() + Kernel::kOutputs - 1) / Kernel::kOutputs;
-    s.cluster = ChooseCluster(128 * tiles, p_.k, multiprocessors_);
-    s.stages = ChooseStages(128 * tiles, multiprocessors_, Kernel::kMinBlocks, Kernel::kStageBytes);
+    const int64_t blocks = (s.n + Kernel::kOutputs - 1) / Kernel::kOutputs * s.cluster;
+    s.stages = ChooseStages(blocks, multiprocessors_, Kernel::kMinBlocks, Kernel::kStageBytes);
     s.early = queue_.follows() && !plan_.align_w ? EarlySteps(kSwappedEarly, p_.k, Kernel::kBytesW, s.stages) : 0;
-    return queue_.Launch<Kernel>(tiles * s.cluster, Kernel::kMaxThreads, Kernel::Shared(s.stages), s, s.cluster);
+    return queue_.Launch<Kernel>(blocks, Kernel::kMaxThreads, Kernel::Shared(s.stages, s.cluster), s, s.cluster);
   }
 
   const char* Wgmma(const TiledParams& t) {

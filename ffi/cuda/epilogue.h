@@ -18,6 +18,25 @@ struct Epilogue {
   int64_t n;
 };
 
+template <Type kValue>
+struct OutputType {
+  static constexpr Type kType = kValue;
+};
+// Calls f with the type as a constant: code that runs once takes the time of fetching it, and branches.
+template <typename F>
+JAXINT8_DEVICE void WithTypeOf(const Epilogue& e, F f) {
+  switch (e.type) {
+    case Type::kF32:
+      return f(OutputType<Type::kF32>());
+    case Type::kBF16:
+      return f(OutputType<Type::kBF16>());
+    case Type::kF16:
+      return f(OutputType<Type::kF16>());
+    case Type::kS32:
+      return f(OutputType<Type::kS32>());
+  }
+}
+
 JAXINT8_DEVICE float Finish(int32_t sum, float row_scale, float w_scale, bool has_bias, float bias) {
   const float y = Multiply(Multiply(IntToFloat(sum), row_scale), w_scale);
   return has_bias ? Add(y, bias) : y;

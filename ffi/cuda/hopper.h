@@ -71,17 +71,10 @@ JAXINT8_DEVICE void ClusterBarrier() {
   asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
 }
 
-// 16 bytes in the same place of another block of the cluster.
-JAXINT8_DEVICE Word4 LoadRemote(uint32_t address, int block) {
-  Word4 v;
-  asm volatile(
-      "{\n.reg .b32 remote;\nmapa.shared::cluster.u32 remote, %4, %5;\n"
-      "ld.shared::cluster.v4.u32 {%0, %1, %2, %3}, [remote];\n}"
-      : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-      : "r"(address), "r"(block)
-      : "memory");
-  return v;
-}
+// The same in two steps and for control only: what threads did in memory before need not be known to the others. That
+// is what a ClusterBarrier waits for, a microsecond where memory is busy.
+JAXINT8_DEVICE void ClusterArrive() { asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory"); }
+JAXINT8_DEVICE void ClusterWait() { asm volatile("barrier.cluster.wait;" ::: "memory"); }
 
 // Stores a word in the same place of another block of the cluster.
 JAXINT8_DEVICE void StoreRemote(uint32_t address, int block, uint32_t value) {
@@ -95,7 +88,7 @@ JAXINT8_DEVICE void StoreRemote(uint32_t address, int block, uint32_t value) {
 // --- Copies of tiles.
 
 // What kernels before this one stored is to be read by the accelerator.
-JAXINT8_DEVICE void FenceAccelerator() { asm volatile("fence.proxy.async;" ::: "memory"); }
+JAXINT8_DEVICE void FenceAccelerator() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
 // What this thread stored in shared memory is to be read by products.
 JAXINT8_DEVICE void FenceShared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
@@ -122,6 +115,18 @@ JAXINT8_DEVICE void CopyBytes(uint32_t to, const int8_t* from, uint32_t bytes, u
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
                "l"(from), "r"(bytes), "r"(barrier)
                : "memory");
+}
+
+// Copies a multiple of 16 bytes of shared memory, which have been fenced, to another block of the cluster; they arrive
+// at that one's barrier.
+JAXINT8_DEVICE void CopyToBlock(int block, uint32_t to, uint32_t from, uint32_t bytes, uint32_t barrier) {
+  asm volatile(
+      "{\n.reg .b32 there, arrival;\nmapa.shared::cluster.u32 there, %0, %4;\nmapa.shared::cluster.u32 arrival, %3, "
+      "%4;\n"
+      "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [there], [%1], %2, [arrival];\n}" ::"r"(
+          to),
+      "r"(from), "r"(bytes), "r"(barrier), "r"(block)
+      : "memory");
 }
 
 // --- Products of a warpgroup.

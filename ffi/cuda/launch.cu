@@ -55,9 +55,9 @@ const char* RunBlock(const Problem (&layers)[3], CUstream_st* stream) {
   JAXINT8_TRY(HasWgmma(&hopper));
   const bool fits = up.kind == Problem::Kind::kLinear && up.residual == nullptr && up.n == 2 * down.k && down.k > 0 &&
                     down.x == up.y && down.prologue == Prologue::kSiluGate;
-  // Where weights are narrow, the kernel for narrow ones and a gate of its own take less.
+  // Where weights are narrow, the kernel for narrow ones and a gate of its own take less; up to 2,560 columns.
   const bool takes = up.path == Path::kAuto && up.m <= kSwappedM && up.k > 0 && up.k % 16 == 0;
-  if (hopper && fits && takes && !MakePlan(up, hopper).narrow) {
+  if (hopper && fits && takes && (up.k > kNarrowK || !MakePlan(up, hopper).narrow)) {
     up.gated = true;
     down.prologue = Prologue::kNone;
   }

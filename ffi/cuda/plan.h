@@ -95,28 +95,54 @@ inline bool PrefersSparse(const Problem& p, bool by_column) {
 // Up to this many rows Hopper's product has the weights in the place of the rows (swapped.h): measured on an H200.
 inline constexpr int64_t kSwappedM = 64;
 
-// Blocks that share the k of 128 outputs there: enough for all multiprocessors, with two steps of k for each. Larger
-// clusters than pairs do not fill the chip, whose multiprocessors come in groups that are no multiple of four.
-inline int ChooseCluster(int64_t n, int64_t k, int64_t multiprocessors) {
-  const int64_t tiles = (n + 127) / 128, steps = (k + 127) / 128;
+// And of layers with few outputs, where half tiles of their long rows have a multiprocessor each, up to this many.
+inline constexpr int64_t kSwappedMost = 128;
+inline bool PrefersSwapped(const Problem& p) {
+  if (p.path != Path::kAuto || p.m <= kSwappedM) return p.m <= kSwappedM;
+  return p.m <= kSwappedMost && p.k >= 4096 && p.n <= 4096;
+}
+
+// Rows of weights of a tile there, and blocks that share its k: enough for all multiprocessors, with two steps of k for
+// each. Larger clusters than pairs do not fill the chip, whose multiprocessors come in groups that are no multiple of
+// four.
+struct SwappedShape {
+  int rows, cluster;
+};
+inline int ChooseCluster(int64_t tiles, int64_t k, int64_t multiprocessors) {
+  const int64_t steps = (k + 127) / 128;
   int cluster = 1;
   while (cluster < 8 && 2 * cluster * tiles * (cluster > 1 ? 3 : 2) <= 2 * multiprocessors && 4 * cluster <= steps) {
     cluster *= 2;
   }
   return cluster;
 }
+// codes: rows of them, low and high. A multiprocessor takes in no more than some 42 bytes a cycle, so half tiles pay
+// where twice as many of them have each a multiprocessor, although all read the codes.
+inline SwappedShape ChooseSwapped(int64_t m, int64_t n, int64_t k, int codes, bool gated, int64_t multiprocessors) {
+  const SwappedShape whole{128, ChooseCluster((n + 127) / 128, k, multiprocessors)};
+  if (gated) return whole;  // no more than kSwappedM rows
+  const int64_t tiles = (n + 63) / 64;
+  const SwappedShape half{64, ChooseCluster(tiles, k, multiprocessors)};
+  const auto cost = [&](const SwappedShape& s) {
+    const int64_t blocks = (n + s.rows - 1) / s.rows * s.cluster;
+    return (blocks + multiprocessors - 1) / multiprocessors * (s.rows + codes) * 8 / s.cluster;
+  };
+  return m > kSwappedM || cost(half) < cost(whole) ? half : whole;
+}
 
 // And the stages that they keep in shared memory: half of it if there are tiles for two blocks on a multiprocessor.
-inline int ChooseStages(int64_t n, int64_t multiprocessors, int fit, int stage_bytes) {
-  const bool two = fit > 1 && (n + 127) / 128 > multiprocessors;
+inline int ChooseStages(int64_t blocks, int64_t multiprocessors, int fit, int stage_bytes) {
+  const bool two = fit > 1 && blocks > multiprocessors;
   const int stages = (two ? 104 : 192) * 1024 / stage_bytes;
   return stages < 8 ? stages : 8;
 }
 
 // Whether tiles of few columns (narrow.h) are sooner done, by measurement on an H200: where the codes of 64 rows, which
 // every block reads, are not much more than its weights, or with high parts where there are few tiles of sparse.h.
+inline constexpr int64_t kNarrowK = 2560;
 inline bool PrefersNarrow(const Problem& p, bool has_rule) {
-  if (!has_rule) return p.m <= kSwappedM && (p.k <= 2560 || p.n >= 3 * p.k);
+  if (p.m > kSwappedM && PrefersSwapped(p)) return false;
+  if (!has_rule) return p.m <= kSwappedM && (p.k <= kNarrowK || p.n >= 3 * p.k);
   if (p.m <= kSwappedM) return p.k <= (p.m > 32 ? 2048 : 1536);
   return p.m <= 256 && p.n <= 4096;
 }
@@ -178,16 +204,20 @@ struct SkinnyShape {
 };
 inline SkinnyShape ChooseSkinny(int tiles, bool high, int64_t n, int unit, int64_t k, int64_t blocks, int64_t staged) {
   const int64_t most = ((n + kStreamOutputs - 1) / kStreamOutputs + blocks - 1) / blocks;  // units of a block
-  const int64_t turns = (unit * most + kSkinnyGroups - 1) / kSkinnyGroups;
-  SkinnyShape s{unit * static_cast<int>((most + turns - 1) / turns), 0, 0};
-  const int64_t steps = turns * (((k + kBoxK - 1) / kBoxK + kSkinnyWarps - 1) / kSkinnyWarps);
-  for (int depth = 1; depth <= kSkinnyDepth && depth <= steps; ++depth) {
-    const int64_t bytes = MakeSkinnyLayout(tiles, high, s.groups, depth).bytes;
-    if (bytes + kSharedQuantize + staged > kSharedMost) break;
-    s.depth = depth;
-    s.shared = bytes;
+  const int64_t boxes = ((k + kBoxK - 1) / kBoxK + kSkinnyWarps - 1) / kSkinnyWarps;
+  SkinnyShape best{};
+  for (int64_t turns = (unit * most + kSkinnyGroups - 1) / kSkinnyGroups; turns <= most; ++turns) {
+    SkinnyShape s{unit * static_cast<int>((most + turns - 1) / turns), 0, 0};
+    for (int depth = 1; depth <= kSkinnyDepth && depth <= turns * boxes; ++depth) {
+      const int64_t bytes = MakeSkinnyLayout(tiles, high, s.groups, depth).bytes;
+      if (bytes + kSharedQuantize + staged > kSharedMost) break;
+      s.depth = depth;
+      s.shared = bytes;
+    }
+    // With more groups at once codes are read less often, but half as many weights again on their way gain more.
+    if (best.groups == 0 || 2 * s.depth * s.groups >= 3 * best.depth * best.groups) best = s;
   }
-  return s;
+  return best;
 }
 
 // Steps whose weights are asked for before the rows are quantised: what arrives meanwhile, by measurement on an H200,
@@ -282,8 +312,8 @@ inline Plan MakePlan(const Problem& p, bool hopper) {
                (plan.fused || StagedBytes(p.type, p.k, plan.stride, p.prologue) == 0);
   plan.sparse =
       hopper && linear && plan.has_rule && !plan.stream && !plan.skinny && !plan.narrow && p.k > 0 &&
-      (p.path == Path::kSparse || (p.path == Path::kAuto && p.m > kSwappedM && PrefersSparse(p, plan.by_column)));
-  plan.swapped = hopper && !quantize && p.path != Path::kTiled && p.k > 0 && p.m <= kSwappedM && !plan.stream &&
+      (p.path == Path::kSparse || (p.path == Path::kAuto && !PrefersSwapped(p) && PrefersSparse(p, plan.by_column)));
+  plan.swapped = hopper && !quantize && p.path != Path::kTiled && p.k > 0 && PrefersSwapped(p) && !plan.stream &&
                  !plan.skinny && !plan.narrow && !plan.sparse;
   plan.align_w = !quantize && !plan.stream && p.k % 16 != 0;
   plan.align_a = p.kind == Problem::Kind::kProduct && (plan.stream || plan.align_w);

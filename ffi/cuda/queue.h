@@ -74,8 +74,13 @@ inline const char* QueuePrologue(LaunchQueue& queue, Type type, const QuantizePa
 
 template <Type kType, bool kVector, bool kStaged, int kRule>
 const char* QueueQuantizer(LaunchQueue& queue, QuantizeParams q, int64_t staged) {
+  const int64_t alone = q.spread > 0 ? SpreadBytes(q.m, q.options.rule != Rule::kNone, q.spread) : 0;
   const bool finds = q.options.column_scope && q.parts == 0;
-  const int threads = finds ? MarkThreads(q.m, q.stride) : RowThreads(q.m, q.stride);
+  // With a multiprocessor for each row, eight values a thread; to choose the largest of them takes fewer threads less.
+  constexpr bool kFinds = kRule == static_cast<int>(Rule::kTopK) || kRule == kMarked;
+  const int most = q.spread > 0 && q.m <= q.spread && !kFinds ? kQuantizeThreads : 0, least = RowThreads(q.m, q.stride);
+  const int wide = q.stride < 8 * most ? static_cast<int>((q.stride + 255) / 256 * 32) : most;
+  const int threads = finds ? MarkThreads(q.m, q.stride) : wide > least ? wide : least;
   const int cluster = finds ? q.mark_blocks : 1;
   const int64_t blocks = (q.m + cluster - 1) / cluster * cluster;
   const int marks = q.options.column_scope && q.parts != 1 ? static_cast<int>(MarkBytes(q.k)) : 0;
@@ -85,12 +90,14 @@ const char* QueueQuantizer(LaunchQueue& queue, QuantizeParams q, int64_t staged)
       using Kernel = QuantizeKernel<kType, kVector, kStaged, kRule, true>;
       q.marks_at = static_cast<int>(Kernel::kShared + staged);
       q.sparse_at = q.marks_at + marks;
-      return queue.Launch<Kernel>(blocks, threads, q.sparse_at + 4 * kSparseWords, q, cluster);
+      const int64_t shared = q.sparse_at + 4 * kSparseWords;
+      return queue.Launch<Kernel>(blocks, threads, shared > alone ? shared : alone, q, cluster);
     }
   }
   using Kernel = QuantizeKernel<kType, kVector, kStaged, kRule>;
   q.marks_at = static_cast<int>(Kernel::kShared + staged);
-  return queue.Launch<Kernel>(blocks, threads, q.marks_at + marks, q, cluster);
+  const int64_t shared = q.marks_at + marks;
+  return queue.Launch<Kernel>(blocks, threads, shared > alone ? shared : alone, q, cluster);
 }
 
 // Of rows that are staged.

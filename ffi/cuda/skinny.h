@@ -101,7 +101,8 @@ class SkinnyKernel {
       Step step = First();
       for (int slot = 0; slot < p_.early && step.group < last_; ++slot, Advance(step)) CopyWeights(step, slot);
     }
-    WarpBarrier();  // the other lanes see the barriers
+    AllowNextKernel();  // once all blocks run
+    WarpBarrier();      // the other lanes see the barriers
     WaitForPreviousKernel();
     const int row = ThreadIndex() / kColumns, column = ThreadIndex() % kColumns;
     const int mine = column / kStreamOutputs * kUnit;  // the group
@@ -156,16 +157,21 @@ class SkinnyKernel {
       WriteSums(count, c);
       Barrier();
       if (!stores) continue;
+      const auto finish = [&](auto type) {
+        Epilogue e = p_.epilogue;
+        e.type = decltype(type)::kType;
 #pragma unroll
-      for (int i = 0; i < kRows; ++i) {
-        if (row + kEvery * i >= p_.m) break;
-        const int at = (row + kEvery * i) * kSumStride + column % kStreamOutputs;
-        uint32_t y = Output(p_.epilogue, SumOf(mine, at), row_scale[i], w_scale, bias);
-        if constexpr (kGated) {
-          y = Gated(p_.epilogue, y, Output(p_.epilogue, SumOf(mine + 1, at), row_scale[i], up_scale, up_bias));
+        for (int i = 0; i < kRows; ++i) {
+          if (row + kEvery * i >= p_.m) break;
+          const int at = (row + kEvery * i) * kSumStride + column % kStreamOutputs;
+          uint32_t y = Output(e, SumOf(mine, at), row_scale[i], w_scale, bias);
+          if constexpr (kGated) {
+            y = Gated(e, y, Output(e, SumOf(mine + 1, at), row_scale[i], up_scale, up_bias));
+          }
+          StoreOutput(e, row + kEvery * i, n, y, residual[i]);
         }
-        StoreOutput(p_.epilogue, row + kEvery * i, n, y, residual[i]);
-      }
+      };
+      WithTypeOf(p_.epilogue, finish);
     }
   }
 

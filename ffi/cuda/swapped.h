@@ -1,10 +1,10 @@
 // The product for some tens of rows on Hopper (sm_90a): as in wgmma.h, but with the weights in the place of the rows,
-// 128 of them to a block, and all activations in that of the columns, so that few rows cost few products.
+// 128 of them to a block, or 64, and all activations in that of the columns, so that few rows cost few products.
 //
-// Two warpgroups multiply; one thread beside them keeps some stages of shared memory filled, beginning with some
-// weights while the activations are still being quantised (see EarlySteps). The blocks of a cluster share the k of a
-// tile, so that also a narrow layer keeps all multiprocessors reading, and add their sums through each other's shared
-// memory. Two blocks fit on a multiprocessor: a second tile is on its way while the first ends.
+// Two warpgroups multiply, or one; one thread beside them keeps some stages of shared memory filled, beginning with
+// some weights while the activations are still being quantised (see EarlySteps). The blocks of a cluster share the k of
+// a tile, so that also a narrow layer keeps all multiprocessors reading, and send each other the sums of the rows that
+// each is to add. Two blocks fit on a multiprocessor: a second tile is on its way while the first ends.
 //
 // High parts (kHigh) are multiplied in full, with sums of their own: reading the weights takes longer than both.
 #ifndef JAXINT8_FFI_CUDA_SWAPPED_H_
@@ -17,28 +17,37 @@
 namespace jaxint8::cuda {
 
 struct SwappedParams {
-  TileMap w, lo, hi;  // boxes of [128][128], or [64][128] with gates, and [kTileN][128]; hi only with high parts
-  int64_t m, n, k;    // n: outputs
-  int64_t up;         // with gates: the row of weights from which on are those that these are for
-  int cluster;        // blocks that share the k of a tile: 1, 2, 4 or 8; there are as many steps at least
-  int stages;         // in shared memory
+  TileMap w, lo,
+      hi;           // boxes of [kTileM][128], half of these rows with gates, and [kTileN][128]; hi only with high parts
+  int64_t m, n, k;  // n: outputs
+  int64_t up;       // with gates: the row of weights from which on are those that these are for
+  int cluster;      // blocks that share the k of a tile: 1, 2, 4 or 8; there are as many steps at least
+  int stages;       // in shared memory
   int early;  // of these, whose weights are asked for before the codes are there: the kernel before does not write them
   Epilogue epilogue;
 };
 
 // kGated: half of a tile's weights are those of gates, and the other half of what they are for.
-template <int kTileN, bool kHigh, bool kGated>
+template <int kWeights, int kTileN, bool kHigh, bool kGated>
 class SwappedKernel {
  public:
   using Params = SwappedParams;
-  static constexpr int kTileM = 128, kTileK = 128;
+  static constexpr int kTileM = kWeights, kTileK = 128;
+  static constexpr int kMultiply = 2 * kTileM;                   // threads that multiply: 128 for 64 rows of weights
   static constexpr int kOutputs = kGated ? kTileM / 2 : kTileM;  // columns of a tile
-  static constexpr int kMaxThreads = 2 * 128 + 32;
+  static constexpr int kMaxThreads = kMultiply + 32;
   static constexpr int kMinBlocks = 2;
   static constexpr int kBytesW = kTileM * kTileK, kBytesX = kTileN * kTileK;
   static constexpr int kStageBytes = kBytesW + kBytesX * (kHigh ? 2 : 1);
-  // Stages first, in 1024-byte units; then two barriers per stage.
-  static constexpr int64_t Shared(int stages) { return 1024 + stages * (kStageBytes + 16); }
+  // The sums of a tile, where the stages were: [kTileN][kSumStride], without bank conflicts.
+  static constexpr int kSumStride = kTileM + 4;
+  static_assert(kTileN * kSumStride * 4 <= 3 * kStageBytes);  // there are more
+  // Stages first, in 1024-byte units; then two barriers per stage, and, from a multiple of 128 on, a barrier and the
+  // sums of the other blocks.
+  static constexpr int64_t Shared(int stages, int cluster) {
+    const int64_t alone = 1024 + stages * (kStageBytes + 16);
+    return cluster == 1 ? alone : alone + 2 * 128 + (cluster - 1) * SumBytes(cluster);
+  }
 
   static JAXINT8_DEVICE void Run(const Params& p) {
 #ifdef JAXINT8_HOPPER
@@ -47,13 +56,16 @@ class SwappedKernel {
 #endif
   }
 
+  // Of the rows that one block of a cluster adds.
+  static JAXINT8_HOST_DEVICE constexpr int64_t SumBytes(int cluster) {
+    return int64_t{4} * kSumStride * kTileN / cluster;
+  }
+
 #ifdef JAXINT8_HOPPER
 
  private:
   static constexpr int kSums = kTileN / 2;  // of a thread: 64 x kTileN in 128 threads
-  // The sums of a tile, where the stages were: [kTileN][kSumStride], without bank conflicts.
-  static constexpr int kSumStride = kTileM + 4;
-  static_assert(kTileN * kSumStride * 4 <= 3 * kStageBytes);  // there are more
+  static constexpr int kMultiplyBarrier = 1;
 
   JAXINT8_DEVICE explicit SwappedKernel(const Params& p)
       : p_(p),
@@ -61,7 +73,8 @@ class SwappedKernel {
         stages_((SharedAddress(SharedMemory()) + 1023) & ~1023u),
         shared_(SharedMemory() + (stages_ - SharedAddress(SharedMemory()))),
         full_(stages_ + p.stages * kStageBytes),
-        empty_(full_ + 8 * p.stages) {}
+        empty_(full_ + 8 * p.stages),
+        arrived_((empty_ + 8 * p.stages + 127) & ~127u) {}
 
   JAXINT8_DEVICE uint32_t Stage(int stage) const { return stages_ + static_cast<uint32_t>(stage) * kStageBytes; }
 
@@ -82,23 +95,35 @@ class SwappedKernel {
     if (ThreadIndex() == 0) {
       for (int s = 0; s < p_.stages; ++s) {
         InitBarrier(full_ + 8 * s, 1);
-        InitBarrier(empty_ + 8 * s, 8);  // one arrival of each multiplying warp
+        InitBarrier(empty_ + 8 * s, kMultiply / 32);  // one arrival of each multiplying warp
+      }
+      if (p_.cluster > 1) {
+        InitBarrier(arrived_, 1);
+        ArriveExpecting(arrived_, static_cast<uint32_t>((p_.cluster - 1) * SumBytes(p_.cluster)));
       }
       FenceBarrierInit();
     }
     Barrier();
-    if (ThreadIndex() >= 2 * 128) {
-      if (ThreadIndex() == 2 * 128) Produce();
-      WarpBarrier();                                 // all lanes together again
-      for (int i = 0; i < 3; ++i) ClusterBarrier();  // those of AddBlocks
+    AllowNextKernel();  // once all blocks run
+    if (p_.cluster > 1) ClusterArrive();
+    if (ThreadIndex() >= kMultiply) {
+      if (ThreadIndex() == kMultiply) Produce();
+      WarpBarrier();  // all lanes together again
+      if (p_.cluster == 1) return;
+      ClusterWait();
+      ClusterArrive();
     } else {
       WaitForPreviousKernel();
       const Tile tile = MyTile();
       const Scales scales = LoadScales(tile);  // they arrive while the tile is multiplied
       int32_t c[kSums];
       Multiply(c, tile.steps);
-      AddBlocks(c, tile, scales);
+      KeepSums(c);
+      if (p_.cluster > 1) SendSums();
+      WithTypeOf(p_.epilogue, [&](auto type) { AddRows<decltype(type)::kType>(tile, scales); });
+      if (p_.cluster == 1) return;
     }
+    ClusterWait();  // all sums have been received, so that none are still read here
   }
 
   JAXINT8_DEVICE void CopyWeights(const Tile& tile, int step, int stage) const {
@@ -177,18 +202,19 @@ class SwappedKernel {
     if (ThreadIndex() % 32 == 0) Arrive(empty_ + 8 * stage);
   }
 
-  // Four neighbouring columns of the output and what they are scaled by; of the rows of this warp the scale of one,
-  // that of the lane's number.
+  // So many lanes have a row, four neighbouring columns each: what these are scaled by, and the scale of one of the
+  // rows of these lanes, that of the lane's number.
+  static constexpr int kLanes = kTileM / 4;
   struct Scales {
     int first;  // within the tile
     int64_t n;
     float w_scale[4], bias[4], row_scale;
   };
-  JAXINT8_DEVICE int RowOf(int turn) const {
-    return static_cast<int>(rank_) * 8 + ThreadIndex() / 32 + turn * 8 * p_.cluster;
-  }
+  JAXINT8_DEVICE int Rows() const { return kTileN / p_.cluster; }  // of this block
+  static JAXINT8_DEVICE int RowOf(int turn) { return ThreadIndex() / kLanes + 8 * turn; }
+  JAXINT8_DEVICE int FirstRow() const { return static_cast<int>(rank_) * Rows(); }
   JAXINT8_DEVICE Scales LoadScales(const Tile& tile) const {
-    const int lane = ThreadIndex() % 32;
+    const int lane = ThreadIndex() % kLanes;
     const Epilogue& e = p_.epilogue;
     Scales s{};
     s.first = 4 * lane;
@@ -201,102 +227,113 @@ class SwappedKernel {
       s.w_scale[j] = Load(e.w_scale + weight + j);
       if (e.bias) s.bias[j] = Load(e.bias + weight + j);
     }
-    const int row = RowOf(lane);
-    if (row < kTileN && tile.m + row < p_.m) s.row_scale = Load(e.row_scale + tile.m + row);
+    const int64_t row = tile.m + FirstRow() + RowOf(lane);
+    if (RowOf(lane) < Rows() && row < p_.m) s.row_scale = Load(e.row_scale + row);
     return s;
   }
 
-  // Adds the sums of the blocks of the cluster, each its share of the rows of x, and stores the outputs.
-  JAXINT8_DEVICE void AddBlocks(const int32_t (&c)[kSums], const Tile& tile, const Scales& scales) const {
+  // Puts the sums of this block where the stages were.
+  JAXINT8_DEVICE void KeepSums(const int32_t (&c)[kSums]) const {
     const int thread = ThreadIndex(), lane = thread % 32, g = lane / 4, t = lane % 4;
-    ClusterBarrier();  // nothing reads the stages any more
+    PartBarrier(kMultiplyBarrier, kMultiply);  // nothing reads the stages any more
     const Ptr<int32_t> sums = Cast<int32_t>(shared_);
 #pragma unroll
     for (int i = 0; i < kSums; ++i) {
       const int row = 8 * (i / 4) + 2 * t + i % 2, column = thread / 32 * 16 + g + 8 * (i / 2 % 2);
       Store(sums + row * kSumStride + column, c[i]);
     }
-    ClusterBarrier();
-    switch (p_.cluster) {
-      case 1:
-        AddRows<1>(tile, scales);
-        break;
-      case 2:
-        AddRows<2>(tile, scales);
-        break;
-      case 4:
-        AddRows<4>(tile, scales);
-        break;
-      default:
-        AddRows<8>(tile, scales);
-        break;
-    }
-    ClusterBarrier();  // no block may end while another can still read its memory
+    if (p_.cluster > 1) FenceShared();
+    PartBarrier(kMultiplyBarrier, kMultiply);
   }
 
-  // One warp a row. What is added to the layer is asked for a row ahead.
-  template <int kBlocks>
-  JAXINT8_DEVICE void AddRows(const Tile& tile, const Scales& scales) const {
-    const Epilogue& e = p_.epilogue;
-    const int64_t left = p_.m - tile.m;
-    const int rows = left < kTileN ? static_cast<int>(left) : kTileN;
-    const bool words = !kGated && p_.n % 4 == 0 && scales.n < p_.n;
-    Word4 residual = words && RowOf(0) < rows ? LoadWords(tile.m + RowOf(0), scales.n) : Word4{};
+  // Sends each other block of the cluster the sums of its rows, and waits for those of its own.
+  JAXINT8_DEVICE void SendSums() const {
+    ClusterWait();  // the barriers of all are there
+    if (ThreadIndex() == 0) {
+      const int rank = static_cast<int>(rank_);
+      const auto bytes = static_cast<uint32_t>(SumBytes(p_.cluster));
 #pragma unroll 1
-    for (int turn = 0; RowOf(turn) < rows; ++turn) {
+      for (int block = 0; block < p_.cluster; ++block) {
+        const uint32_t place = static_cast<uint32_t>(rank < block ? rank : rank - 1);
+        if (block != rank) CopyToBlock(block, Received() + place * bytes, stages_ + block * bytes, bytes, arrived_);
+      }
+    }
+    WaitBarrier(arrived_, 0);
+    ClusterArrive();
+  }
+  JAXINT8_DEVICE uint32_t Received() const { return arrived_ + 128; }
+
+  // Adds the sums of the blocks of the cluster, each block those of its share of the rows of x, and stores the outputs.
+  // What is added to the layer is asked for a row ahead.
+  template <Type kType>
+  JAXINT8_DEVICE void AddRows(const Tile& tile, const Scales& scales) const {
+    Epilogue e = p_.epilogue;
+    e.type = kType;
+    const int64_t first = tile.m + FirstRow(), left = p_.m - first, n = scales.n;
+    const int rows = left < Rows() ? static_cast<int>(left) : Rows();
+    const bool words = !kGated && p_.n % 4 == 0 && n < p_.n;
+    const Ptr<int32_t> own = Cast<int32_t>(shared_) + (FirstRow() * kSumStride + scales.first);
+    const Ptr<int32_t> others = Cast<int32_t>(shared_ + (Received() - stages_)) + scales.first;
+    Word4 residual = words && RowOf(0) < rows ? LoadWords(e, first + RowOf(0), n) : Word4{};
+#pragma unroll 1
+    for (int turn = 0; ThreadIndex() / 32 * (32 / kLanes) + 8 * turn < rows; ++turn) {  // the same for all lanes
+      const float row_scale =
+          FloatFromBits(Shuffle(Bits(scales.row_scale), ThreadIndex() % 32 / kLanes * kLanes + turn));
       const int row = RowOf(turn), next = RowOf(turn + 1);
-      const int64_t m = tile.m + row, n = scales.n;
-      Word4 parts[kBlocks];
-#pragma unroll
-      for (int block = 0; block < kBlocks; ++block) {
-        parts[block] = LoadRemote(stages_ + 4 * static_cast<uint32_t>(row * kSumStride + scales.first), block);
+      if (32 > kLanes && row >= rows) continue;
+      const Word4 mine = LoadAs<Word4>(own + row * kSumStride);
+      uint32_t sum[4] = {mine.x, mine.y, mine.z, mine.w};
+#pragma unroll 1
+      for (int block = 1; block < p_.cluster; ++block) {
+        const Word4 other = LoadAs<Word4>(others + ((block - 1) * Rows() + row) * kSumStride);
+        sum[0] += other.x;
+        sum[1] += other.y;
+        sum[2] += other.z;
+        sum[3] += other.w;
       }
       const Word4 added = residual;
-      if (words && next < rows) residual = LoadWords(tile.m + next, n);
-      uint32_t sum[4] = {0, 0, 0, 0};
-#pragma unroll
-      for (int block = 0; block < kBlocks; ++block) {
-        sum[0] += parts[block].x;
-        sum[1] += parts[block].y;
-        sum[2] += parts[block].z;
-        sum[3] += parts[block].w;
-      }
-      const float row_scale = FloatFromBits(Shuffle(Bits(scales.row_scale), turn));
+      if (words && next < rows) residual = LoadWords(e, first + next, n);
       uint32_t y[4];
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         y[j] = Output(e, static_cast<int32_t>(sum[j]), row_scale, scales.w_scale[j], scales.bias[j]);
       }
       if constexpr (kGated) {
-        WriteGated(e, m, n, y);
+        WriteGated(e, first + row, n, y);
       } else if (words) {
-        StoreRow(m, n, y, added);
+        StoreRow(e, first + row, n, y, added);
       } else if (p_.n % 4 != 0) {
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
-          if (n + j < p_.n) StoreOutput(e, m, n + j, y[j]);
+          if (n + j < p_.n) StoreOutput(e, first + row, n + j, y[j]);
         }
       }
     }
   }
 
   // Four neighbours, and what is added to them: of 16 bits in the first two words.
-  JAXINT8_DEVICE Word4 LoadWords(int64_t m, int64_t n) const {
-    const Epilogue& e = p_.epilogue;
+  JAXINT8_DEVICE Word4 LoadWords(const Epilogue& e, int64_t m, int64_t n) const {
     if (!e.residual) return {};
     if (IsWide(e)) return LoadAs<Word4>(e.residual + 4 * (m * p_.n + n));
     const Word2 two = LoadAs<Word2>(e.residual + 2 * (m * p_.n + n));
     return {two.x, two.y, 0, 0};
   }
-  JAXINT8_DEVICE void StoreRow(int64_t m, int64_t n, const uint32_t (&y)[4], const Word4& added) const {
-    const Epilogue& e = p_.epilogue;
-    const auto add = [&](uint32_t word, uint32_t other) { return e.residual ? AddResiduals(e, word, other) : word; };
+  JAXINT8_DEVICE void StoreRow(const Epilogue& e, int64_t m, int64_t n, const uint32_t (&y)[4],
+                               const Word4& added) const {
+    Word4 sums{y[0], y[1], y[2], y[3]};
+    if (!IsWide(e)) sums = {y[0] | y[1] << 16, y[2] | y[3] << 16, 0, 0};
+    if (e.residual) {
+      sums.x = AddResiduals(e, sums.x, added.x);
+      sums.y = AddResiduals(e, sums.y, added.y);
+      if (IsWide(e)) {
+        sums.z = AddResiduals(e, sums.z, added.z);
+        sums.w = AddResiduals(e, sums.w, added.w);
+      }
+    }
     if (IsWide(e)) {
-      const Word4 sums{add(y[0], added.x), add(y[1], added.y), add(y[2], added.z), add(y[3], added.w)};
       StoreAs<Word4>(e.y + 4 * (m * p_.n + n), sums);
     } else {
-      const Word2 sums{add(y[0] | y[1] << 16, added.x), add(y[2] | y[3] << 16, added.y)};
-      StoreAs<Word2>(e.y + 2 * (m * p_.n + n), sums);
+      StoreAs<Word2>(e.y + 2 * (m * p_.n + n), Word2{sums.x, sums.y});
     }
   }
 
@@ -321,7 +358,7 @@ class SwappedKernel {
   const Params& p_;
   const uint32_t rank_, stages_;  // the address of the stages, a multiple of 1024
   const Ptr<uint8_t> shared_;     // the same as a pointer
-  const uint32_t full_, empty_;
+  const uint32_t full_, empty_, arrived_;
 #endif
 };
 

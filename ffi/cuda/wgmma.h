@@ -73,7 +73,8 @@ class WgmmaKernel {
       FenceBarrierInit();
     }
     if constexpr (kBlocks > 1) {
-      ClusterBarrier();
+      ClusterArrive();
+      ClusterWait();
     } else {
       Barrier();
     }
@@ -92,7 +93,10 @@ class WgmmaKernel {
       Consume();
     }
     // No block may end while another can still write to its memory or arrive at its barriers.
-    if constexpr (kBlocks > 1) ClusterBarrier();
+    if constexpr (kBlocks > 1) {
+      ClusterArrive();
+      ClusterWait();
+    }
   }
 
   JAXINT8_DEVICE void Produce() {

@@ -236,6 +236,21 @@ class Machine {
     }
   }
 
+  // The same without knowledge of what the others did.
+  void ClusterArrive(const Site& site) {
+    if (Planted(site, Fault::kSkipBarrier)) return;
+    Fiber& f = fibers_[current_];
+    f.meeting = met_cluster_++ / fibers_.size() + 1;
+  }
+  void ClusterWait(const Site& site) {
+    Fiber& f = fibers_[current_];
+    if (f.meeting == f.met) Fail(site, "waits for its cluster without having arrived");
+    f.met = f.meeting;
+    const uint32_t synced = f.synced;
+    WaitUntil(site, [this, &f] { return met_cluster_ / fibers_.size() >= f.meeting ? 1u : 0u; });
+    f.synced = synced;
+  }
+
   // Waits until `done` returns the time since when it holds; 0: not yet.
   void WaitUntil(const Site& site, std::function<uint32_t()> done) {
     Fiber& f = fibers_[current_];
@@ -250,6 +265,11 @@ class Machine {
     if (since > f.synced) f.synced = since;
   }
   uint32_t Tick() { return ++time_; }
+  // Whether all threads of a block of the cluster have ended.
+  bool Ended(int rank) const {
+    const auto first = fibers_.begin() + int64_t{rank} * threads_;
+    return std::all_of(first, first + threads_, [](const Fiber& f) { return f.state == State::kDone; });
+  }
   // What the copy engine does later: as late as possible, when no thread can go on.
   void Postpone(std::function<void()> delivery) { deliveries_.push_back(std::move(delivery)); }
   // What belongs to the cluster that runs.
@@ -311,6 +331,7 @@ class Machine {
     uint32_t synced_part = 0;                           // the same of what the threads of its part have done
     std::shared_ptr<const std::vector<int>> part;       // in order
     std::function<uint32_t()>* done = nullptr;
+    size_t meeting = 0, met = 0;  // meetings of the cluster that it has arrived at, and waited for
   };
   // The shared memory of a block.
   struct SharedBlock {
@@ -353,6 +374,7 @@ class Machine {
     block_epoch_.assign(shared_.size(), 0);
     waiting_part_.clear();
     waiting_cluster_ = 0;
+    met_cluster_ = 0;
     time_ = 1;
     barriers_.clear();
     warp_state_.clear();
@@ -366,6 +388,7 @@ class Machine {
       f.unfenced.clear();
       f.synced = f.synced_part = 0;
       f.part.reset();
+      f.meeting = f.met = 0;
     }
     error_ = nullptr;
     const int n = static_cast<int>(fibers_.size());
@@ -490,6 +513,7 @@ class Machine {
   std::vector<uint32_t> block_epoch_;                             // by rank
   std::map<std::pair<int, int>, std::vector<int>> waiting_part_;  // by rank and number
   int waiting_cluster_ = 0;
+  size_t met_cluster_ = 0;  // arrivals of all threads
   uint32_t launch_ = 0, time_ = 1;
   int64_t first_block_ = 0, block_count_ = 0;
 };

@@ -93,14 +93,8 @@ inline void CopyAsyncArrive(uint32_t barrier, Site site = Site::Here()) {
 inline uint32_t ClusterRank() { return static_cast<uint32_t>(TheMachine().rank()); }
 inline void ClusterBarrier(Site site = Site::Here()) { TheMachine().ClusterBarrier(site); }
 
-inline Word4 LoadRemote(uint32_t address, int block, Site site = Site::Here()) {
-  Machine& m = TheMachine();
-  if (block < 0 || block >= m.cluster()) m.Fail(site, "no such block in the cluster");
-  Buffer* shared = m.shared_buffer(block);
-  Word4 v;
-  std::memcpy(static_cast<void*>(&v), m.Access(shared, 0, shared->bytes, address, 16, 16, false, false, site), 16);
-  return v;
-}
+inline void ClusterArrive(Site site = Site::Here()) { TheMachine().ClusterArrive(site); }
+inline void ClusterWait(Site site = Site::Here()) { TheMachine().ClusterWait(site); }
 
 inline void StoreRemote(uint32_t address, int block, uint32_t value, Site site = Site::Here()) {
   Machine& m = TheMachine();
@@ -204,6 +198,34 @@ inline void CopyBytes(uint32_t to, Ptr<const int8_t> from, uint32_t bytes, uint3
   m.Postpone([=, &b] {
     for (uint32_t i = 0; i < bytes; ++i) {
       shared->data[to + i] = static_cast<uint8_t>(from.buffer->data[from.offset + i]);
+      shared->shadow[to + i].defined = true;
+    }
+    b.bytes -= bytes;
+    b.Settle();
+  });
+}
+
+inline void CopyToBlock(int block, uint32_t to, uint32_t from, uint32_t bytes, uint32_t barrier,
+                        Site site = Site::Here()) {
+  Machine& m = TheMachine();
+  if (block < 0 || block >= m.cluster()) m.Fail(site, "no such block in the cluster");
+  Buffer *source = m.shared_buffer(), *shared = m.shared_buffer(block);
+  if (to % 16 != 0 || from % 16 != 0 || bytes % 16 != 0 || to + bytes > shared->bytes) {
+    m.Fail(site, "bad place or size of a copy");
+  }
+  if (m.Planted(site, Fault::kShiftIndex)) from += 16;
+  if (from + bytes > source->bytes) m.Fail(site, "copy out of bounds");
+  for (uint32_t i = 0; i < bytes; ++i) {
+    Undefine(shared, to + i);
+    const Shadow& s = source->shadow[from + i];
+    if (!s.defined) m.Fail(site, "copies memory that nothing has written");
+    if (!s.fenced) m.Fail(site, "copies a store that was not fenced");
+  }
+  MemoryBarrier& b = BarrierAt(barrier, block, site);
+  m.Postpone([=, &b, &m, rank = m.rank()] {
+    if (m.Ended(rank) || m.Ended(block)) throw Failure(site.Name() + ": a block ended before its copies");
+    for (uint32_t i = 0; i < bytes; ++i) {
+      shared->data[to + i] = source->data[from + i];
       shared->shadow[to + i].defined = true;
     }
     b.bytes -= bytes;
