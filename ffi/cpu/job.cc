@@ -53,26 +53,24 @@ int64_t TypeSize(Type type) { return type == Type::kF32 || type == Type::kS32 ? 
 // Adds to the lists what products need of the outliers of a row, of which few under column scope have a high part.
 void ListOutliers(const RowScratch& scratch, bool float_outliers, bool quads, Workspace::Lists* lists, Row* row) {
   const int32_t all = row->count;
+  if (all == 0) return;
+  Outlier* const first = lists->outliers.Room(all);
+  int32_t count = 0;
   if (float_outliers) {
-    for (int32_t j = 0; j < all; ++j) lists->outliers.push_back({scratch.index[j], 0, scratch.outliers[j]});
-    return;
+    for (; count < all; ++count) first[count] = {scratch.index[count], 0, scratch.outliers[count]};
+    return lists->outliers.Add(count);
   }
-  const size_t first_word = lists->words.size(), first_quad = lists->quads.size();
-  row->count = 0;
   for (int32_t j = 0; j < all; ++j) {
-    const int32_t column = scratch.index[j], code = scratch.codes[j];
-    if (std::abs(code) <= 127) continue;
-    const int32_t hi = (code + 64) >> 7;
-    lists->outliers.push_back({column, hi, scratch.outliers[j]});
-    if (quads) {
-      lists->AddQuad(column, hi, row->count);
-    } else {
-      lists->AddWord(column, hi, first_word);
-    }
-    ++row->count;
+    const int32_t code = scratch.codes[j];
+    if (std::abs(code) > 127) first[count++] = {scratch.index[j], (code + 64) >> 7, scratch.outliers[j]};
   }
-  row->words = static_cast<int32_t>(lists->words.size() - first_word);
-  row->quads = static_cast<int32_t>(lists->quads.size() - first_quad);
+  lists->outliers.Add(count);
+  row->count = count;
+  if (quads) {
+    row->quads = lists->AddQuads(first, count);
+  } else {
+    row->words = lists->AddWords(first, count);
+  }
 }
 
 uint64_t NextId() {

@@ -85,25 +85,25 @@ struct PickPlan {
 inline bool PickPlan::Add(const Row* all, const PickPart& part, int32_t* next) {
   if (parts == kParts) return false;
   for (;; ++last_round) {
-    uint64_t used[kLines / 64] = {};
-    uint64_t any = 0;
-    const int64_t words = (part.end - part.begin + 4095) / 4096;
+    uint64_t used[2] = {};  // of the lines; in registers, as each outlier sets a bit
+    static_assert(kLines == 128);
     for (int64_t i = part.i; i < part.i + part.rows; ++i) {
       int32_t at = next[i];
       EachOf(all[i], part.end, &at, [&](const Outlier& o, int32_t) {
         const int64_t line = (o.column - part.begin) / 64;
-        used[line / 64] |= uint64_t{1} << (line % 64);
-        any = 1;
+        const uint64_t bit = uint64_t{1} << (line % 64);
+        used[0] |= line < 64 ? bit : 0;
+        used[1] |= line < 64 ? 0 : bit;
       });
     }
-    if (any == 0) break;
+    if ((used[0] | used[1]) == 0) break;
     if (last_round == kRounds) return false;
     PickRound& round = rounds[last_round];
     std::memset(round.from, 0, sizeof round.from);
     std::memset(round.codes, 0, sizeof round.codes);
     round.first = last_pair;
     int16_t lines = 0;
-    for (int64_t word = 0; word < words; ++word) {
+    for (int64_t word = 0; word < 2; ++word) {
       for (uint64_t left = used[word]; left; left &= left - 1, ++lines) {
         if (last_pair + lines / 2 == kPairs) return false;
         const auto line = static_cast<int32_t>(word * 64 + __builtin_ctzll(left));

@@ -204,17 +204,19 @@ inline uint32_t LowerBound(const __m512i (&maxima)[4], int64_t count) {
 // Bit j is set if candidate j is among the `count` largest magnitudes, ties to the lower j; at most 32 candidates.
 inline uint32_t KeepLargest(const uint32_t* magnitude, int64_t candidates, int64_t count) {
   const auto low = static_cast<uint32_t>((uint64_t{1} << candidates) - 1);
-  const __m512i first = _mm512_maskz_loadu_epi32(static_cast<__mmask16>(low), magnitude);
-  const __m512i second = _mm512_maskz_loadu_epi32(static_cast<__mmask16>(low >> 16), magnitude + 16);
+  const __m512i one = _mm512_set1_epi32(1), limit = _mm512_set1_epi32(static_cast<int32_t>(count));
   uint32_t keep = 0;
-  for (int64_t j = 0; j < candidates; ++j) {
-    const __m512i own = _mm512_set1_epi32(static_cast<int32_t>(magnitude[j]));
-    const uint32_t greater =
-        _mm512_cmpgt_epi32_mask(first, own) | static_cast<uint32_t>(_mm512_cmpgt_epi32_mask(second, own)) << 16;
-    const uint32_t equal =
-        _mm512_cmpeq_epi32_mask(first, own) | static_cast<uint32_t>(_mm512_cmpeq_epi32_mask(second, own)) << 16;
-    const uint32_t ahead = greater | (equal & ((uint32_t{1} << j) - 1));
-    keep |= static_cast<uint32_t>(__builtin_popcount(ahead) < count) << j;
+  for (int32_t i = 0; i < candidates; i += 16) {
+    const auto in = static_cast<__mmask16>(low >> i);
+    const __m512i own = _mm512_maskz_loadu_epi32(in, magnitude + i);
+    __m512i rank = _mm512_setzero_si512();  // how many are ahead
+    for (int64_t j = 0; j < candidates; ++j) {
+      const auto behind = static_cast<__mmask16>((~uint64_t{1} << j) >> i);  // of equals it is ahead of these
+      __m512i other = _mm512_set1_epi32(static_cast<int32_t>(magnitude[j]));
+      other = _mm512_mask_add_epi32(other, behind, other, one);
+      rank = _mm512_mask_add_epi32(rank, _mm512_cmpgt_epi32_mask(other, own), rank, one);
+    }
+    keep |= static_cast<uint32_t>(_mm512_mask_cmplt_epi32_mask(in, rank, limit)) << i;
   }
   return keep;
 }

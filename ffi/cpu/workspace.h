@@ -73,29 +73,63 @@ inline ThreadScratch& Scratch() {
   return scratch;
 }
 
+// A list that is added to in stretches: how long one will be at most is known, so that room is asked for once.
+template <typename T>
+class List {
+ public:
+  void clear() { size_ = 0; }
+  const T* data() const { return all_.data(); }
+  size_t bytes() const { return all_.capacity() * sizeof(T); }
+
+  // Room for so many more elements behind the last, which hold anything.
+  T* Room(int32_t count) {
+    if (all_.size() < size_ + static_cast<size_t>(count)) all_.resize(2 * size_ + static_cast<size_t>(count));
+    return all_.data() + size_;
+  }
+  // So many of them are elements now.
+  void Add(int32_t count) { size_ += static_cast<size_t>(count); }
+
+ private:
+  std::vector<T> all_;
+  size_t size_ = 0;
+};
+
 struct Workspace {
   Buffer lo, marks, entered;
   std::vector<Row> rows;
   // Per item of the quantising phase: the outliers of its rows, one after the other.
   struct Lists {
-    std::vector<Outlier> outliers;
-    std::vector<HiWord> words;
-    std::vector<HiQuad> quads;
+    List<Outlier> outliers;
+    List<HiWord> words;
+    List<HiQuad> quads;
     std::vector<uint64_t> groups;  // with quads: of every four columns a bit, whether there is any
 
-    // Adds a high part to the words of a row, which begin at `first`.
-    void AddWord(int32_t column, int32_t hi, size_t first) {
-      if (words.size() == first || words.back().group != column / 4) words.push_back({column / 4, 0});
-      words.back().four |= static_cast<uint32_t>(hi & 0xff) << (column % 4 * 8);
+    // Each takes the high parts of one row and returns how many elements they are.
+    int32_t AddWords(const Outlier* high, int32_t count) {
+      HiWord* const first = words.Room(count);
+      int32_t number = 0;
+      for (int32_t j = 0; j < count; ++j) {
+        const int32_t column = high[j].column;
+        if (number == 0 || first[number - 1].group != column / 4) first[number++] = {column / 4, 0};
+        first[number - 1].four |= static_cast<uint32_t>(high[j].hi & 0xff) << (column % 4 * 8);
+      }
+      words.Add(number);
+      return number;
     }
 
-    // Adds a high part to the quads of a row, of which it is the number-th.
-    void AddQuad(int32_t column, int32_t hi, int32_t number) {
-      groups[column / 256] |= uint64_t{1} << (column / 4 % 64);
-      const int32_t place = number % 4;
-      if (place == 0) quads.push_back({});
-      std::fill(quads.back().column + place, quads.back().column + 4, column);
-      quads.back().four |= static_cast<uint32_t>(hi & 0xff) << (place * 8);
+    int32_t AddQuads(const Outlier* high, int32_t count) {
+      const int32_t number = (count + 3) / 4;
+      HiQuad* const first = quads.Room(number);
+      for (int32_t j = 0; j < count; ++j) {
+        const int32_t column = high[j].column;
+        HiQuad& quad = first[j / 4];
+        if (j % 4 == 0) quad.four = 0;
+        groups[column / 256] |= uint64_t{1} << (column / 4 % 64);
+        std::fill(quad.column + j % 4, quad.column + 4, column);
+        quad.four |= static_cast<uint32_t>(high[j].hi & 0xff) << (j % 4 * 8);
+      }
+      quads.Add(number);
+      return number;
     }
   };
   std::vector<Lists> lists;
@@ -109,8 +143,7 @@ struct Workspace {
   size_t bytes() const {
     size_t total = lo.size() + marks.size() + entered.size() + rows.capacity() * sizeof(Row);
     for (const Lists& list : lists) {
-      total += list.outliers.capacity() * sizeof(Outlier) + list.words.capacity() * sizeof(HiWord) +
-               list.quads.capacity() * sizeof(HiQuad);
+      total += list.outliers.bytes() + list.words.bytes() + list.quads.bytes();
     }
     return total;
   }
