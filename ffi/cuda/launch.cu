@@ -56,7 +56,9 @@ const char* RunBlock(const Problem (&layers)[3], CUstream_st* stream) {
   const bool fits = up.kind == Problem::Kind::kLinear && up.residual == nullptr && up.n == 2 * down.k && down.k > 0 &&
                     down.x == up.y && down.prologue == Prologue::kSiluGate;
   // Where weights are narrow, the kernel for narrow ones and a gate of its own take less; up to 2,560 columns.
-  const bool takes = up.path == Path::kAuto && up.m <= kSwappedM && up.k > 0 && up.k % 16 == 0;
+  bool takes = up.path == Path::kAuto && up.m <= kSwappedM && up.k > 0 && up.k % 16 == 0;
+  // With high parts of 16 rows skinny.h has no room for the groups of a gate: 69.4 us, and with a gate of its own 67.5.
+  if (up.m > 8 && up.m <= kStreamM && up.options.rule != Rule::kNone) takes = false;
   if (hopper && fits && takes && (up.k > kNarrowK || !MakePlan(up, hopper).narrow)) {
     up.gated = true;
     down.prologue = Prologue::kNone;
