@@ -184,7 +184,9 @@ def test_bits_are_those_of_three_layers(
         ((1, 64, 96, 48), TopK(8), True),
         ((2, 48, 64, 37), None, True),
         ((2, 48, 64, 37), RelativeThreshold(3.0), True),
-        ((11, 48, 64, 337), RelativeThreshold(3.0), True),
+        ((11, 48, 64, 337), None, True),
+        ((8, 48, 64, 337), RelativeThreshold(3.0), True),
+        ((11, 48, 64, 337), RelativeThreshold(3.0), False),  # no room for its groups
         ((20, 16, 2576, 37), None, True),
         ((60, 16, 2576, 70), TopK(8), True),
         ((20, 144, 80, 205), None, False),  # narrow weights

@@ -317,8 +317,10 @@ class Call {
 
   template <int kTiles, bool kHigh>
   const char* SkinnyWith(Ptr<const int8_t> lo, int64_t stride, Ptr<const int8_t> hi, Ptr<const int8_t> w) {
-    return p_.gated ? SkinnyGated<kTiles, kHigh, true>(lo, stride, hi, w)
-                    : SkinnyGated<kTiles, kHigh, false>(lo, stride, hi, w);
+    if constexpr (kTiles == 1 || !kHigh) {  // see RunBlock
+      if (p_.gated) return SkinnyGated<kTiles, kHigh, true>(lo, stride, hi, w);
+    }
+    return SkinnyGated<kTiles, kHigh, false>(lo, stride, hi, w);
   }
 
   template <int kTiles, bool kHigh, bool kGated>

@@ -18,22 +18,18 @@ struct Epilogue {
   int64_t n;
 };
 
-template <Type kValue>
-struct OutputType {
-  static constexpr Type kType = kValue;
-};
 // Calls f with the type as a constant: code that runs once takes the time of fetching it, and branches.
 template <typename F>
 JAXINT8_DEVICE void WithTypeOf(const Epilogue& e, F f) {
   switch (e.type) {
     case Type::kF32:
-      return f(OutputType<Type::kF32>());
+      return f(TypeConstant<Type::kF32>());
     case Type::kBF16:
-      return f(OutputType<Type::kBF16>());
+      return f(TypeConstant<Type::kBF16>());
     case Type::kF16:
-      return f(OutputType<Type::kF16>());
+      return f(TypeConstant<Type::kF16>());
     case Type::kS32:
-      return f(OutputType<Type::kS32>());
+      return f(TypeConstant<Type::kS32>());
   }
 }
 

@@ -20,6 +20,12 @@ inline constexpr int64_t kMaxK = ((int64_t{1} << 31) - 1) / (127 * 127);
 enum class Type : int32_t { kF32, kBF16, kF16, kS32 };
 enum class Rule : int32_t { kNone, kThreshold, kRelative, kTopK };
 
+// A type as a constant, for functions that are made for each.
+template <Type kValue>
+struct TypeConstant {
+  static constexpr Type kType = kValue;
+};
+
 // The outlier rule; see jaxint8/outliers.py and jaxint8/reference.py for the law.
 struct Options {
   Rule rule = Rule::kNone;

@@ -14,10 +14,6 @@ namespace jaxint8::cuda {
 #define JAXINT8_TRY(step) \
   if (const char* error = (step)) return error
 
-template <Type kValue>
-struct TypeConstant {
-  static constexpr Type kType = kValue;
-};
 // Calls f with the type of the activations as a constant.
 template <typename F>
 const char* WithType(Type type, F f) {
