@@ -188,7 +188,7 @@ def test_wgmma(executor: Executor, shape: tuple[int, int, int], rule: Any, order
     expect_linear(executor, battery.make(shape, battery.DTYPES[order]), rule, WGMMA)
 
 
-# More rows than 64 of long rows of weights: half tiles, whose k is shared by two, four and eight blocks.
+# More rows than 64 of long rows of weights: half tiles, whose k is one block's, or shared by four and eight.
 @pytest.mark.parametrize("order", range(3))
 @pytest.mark.parametrize(
     ("shape", "multiprocessors", "rule"),
@@ -204,6 +204,17 @@ def test_half_tiles(
 ) -> None:
     executor.order, executor.multiprocessors = order, multiprocessors
     expect_linear(executor, battery.make(shape, battery.DTYPES[order]), rule)
+
+
+def test_half_tiles_around(executor: Executor) -> None:
+    """Outputs in fours with a residual behind the layer, and products alone."""
+    executor.multiprocessors = 8
+    case, around = make_around((66, 4096, 68), ml_dtypes.bfloat16, RMS_NORM)
+    expect_linear(executor, case, RelativeThreshold(3.0), around=around)
+    rng = np.random.default_rng(5)
+    a, codes = (rng.integers(-127, 128, (rows, 4096)).astype(np.int8) for rows in (70, 20))
+    wanted = a.astype(np.int32) @ codes.astype(np.int32).T
+    np.testing.assert_array_equal(executor.product(a, codes), wanted)
 
 
 # Both halves of a tile's rows and of a step's columns, with and without high parts; blocks multiplied in full; tiles of

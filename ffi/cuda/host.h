@@ -9,6 +9,7 @@
 #include <atomic>
 #include <cstdint>
 #include <cstdio>
+#include <mutex>
 
 #include "device.h"
 #include "hopper.h"
@@ -58,11 +59,15 @@ const char* Launch(CUstream_st* stream, int64_t blocks, int threads, int64_t sha
   if (const char* e = FindDevice(&device, &index)) return e;
   if (shared > 48 * 1024) {
     static std::atomic<int64_t> allowed[64];  // the limit is set once per kernel and device, and raised if need be
+    static std::mutex raising;                // or a thread that asks for less could lower it again
     if (allowed[index].load(std::memory_order_acquire) < shared) {
-      const cudaError_t status =
-          cudaFuncSetAttribute(Entry<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
-      if (const char* e = Check(status, "shared memory")) return e;
-      allowed[index].store(shared, std::memory_order_release);
+      const std::lock_guard<std::mutex> lock(raising);
+      if (allowed[index].load(std::memory_order_relaxed) < shared) {
+        const cudaError_t status =
+            cudaFuncSetAttribute(Entry<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
+        if (const char* e = Check(status, "shared memory")) return e;
+        allowed[index].store(shared, std::memory_order_release);
+      }
     }
   }
   cudaLaunchConfig_t config = {};

@@ -167,8 +167,9 @@ inline int ChooseNarrow(int64_t m, int64_t n, bool high, int64_t multiprocessors
   return best;
 }
 
-// Shared memory that a block may have, and what a block needs that still quantises on the same multiprocessor, beside
-// its staged row.
+// Shared memory that a block may have, and what a block would need that still quantises on the same multiprocessor,
+// beside its staged row: a reserve from before quantisers asked for more, to be alone (SpreadBytes). Rings without it
+// were not measured since.
 inline constexpr int64_t kSharedMost = 227 * 1024, kSharedQuantize = 4 * kScratchWords + 1024;
 
 // How gemv.h copies weights: equal pieces of a row, such that the most bytes are on their way, but no more pieces than
@@ -216,6 +217,7 @@ inline SkinnyShape ChooseSkinny(int tiles, bool high, int64_t n, int unit, int64
     }
     // With more groups at once codes are read less often, but half as many weights again on their way gain more.
     if (best.groups == 0 || 2 * s.depth * s.groups >= 3 * best.depth * best.groups) best = s;
+    if (s.groups == unit) break;
   }
   return best;
 }

@@ -70,11 +70,15 @@ inline const char* QueuePrologue(LaunchQueue& queue, Type type, const QuantizePa
 
 template <Type kType, bool kVector, bool kStaged, int kRule>
 const char* QueueQuantizer(LaunchQueue& queue, QuantizeParams q, int64_t staged) {
+#ifdef __CUDACC__
   const int64_t alone = q.spread > 0 ? SpreadBytes(q.m, q.options.rule != Rule::kNone, q.spread) : 0;
+#else
+  const int64_t alone = 0;  // the executor sees who goes beyond what he needs
+#endif
   const bool finds = q.options.column_scope && q.parts == 0;
   // With a multiprocessor for each row, eight values a thread; to choose the largest of them takes fewer threads less.
-  constexpr bool kFinds = kRule == static_cast<int>(Rule::kTopK) || kRule == kMarked;
-  const int most = q.spread > 0 && q.m <= q.spread && !kFinds ? kQuantizeThreads : 0, least = RowThreads(q.m, q.stride);
+  constexpr bool kPicks = kRule == static_cast<int>(Rule::kTopK) || kRule == kMarked;
+  const int most = q.spread > 0 && q.m <= q.spread && !kPicks ? kQuantizeThreads : 0, least = RowThreads(q.m, q.stride);
   const int wide = q.stride < 8 * most ? static_cast<int>((q.stride + 255) / 256 * 32) : most;
   const int threads = finds ? MarkThreads(q.m, q.stride) : wide > least ? wide : least;
   const int cluster = finds ? q.mark_blocks : 1;

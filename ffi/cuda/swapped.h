@@ -41,7 +41,7 @@ class SwappedKernel {
   static constexpr int kStageBytes = kBytesW + kBytesX * (kHigh ? 2 : 1);
   // The sums of a tile, where the stages were: [kTileN][kSumStride], without bank conflicts.
   static constexpr int kSumStride = kTileM + 4;
-  static_assert(kTileN * kSumStride * 4 <= 3 * kStageBytes);  // there are more
+  static_assert(kTileN * kSumStride * 4 <= 2 * kStageBytes);  // there are two at least
   // Stages first, in 1024-byte units; then two barriers per stage, and, from a multiple of 128 on, a barrier and the
   // sums of the other blocks.
   static constexpr int64_t Shared(int stages, int cluster) {

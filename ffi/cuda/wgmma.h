@@ -92,11 +92,9 @@ class WgmmaKernel {
       TakeRegisters<232>();
       Consume();
     }
-    // No block may end while another can still write to its memory or arrive at its barriers.
-    if constexpr (kBlocks > 1) {
-      ClusterArrive();
-      ClusterWait();
-    }
+    // No block may end while another can still write to its memory or arrive at its barriers: the last arrivals have to
+    // be known to it.
+    if constexpr (kBlocks > 1) ClusterBarrier();
   }
 
   JAXINT8_DEVICE void Produce() {
