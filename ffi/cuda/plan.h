@@ -217,7 +217,6 @@ inline SkinnyShape ChooseSkinny(int tiles, bool high, int64_t n, int unit, int64
     }
     // With more groups at once codes are read less often, but half as many weights again on their way gain more.
     if (best.groups == 0 || 2 * s.depth * s.groups >= 3 * best.depth * best.groups) best = s;
-    if (s.groups == unit) break;
   }
   return best;
 }
