@@ -32,30 +32,6 @@ ALWAYS_INLINE inline __m512i SumLanes(__m512i a, __m512i b, __m512i c, __m512i d
   return _mm512_add_epi32(_mm512_shuffle_i32x4(ab, cd, 0x88), _mm512_shuffle_i32x4(ab, cd, 0xdd));
 }
 
-// Row R of a matrix, from its first and fifth row, the bytes of one row and of three: registers that no step of a loop
-// has to fetch.
-template <int R>
-ALWAYS_INLINE inline const int8_t* RowAt(const int8_t* first, const int8_t* fifth, int64_t one, int64_t three) {
-  const int8_t* base = R < 4 ? first : fifth;
-  return R % 4 == 3 ? base + three : base + R % 4 * one;
-}
-
-// Three times the bytes of a row, so that for all the compiler knows it cannot be told from one.
-ALWAYS_INLINE inline int64_t Thrice(int64_t bytes) {
-  bytes *= 3;
-  asm("" : "+r"(bytes));
-  return bytes;
-}
-
-// Nothing lives in a vector register here. Else the compiler keeps addresses there, and they come back only after the
-// multiplications that wait in the same queue.
-ALWAYS_INLINE inline void ForgetVectors() {
-  asm volatile("" ::
-                   : "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10", "xmm11",
-                     "xmm12", "xmm13", "xmm14", "xmm15", "xmm16", "xmm17", "xmm18", "xmm19", "xmm20", "xmm21", "xmm22",
-                     "xmm23", "xmm24", "xmm25", "xmm26", "xmm27", "xmm28", "xmm29", "xmm30", "xmm31");
-}
-
 // How high parts come about: not here; the weights of their groups are gathered, for all rows; or each team picks its
 // own.
 enum class HighParts { kNone, kGathered, kPicked };

@@ -414,6 +414,39 @@ inline void FinishAs(const Epilogue& e, int64_t begin, int64_t end) {
   }
 }
 
+// Whether FinishSums does this one.
+inline bool FinishesSums(const Epilogue& e) { return e.n == kBlockN && !e.extra && !e.residual; }
+
+// The epilogue of rows first.. from registers; their sums need not be in c.
+template <int M, Type kType>
+ALWAYS_INLINE inline void FinishSumsAs(const Epilogue& e, int64_t first, const __m512i (&acc)[M][4]) {
+  const int64_t step = e.stride * (kType == Type::kF32 ? 4 : 2);
+  const float *w_scale = e.w_scale, *bias = e.bias;
+  const Row* rows = e.rows + first;
+  char* y = static_cast<char*>(e.y) + first * step;
+  Unroll<M>([&](auto i) ALWAYS_INLINE {
+    const __m512 scale = _mm512_set1_ps(rows[i].scale);
+    Unroll<4>([&](auto z) ALWAYS_INLINE {
+      __m512 v = _mm512_mul_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(acc[i][z]), scale), _mm512_loadu_ps(w_scale + z * 16));
+      if (bias) v = _mm512_add_ps(v, _mm512_loadu_ps(bias + z * 16));
+      StoreFloats<kType>(v, y, z * 16, 0xffff);
+    });
+    y += step;
+  });
+}
+
+template <int M>
+ALWAYS_INLINE inline void FinishSums(const Epilogue& e, int64_t first, const __m512i (&acc)[M][4]) {
+  switch (e.type) {
+    case Type::kBF16:
+      return FinishSumsAs<M, Type::kBF16>(e, first, acc);
+    case Type::kF16:
+      return FinishSumsAs<M, Type::kF16>(e, first, acc);
+    default:
+      return FinishSumsAs<M, Type::kF32>(e, first, acc);
+  }
+}
+
 // Asks for the lines of y and of the residual that Finish will need: they come while the tile is multiplied.
 inline void FetchOutputs(const Epilogue& e, int64_t begin, int64_t end) {
   const int64_t size = e.type == Type::kF32 ? 4 : 2;

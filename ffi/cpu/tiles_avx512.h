@@ -100,8 +100,33 @@ void Pack(const int8_t* w, int64_t stride, int64_t n, int64_t columns, int regis
   }
 }
 
+// Row R of a matrix, from its first and fifth row, the bytes of one row and of three: registers that no step of a loop
+// has to fetch.
+template <int R>
+ALWAYS_INLINE inline const int8_t* RowAt(const int8_t* first, const int8_t* fifth, int64_t one, int64_t three) {
+  const int8_t* base = R < 4 ? first : fifth;
+  return R % 4 == 3 ? base + three : base + R % 4 * one;
+}
+
+// Three times the bytes of a row, so that for all the compiler knows it cannot be told from one.
+ALWAYS_INLINE inline int64_t Thrice(int64_t bytes) {
+  bytes *= 3;
+  asm("" : "+r"(bytes));
+  return bytes;
+}
+
+// Nothing lives in a vector register here. Else the compiler keeps addresses there, and they come back only after the
+// multiplications that wait in the same queue.
+ALWAYS_INLINE inline void ForgetVectors() {
+  asm volatile("" ::
+                   : "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10", "xmm11",
+                     "xmm12", "xmm13", "xmm14", "xmm15", "xmm16", "xmm17", "xmm18", "xmm19", "xmm20", "xmm21", "xmm22",
+                     "xmm23", "xmm24", "xmm25", "xmm26", "xmm27", "xmm28", "xmm29", "xmm30", "xmm31");
+}
+
 // The packing of a whole panel (64 outputs, a multiple of 64 columns) in steps of 8 outputs by 16 columns, small enough
-// for the registers that a tile leaves. A tile takes `quota` steps for every 64 columns that it multiplies.
+// for the registers that a tile leaves. A tile takes a number of steps for every few groups of columns that it
+// multiplies. It is used where it lies: a tile has registers for its own addresses only.
 struct PackAhead {
   static constexpr int64_t kStepColumns = 16, kStepRows = 8;
 
@@ -110,8 +135,9 @@ struct PackAhead {
   int64_t stride = 0;       // of the weights
   int64_t columns = 0;      // of the panel
   int64_t steps_left = 0;   // in these 8 outputs
-  int64_t groups_left = 0;  // of 8 outputs
-  int64_t quota = 0;
+  int64_t groups_left = 0;  // of 8 outputs; 0: nothing is left
+  int64_t steps = 0;        // to be taken at once
+  int64_t turn = 0;         // after so many groups of four columns, at most 16
 
   // Spreads the packing evenly over `slots` times 64 columns of multiplication.
   void Start(const int8_t* w, int64_t w_stride, int64_t width, uint8_t* panel, int64_t slots) {
@@ -121,37 +147,45 @@ struct PackAhead {
     columns = width;
     steps_left = columns / kStepColumns;
     groups_left = kBlockN / kStepRows;
-    quota = (steps_left * groups_left + slots - 1) / slots;
+    const int64_t quota = (steps_left * groups_left + slots - 1) / slots;  // for 16 groups
+    turn = quota < 16 ? 16 / quota : 1;
+    steps = quota < 16 ? 1 : (quota + 15) / 16;
   }
 
   ALWAYS_INLINE void Step() {
     const __m256i flip = _mm256_set1_epi8(static_cast<char>(0x80));
-    const auto pair = [&](int row) ALWAYS_INLINE {  // 16 columns of two rows
-      const auto* low = reinterpret_cast<const __m128i*>(from + row * stride);
-      const auto* high = reinterpret_cast<const __m128i*>(from + (row + 4) * stride);
-      const __m256i both =
-          _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128(low)), _mm_loadu_si128(high), 1);
+    const int64_t one = stride, three = one * 3;
+    const int8_t *first = from, *fifth = first + 4 * one;
+    const auto pair = [&](auto r) ALWAYS_INLINE {  // 16 columns of two rows
+      const auto load = [&](auto row) ALWAYS_INLINE {
+        return _mm_loadu_si128(reinterpret_cast<const __m128i*>(RowAt<row>(first, fifth, one, three)));
+      };
+      // Not an insertion, whose first half GCC loads into one of the first registers, where sums are.
+      const __m256i low = _mm256_broadcast_i64x2(load(r));
+      const __m256i both = _mm256_mask_broadcast_i64x2(low, 0xc, load(std::integral_constant<int, r + 4>{}));
       return _mm256_xor_si256(both, flip);
     };
-    const __m256i a0 = pair(0), a1 = pair(1), a2 = pair(2), a3 = pair(3);
-    const __m256i low01 = _mm256_unpacklo_epi32(a0, a1), high01 = _mm256_unpackhi_epi32(a0, a1);
-    const __m256i low23 = _mm256_unpacklo_epi32(a2, a3), high23 = _mm256_unpackhi_epi32(a2, a3);
+    __m256i a[4];
+    Unroll<4>([&](auto r) ALWAYS_INLINE { a[r] = pair(r); });
+    const __m256i low01 = _mm256_unpacklo_epi32(a[0], a[1]), high01 = _mm256_unpackhi_epi32(a[0], a[1]);
+    const __m256i low23 = _mm256_unpacklo_epi32(a[2], a[3]), high23 = _mm256_unpackhi_epi32(a[2], a[3]);
     constexpr int64_t kGroup = kBlockN * 4;  // bytes of four columns
-    _mm256_store_si256(reinterpret_cast<__m256i*>(to), _mm256_unpacklo_epi64(low01, low23));
-    _mm256_store_si256(reinterpret_cast<__m256i*>(to + kGroup), _mm256_unpackhi_epi64(low01, low23));
-    _mm256_store_si256(reinterpret_cast<__m256i*>(to + 2 * kGroup), _mm256_unpacklo_epi64(high01, high23));
-    _mm256_store_si256(reinterpret_cast<__m256i*>(to + 3 * kGroup), _mm256_unpackhi_epi64(high01, high23));
+    uint8_t* out = to;
+    _mm256_store_si256(reinterpret_cast<__m256i*>(out), _mm256_unpacklo_epi64(low01, low23));
+    _mm256_store_si256(reinterpret_cast<__m256i*>(out + kGroup), _mm256_unpackhi_epi64(low01, low23));
+    _mm256_store_si256(reinterpret_cast<__m256i*>(out + 2 * kGroup), _mm256_unpacklo_epi64(high01, high23));
+    _mm256_store_si256(reinterpret_cast<__m256i*>(out + 3 * kGroup), _mm256_unpackhi_epi64(high01, high23));
     // Two of the next eight rows each time: in four steps, a line of all eight.
-    const int8_t* fetch = from + (kStepRows + steps_left % 4 * 2) * stride;
+    const int8_t* fetch = first + (kStepRows + steps_left % 4 * 2) * one;
     _mm_prefetch(fetch, _MM_HINT_T1);
-    _mm_prefetch(fetch + stride, _MM_HINT_T1);
-    from += kStepColumns;
-    to += 4 * kGroup;
+    _mm_prefetch(fetch + one, _MM_HINT_T1);
+    from = first + kStepColumns;
+    to = out + 4 * kGroup;
     if (--steps_left == 0) {
       steps_left = columns / kStepColumns;
-      from += kStepRows * stride - columns;
+      from += kStepRows * one - columns;
       to += kStepRows * 4 - columns / 4 * kGroup;
-      if (--groups_left == 0) quota = 0;
+      --groups_left;
     }
   }
 };
@@ -213,89 +247,106 @@ inline void SplitGroups(const Block& b, const uint8_t* panel, int registers, uin
   }
 }
 
-// c += (hi . W) << 7 for rows [begin, end) of a block. Four columns are interleaved to words: a quarter of the lines
-// that the words of their groups would take, which come from the L2 cache.
-inline void AddQuads(const Block& b, int64_t begin, int64_t end, const uint8_t* columns) {
-  for (int64_t i = begin; i < end; ++i) {
-    const HiQuad *quad = b.rows[i].quad, *const stop = quad + b.rows[i].quads;
-    if (quad == stop) continue;
-    __m512i sum[4];
-    Unroll<4>([&](auto z) ALWAYS_INLINE { sum[z] = _mm512_setzero_si512(); });
-    do {
-      __m512i line[4];
-      Unroll<4>([&](auto j) ALWAYS_INLINE { line[j] = _mm512_load_si512(columns + quad->column[j] * 64); });
-      const __m512i low01 = _mm512_unpacklo_epi8(line[0], line[1]), high01 = _mm512_unpackhi_epi8(line[0], line[1]);
-      const __m512i low23 = _mm512_unpacklo_epi8(line[2], line[3]), high23 = _mm512_unpackhi_epi8(line[2], line[3]);
-      const __m512i four = _mm512_set1_epi32(static_cast<int32_t>(quad->four));
-      sum[0] = _mm512_dpbusd_epi32(sum[0], _mm512_unpacklo_epi16(low01, low23), four);
-      sum[1] = _mm512_dpbusd_epi32(sum[1], _mm512_unpackhi_epi16(low01, low23), four);
-      sum[2] = _mm512_dpbusd_epi32(sum[2], _mm512_unpacklo_epi16(high01, high23), four);
-      sum[3] = _mm512_dpbusd_epi32(sum[3], _mm512_unpackhi_epi16(high01, high23), four);
-    } while (++quad != stop);
-    int32_t* c = b.c + i * kBlockN;
-    Unroll<4>([&](auto z) ALWAYS_INLINE {
-      const __m512i high = _mm512_slli_epi32(sum[z], 7);
-      _mm512_store_si512(c + z * 16, _mm512_add_epi32(_mm512_load_si512(c + z * 16), high));
-    });
-  }
+// The same of a panel with quads, from the lines that SplitGroups wrote. Four columns are interleaved to words: a
+// quarter of the lines that the words of their groups would take, which come from the L2 cache.
+template <int Z>
+ALWAYS_INLINE inline void AddQuads(const Row& row, const uint8_t* lines, __m512i (&acc)[Z]) {
+  const HiQuad *quad = row.quad, *const stop = quad + row.quads;
+  if (quad == stop) return;
+  __m512i sum[4];
+  Unroll<4>([&](auto z) ALWAYS_INLINE { sum[z] = _mm512_setzero_si512(); });
+  do {
+    __m512i line[4];
+    Unroll<4>([&](auto j) ALWAYS_INLINE { line[j] = _mm512_load_si512(lines + quad->column[j] * 64); });
+    const __m512i low01 = _mm512_unpacklo_epi8(line[0], line[1]), high01 = _mm512_unpackhi_epi8(line[0], line[1]);
+    const __m512i low23 = _mm512_unpacklo_epi8(line[2], line[3]), high23 = _mm512_unpackhi_epi8(line[2], line[3]);
+    const __m512i four = _mm512_set1_epi32(static_cast<int32_t>(quad->four));
+    sum[0] = _mm512_dpbusd_epi32(sum[0], _mm512_unpacklo_epi16(low01, low23), four);
+    sum[1] = _mm512_dpbusd_epi32(sum[1], _mm512_unpackhi_epi16(low01, low23), four);
+    sum[2] = _mm512_dpbusd_epi32(sum[2], _mm512_unpacklo_epi16(high01, high23), four);
+    sum[3] = _mm512_dpbusd_epi32(sum[3], _mm512_unpackhi_epi16(high01, high23), four);
+  } while (++quad != stop);
+  Unroll<Z>([&](auto z) ALWAYS_INLINE { acc[z] = _mm512_add_epi32(acc[z], _mm512_slli_epi32(sum[z], 7)); });
 }
 
-// c[M][16 * Z] (+)= x[M] . panel for rows i.. of a block, high parts included; the first panel sets c. `next_hi` of
-// these rows, null if there are no high parts.
-template <int M, int Z>
-void Tile(const Block& b, int64_t first, const Panel& columns, int32_t* next_hi, PackAhead* pack) {
-  // Low tiles take many steps of packing: one before each group of four columns, to mix shuffles with multiplications.
-  constexpr bool kMixed = Z == 4 && M <= 4;
-  PackAhead ahead = *pack;
+// How the rows of a tile hold high parts: not; as words (AddHi); as quads (AddQuads).
+enum class TileHigh { kNone, kWords, kQuads };
+
+// c[M][16 * Z] (+)= x[M] . panel for rows i.. of a block, high parts included; the first panel sets c. With `finish`
+// the epilogue follows at once, and c is not written. It begins at a line, for where it lies moves the time of a layer
+// by up to 2 %.
+template <TileHigh kHigh, int M, int Z>
+[[gnu::aligned(64)]] void Tile(const Block& b, int64_t first, const Panel& columns, bool finish, PackAhead* pack) {
+  auto* scratch = reinterpret_cast<TileScratch*>(b.scratch);
   const Row* rows = b.rows + first;
-  int32_t* c = b.c + first * kBlockN;
+  const int8_t* x = b.lo + first * b.stride + columns.begin;
+  const uint8_t* panel = columns.data;
+  int64_t left = (columns.end - columns.begin + 63) / 64 * 16;  // groups of four columns
+  ForgetVectors();
   __m512i acc[M][Z];
   Unroll<M>([&](auto i) ALWAYS_INLINE {
-    if (columns.begin == 0) {
-      const __m512i correction = _mm512_set1_epi32(Correction(rows[i]));
-      Unroll<Z>([&](auto z) ALWAYS_INLINE { acc[i][z] = correction; });
-    } else {
-      Unroll<Z>([&](auto z) ALWAYS_INLINE { acc[i][z] = _mm512_load_si512(c + i * kBlockN + z * 16); });
-    }
-    if (next_hi) AddHi<Z>(rows[i], columns, next_hi + i, acc[i]);
+    const __m512i correction = _mm512_set1_epi32(columns.begin == 0 ? Correction(rows[i]) : 0);
+    Unroll<Z>([&](auto z) ALWAYS_INLINE { acc[i][z] = correction; });
+    if constexpr (kHigh == TileHigh::kWords) AddHi<Z>(rows[i], columns, scratch->next_hi + first + i, acc[i]);
+    if constexpr (kHigh == TileHigh::kQuads) AddQuads<Z>(rows[i], scratch->lines, acc[i]);
   });
-  const int64_t stride = b.stride, blocks = (columns.end - columns.begin + 63) / 64;
-  const int8_t* x = b.lo + first * stride + columns.begin;
-  const uint8_t* panel = columns.data;
-  for (int64_t block = 0; block < blocks; ++block) {
-    int64_t steps = Z == 4 ? ahead.quota : 0;
-    for (; steps > (kMixed ? 16 : 0) && ahead.quota > 0; --steps) ahead.Step();
-    for (int g = 0; g < 16; ++g) {
-      if constexpr (kMixed) {
-        if (g < steps && ahead.quota > 0) ahead.Step();
-      }
+  const auto multiply = [&](int64_t groups) ALWAYS_INLINE {
+    const int64_t stride = b.stride, stride3 = Thrice(stride);
+    const int8_t* x4 = x + 4 * stride;
+    const uint8_t* end = panel + groups * (Z * 64);
+    do {
       __m512i w[Z];
       Unroll<Z>([&](auto z) ALWAYS_INLINE { w[z] = _mm512_load_si512(panel + z * 64); });
       Unroll<M>([&](auto i) ALWAYS_INLINE {
-        const __m512i four = Broadcast(x + i * stride);
+        const __m512i four = Broadcast(RowAt<i>(x, x4, stride, stride3));
         Unroll<Z>([&](auto z) ALWAYS_INLINE { acc[i][z] = _mm512_dpbusd_epi32(acc[i][z], w[z], four); });
       });
       panel += Z * 64;
-      x += 4;
+      x += 4, x4 += 4;
+    } while (panel != end);
+  };
+  while (left > 0) {
+    int64_t now = left;
+    if (Z == 4 && pack->groups_left > 0) {
+      now = pack->turn < left ? pack->turn : left;
+      for (int64_t step = 0; step < pack->steps && pack->groups_left > 0; ++step) pack->Step();
     }
+    multiply(now);
+    left -= now;
+  }
+  int32_t* c = b.c + first * kBlockN;
+  if (columns.begin > 0) {  // only now, so that no multiplication waits for it
+    Unroll<M * Z>([&](auto i) ALWAYS_INLINE {
+      const __m512i before = _mm512_load_si512(c + i / Z * kBlockN + i % Z * 16);
+      acc[i / Z][i % Z] = _mm512_add_epi32(acc[i / Z][i % Z], before);
+    });
+  }
+  if constexpr (Z == 4) {
+    if (finish) return FinishSums<M>(*b.epilogue, first, acc);
   }
   Unroll<M * Z>([&](auto i) ALWAYS_INLINE { _mm512_store_si512(c + i / Z * kBlockN + i % Z * 16, acc[i / Z][i % Z]); });
-  *pack = ahead;
 }
 
-using TileFunction = void (*)(const Block&, int64_t, const Panel&, int32_t*, PackAhead*);
+using TileFunction = void (*)(const Block&, int64_t, const Panel&, bool, PackAhead*);
+template <TileHigh kHigh>
 constexpr TileFunction kTiles[4][kTileM] = {
-    {Tile<1, 1>, Tile<2, 1>, Tile<3, 1>, Tile<4, 1>, Tile<5, 1>, Tile<6, 1>},
-    {Tile<1, 2>, Tile<2, 2>, Tile<3, 2>, Tile<4, 2>, Tile<5, 2>, Tile<6, 2>},
-    {Tile<1, 3>, Tile<2, 3>, Tile<3, 3>, Tile<4, 3>, Tile<5, 3>, Tile<6, 3>},
-    {Tile<1, 4>, Tile<2, 4>, Tile<3, 4>, Tile<4, 4>, Tile<5, 4>, Tile<6, 4>},
-};
+    {Tile<kHigh, 1, 1>, Tile<kHigh, 2, 1>, Tile<kHigh, 3, 1>, Tile<kHigh, 4, 1>, Tile<kHigh, 5, 1>, Tile<kHigh, 6, 1>},
+    {Tile<kHigh, 1, 2>, Tile<kHigh, 2, 2>, Tile<kHigh, 3, 2>, Tile<kHigh, 4, 2>, Tile<kHigh, 5, 2>, Tile<kHigh, 6, 2>},
+    {Tile<kHigh, 1, 3>, Tile<kHigh, 2, 3>, Tile<kHigh, 3, 3>, Tile<kHigh, 4, 3>, Tile<kHigh, 5, 3>, Tile<kHigh, 6, 3>},
+    {Tile<kHigh, 1, 4>, Tile<kHigh, 2, 4>, Tile<kHigh, 3, 4>, Tile<kHigh, 4, 4>, Tile<kHigh, 5, 4>, Tile<kHigh, 6, 4>}};
+
+// By the number of rows less one.
+inline const TileFunction* TilesOf(const Block& b, int registers) {
+  if (b.groups) return kTiles<TileHigh::kQuads>[registers - 1];
+  return (b.with_hi ? kTiles<TileHigh::kWords> : kTiles<TileHigh::kNone>)[registers - 1];
+}
 
 // k is not 0.
 void MultiplyTiled(const Block& b) {
   auto* scratch = reinterpret_cast<TileScratch*>(b.scratch);
   const int registers = static_cast<int>((b.n + 15) / 16);
   if (b.with_hi) std::memset(scratch->next_hi, 0, static_cast<size_t>(b.m) * sizeof *scratch->next_hi);
+  const TileFunction* const tile_of = TilesOf(b, registers);
   const int64_t tiles = (b.m + kTileM - 1) / kTileM;
   const int64_t panels = (b.k + kPanelK - 1) / kPanelK;
   const int64_t width = ((b.k + panels - 1) / panels + 63) / 64 * 64;
@@ -315,15 +366,14 @@ void MultiplyTiled(const Block& b) {
     if (b.groups) SplitGroups(b, panel.data, registers, scratch->lines);
     PackAhead ahead;
     if (whole && next != b.w + t) ahead.Start(next, b.k, next_columns, scratch->panels[1 - buffer], tiles * blocks);
+    const bool last = b.epilogue && end == b.k, finish = last && FinishesSums(*b.epilogue);
     int64_t i = 0;
     for (int64_t tile = 0; tile < tiles; ++tile) {  // heights differ by one at most, so that no tile is thin
       const int64_t rows = b.m / tiles + (tile < b.m % tiles);
-      if (b.epilogue && end == b.k) FetchOutputs(*b.epilogue, i, i + rows);
-      int32_t* next_hi = b.with_hi && !b.groups ? scratch->next_hi + i : nullptr;
-      kTiles[registers - 1][rows - 1](b, i, panel, next_hi, &ahead);
-      if (b.groups) AddQuads(b, i, i + rows, scratch->lines);
+      if (last) FetchOutputs(*b.epilogue, i, i + rows);
+      tile_of[rows - 1](b, i, panel, finish, &ahead);
       // At once, so that it overlaps with the next tile.
-      if (b.epilogue && end == b.k) Finish(*b.epilogue, i, i + rows);
+      if (last && !finish) Finish(*b.epilogue, i, i + rows);
       i += rows;
     }
     if (whole && registers == 4) {
