@@ -84,6 +84,7 @@ class Call {
     q.lo = Memory<int8_t>(p_.lo, p_.m * p_.k);
     q.hi = Memory<int8_t>(p_.hi, p_.m * p_.k);
     q.stride = p_.k;
+    q.code_rows = p_.m;
     q.row_scale = Memory<float>(p_.row_scale, 4 * p_.m);
     return QueueQuantizers(queue_, p_.type, q);
   }
@@ -148,11 +149,12 @@ class Call {
       q.prologue.kind = Prologue::kNone;
     }
     if (plan_.fused) return StreamWeights(q);
-    q.lo = Scratch<int8_t>(plan_.lo, p_.m * plan_.stride);
+    q.lo = Scratch<int8_t>(plan_.lo, plan_.code_rows * plan_.stride);
     q.row_scale = Scratch<float>(plan_.row_scale, 4 * p_.m);
     q.stride = plan_.stride;
+    q.code_rows = plan_.code_rows;
     if (plan_.has_rule) {
-      q.hi = Scratch<int8_t>(plan_.hi, p_.m * plan_.stride);
+      q.hi = Scratch<int8_t>(plan_.hi, plan_.code_rows * plan_.stride);
       if (plan_.sparse) {
         q.sparse = Sparse<uint8_t>();
       } else if (plan_.stream) {
@@ -360,8 +362,8 @@ class Call {
     s.k = p_.k;
     s.epilogue = MakeEpilogue();
     JAXINT8_TRY(MakeTileMap(&s.w, w, p_.n, p_.k, w_stride, kNarrowTiles[chosen]));
-    JAXINT8_TRY(MakeTileMap(&s.lo, lo, p_.m, p_.k, stride, 64));
-    if (hi) JAXINT8_TRY(MakeTileMap(&s.hi, hi, p_.m, p_.k, stride, 64));
+    JAXINT8_TRY(MakeTileMap(&s.lo, lo, plan_.code_rows, p_.k, stride, 64));
+    if (hi) JAXINT8_TRY(MakeTileMap(&s.hi, hi, plan_.code_rows, p_.k, stride, 64));
     return hi ? NarrowShaped<true, 0>(s, chosen) : NarrowShaped<false, 0>(s, chosen);
   }
 
@@ -388,12 +390,12 @@ class Call {
     s.n = s.up = Outputs();
     s.k = p_.k;
     s.epilogue = MakeEpilogue();
-    const int rows = p_.m <= 32 ? 32 : p_.m <= 64 ? 64 : 128;
+    const int rows = SwappedRows(p_.m);
     const SwappedShape shape = ChooseSwapped(p_.m, s.n, p_.k, hi ? 2 * rows : rows, p_.gated, multiprocessors_);
     s.cluster = shape.cluster;
     JAXINT8_TRY(MakeTileMap(&s.w, w, p_.n, p_.k, w_stride, p_.gated ? 64 : shape.rows));
-    JAXINT8_TRY(MakeTileMap(&s.lo, lo, p_.m, p_.k, stride, rows));
-    if (hi) JAXINT8_TRY(MakeTileMap(&s.hi, hi, p_.m, p_.k, stride, rows));
+    JAXINT8_TRY(MakeTileMap(&s.lo, lo, plan_.code_rows, p_.k, stride, rows));
+    if (hi) JAXINT8_TRY(MakeTileMap(&s.hi, hi, plan_.code_rows, p_.k, stride, rows));
     if (rows == 128) return hi ? SwappedMost<true>(s) : SwappedMost<false>(s);
     if (rows == 32) return hi ? SwappedShaped<32, true>(s, shape) : SwappedShaped<32, false>(s, shape);
     return hi ? SwappedShaped<64, true>(s, shape) : SwappedShaped<64, false>(s, shape);
@@ -441,14 +443,14 @@ class Call {
     w.capacity = t.capacity;
     w.epilogue = t.epilogue;
     const int box_n = static_cast<int>(shape.n / shape.cluster);
-    const auto maps = [&](OperandMaps* to, const Operands& o, int64_t k) {
-      const char* error = MakeTileMap(&to->a, o.a, t.m, k, o.stride_a, Kernel::kTileM);
+    const auto maps = [&](OperandMaps* to, const Operands& o, int64_t rows, int64_t k) {
+      const char* error = MakeTileMap(&to->a, o.a, rows, k, o.stride_a, Kernel::kTileM);
       return error != nullptr ? error : MakeTileMap(&to->b, o.b, t.n, k, o.stride_b, box_n);
     };
-    JAXINT8_TRY(maps(&w.lo, t.lo, p_.k));
+    JAXINT8_TRY(maps(&w.lo, t.lo, plan_.code_rows, p_.k));
     if (t.count) {
-      JAXINT8_TRY(maps(&w.gathered, t.gathered, t.capacity));
-      JAXINT8_TRY(maps(&w.all, t.all, p_.k));
+      JAXINT8_TRY(maps(&w.gathered, t.gathered, p_.m, t.capacity));
+      JAXINT8_TRY(maps(&w.all, t.all, plan_.code_rows, p_.k));
     }
     return LaunchTiles<Kernel>(shape, w);
   }
@@ -472,8 +474,8 @@ class Call {
     s.n = p_.n;
     s.k = p_.k;
     s.epilogue = MakeEpilogue();
-    JAXINT8_TRY(MakeTileMap(&s.lo, lo, p_.m, p_.k, stride, 128));
-    JAXINT8_TRY(MakeTileMap(&s.hi, hi, p_.m, p_.k, stride, 128));
+    JAXINT8_TRY(MakeTileMap(&s.lo, lo, plan_.code_rows, p_.k, stride, 128));
+    JAXINT8_TRY(MakeTileMap(&s.hi, hi, plan_.code_rows, p_.k, stride, 128));
     JAXINT8_TRY(MakeTileMap(&s.w, w, p_.n, p_.k, w_stride, static_cast<int>(kSparseShapes[chosen].n)));
     return SparseShaped<0>(s, chosen);
   }
