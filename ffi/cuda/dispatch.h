@@ -332,11 +332,7 @@ class Call {
     constexpr int kUnit = kGated ? 2 : 1;
     const int64_t groups = (Outputs() + kStreamOutputs - 1) / kStreamOutputs;
     const int64_t blocks = groups < multiprocessors_ ? groups : multiprocessors_;
-    const Prologue prologue = plan_.apart ? Prologue::kNone : p_.prologue;  // of the quantiser
-    const int64_t staged = queue_.follows() ? StagedBytes(p_.type, p_.k, stride, prologue) : 0;
-    SkinnyShape shape = ChooseSkinny(kTiles, kHigh, Outputs(), kUnit, p_.k, blocks, staged);
-    // Beside a long staged row there may be no room for one step: then its block comes when the quantiser's has ended.
-    if (shape.depth == 0) shape = ChooseSkinny(kTiles, kHigh, Outputs(), kUnit, p_.k, blocks, 0);
+    const SkinnyShape shape = ChooseSkinny(kTiles, kHigh, Outputs(), kUnit, p_.k, blocks);
     SkinnyParams s{};
     s.m = p_.m;
     s.n = s.up = Outputs();

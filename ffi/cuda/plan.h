@@ -170,10 +170,8 @@ inline int ChooseNarrow(int64_t m, int64_t n, bool high, int64_t multiprocessors
   return best;
 }
 
-// Shared memory that a block may have, and what a block would need that still quantises on the same multiprocessor,
-// beside its staged row: a reserve from before quantisers asked for more, to be alone (SpreadBytes). Rings without it
-// were not measured since.
-inline constexpr int64_t kSharedMost = 227 * 1024, kSharedQuantize = 4 * kScratchWords + 1024;
+// Shared memory that a block may have.
+inline constexpr int64_t kSharedMost = 227 * 1024;
 
 // How gemv.h copies weights: equal pieces of a row, such that the most bytes are on their way, but no more pieces than
 // a warp has in all its rows.
@@ -206,7 +204,7 @@ struct SkinnyShape {
   int groups, depth;
   int64_t shared;
 };
-inline SkinnyShape ChooseSkinny(int tiles, bool high, int64_t n, int unit, int64_t k, int64_t blocks, int64_t staged) {
+inline SkinnyShape ChooseSkinny(int tiles, bool high, int64_t n, int unit, int64_t k, int64_t blocks) {
   const int64_t most = ((n + kStreamOutputs - 1) / kStreamOutputs + blocks - 1) / blocks;  // units of a block
   const int64_t boxes = ((k + kBoxK - 1) / kBoxK + kSkinnyWarps - 1) / kSkinnyWarps;
   SkinnyShape best{};
@@ -214,7 +212,7 @@ inline SkinnyShape ChooseSkinny(int tiles, bool high, int64_t n, int unit, int64
     SkinnyShape s{unit * static_cast<int>((most + turns - 1) / turns), 0, 0};
     for (int depth = 1; depth <= kSkinnyDepth && depth <= turns * boxes; ++depth) {
       const int64_t bytes = MakeSkinnyLayout(tiles, high, s.groups, depth).bytes;
-      if (bytes + kSharedQuantize + staged > kSharedMost) break;
+      if (bytes > kSharedMost) break;
       s.depth = depth;
       s.shared = bytes;
     }
