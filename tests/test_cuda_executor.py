@@ -188,25 +188,28 @@ def test_wgmma(executor: Executor, shape: tuple[int, int, int], rule: Any, order
     expect_linear(executor, battery.make(shape, battery.DTYPES[order]), rule, WGMMA)
 
 
-# More rows than 64 of long rows of weights: half tiles, whose k is one block's, or shared by four and eight.
+# More rows than 64 of long rows of weights, which are one block's or shared by two, four and eight: without high parts
+# in half tiles, with them in tiles of 64 rows of activations, the last of them with 2 to 64 rows.
 @pytest.mark.parametrize("order", range(3))
 @pytest.mark.parametrize(
     ("shape", "multiprocessors", "rule"),
     [
         ((66, 4096, 70), 3, None),
-        ((100, 4100, 66), 16, TopK(8)),
-        ((128, 4112, 9), 16, Threshold(2.0, "column")),
+        ((100, 4100, 66), 16, None),
+        ((128, 4112, 9), 16, TopK(8)),
+        ((66, 4100, 130), 3, RelativeThreshold(3.0)),
+        ((150, 4096, 9), 32, Threshold(2.0, "column")),
     ],
     ids=str,
 )
-def test_half_tiles(
+def test_long_rows(
     executor: Executor, shape: tuple[int, int, int], multiprocessors: int, rule: Any, order: int
 ) -> None:
     executor.order, executor.multiprocessors = order, multiprocessors
     expect_linear(executor, battery.make(shape, battery.DTYPES[order]), rule)
 
 
-def test_half_tiles_around(executor: Executor) -> None:
+def test_long_rows_around(executor: Executor) -> None:
     """Outputs in fours with a residual behind the layer, and products alone."""
     executor.multiprocessors = 8
     case, around = make_around((66, 4096, 68), ml_dtypes.bfloat16, RMS_NORM)

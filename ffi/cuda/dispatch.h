@@ -386,20 +386,15 @@ class Call {
     s.n = s.up = Outputs();
     s.k = p_.k;
     s.epilogue = MakeEpilogue();
-    const int rows = SwappedRows(p_.m);
-    const SwappedShape shape = ChooseSwapped(p_.m, s.n, p_.k, hi ? 2 * rows : rows, p_.gated, multiprocessors_);
+    const int rows = SwappedRows(p_.m, plan_.has_rule);
+    const SwappedShape shape = ChooseSwapped(p_.m, s.n, p_.k, rows, plan_.has_rule, p_.gated, multiprocessors_);
     s.cluster = shape.cluster;
     JAXINT8_TRY(MakeTileMap(&s.w, w, p_.n, p_.k, w_stride, p_.gated ? 64 : shape.rows));
     JAXINT8_TRY(MakeTileMap(&s.lo, lo, plan_.code_rows, p_.k, stride, rows));
     if (hi) JAXINT8_TRY(MakeTileMap(&s.hi, hi, plan_.code_rows, p_.k, stride, rows));
-    if (rows == 128) return hi ? SwappedMost<true>(s) : SwappedMost<false>(s);
+    if (rows == 128) return SwappedWith<SwappedKernel<64, 128, false, false>>(s);
     if (rows == 32) return hi ? SwappedShaped<32, true>(s, shape) : SwappedShaped<32, false>(s, shape);
     return hi ? SwappedShaped<64, true>(s, shape) : SwappedShaped<64, false>(s, shape);
-  }
-
-  template <bool kHigh>
-  const char* SwappedMost(SwappedParams& s) {
-    return SwappedWith<SwappedKernel<64, 128, kHigh, false>>(s);
   }
 
   template <int kTileN, bool kHigh>
@@ -411,7 +406,9 @@ class Call {
 
   template <typename Kernel>
   const char* SwappedWith(SwappedParams& s) {
-    const int64_t blocks = (s.n + Kernel::kOutputs - 1) / Kernel::kOutputs * s.cluster;
+    const int64_t tiles_m = (s.m + Kernel::kRows - 1) / Kernel::kRows,
+                  tiles_n = (s.n + Kernel::kOutputs - 1) / Kernel::kOutputs;
+    const int64_t blocks = tiles_m * tiles_n * s.cluster;
     s.stages = ChooseStages(blocks, multiprocessors_, Kernel::kMinBlocks, Kernel::kStageBytes);
     s.early = queue_.follows() && !plan_.align_w ? EarlySteps(kSwappedEarly, p_.k, Kernel::kBytesW, s.stages) : 0;
     return queue_.Launch<Kernel>(blocks, Kernel::kMaxThreads, Kernel::Shared(s.stages, s.cluster), s, s.cluster);

@@ -95,15 +95,18 @@ inline bool PrefersSparse(const Problem& p, bool by_column) {
 // Up to this many rows Hopper's product has the weights in the place of the rows (swapped.h): measured on an H200.
 inline constexpr int64_t kSwappedM = 64;
 
-// And of layers with few outputs, where half tiles of their long rows have a multiprocessor each, up to this many.
-inline constexpr int64_t kSwappedMost = 128;
-inline bool PrefersSwapped(const Problem& p) {
+// And of long rows, where all tiles have a multiprocessor: with high parts tiles of 64 rows of activations, so that
+// the codes that a tile reads are no more than its weights; without, half tiles of up to 128 rows.
+inline constexpr int64_t kSwappedMost = 128, kSwappedMostHigh = 256, kSwappedK = 4096;
+inline bool PrefersSwapped(const Problem& p, bool has_rule) {
   if (p.path != Path::kAuto || p.m <= kSwappedM) return p.m <= kSwappedM;
-  return p.m <= kSwappedMost && p.k >= 4096 && p.n <= 4096;
+  if (p.k < kSwappedK) return false;
+  return has_rule ? p.m <= kSwappedMostHigh && (p.m + 63) / 64 * ((p.n + 127) / 128) <= 128
+                  : p.m <= kSwappedMost && p.n <= 4096;
 }
 
 // Rows of activations of a tile there.
-inline int SwappedRows(int64_t m) { return m <= 32 ? 32 : m <= 64 ? 64 : 128; }
+inline int SwappedRows(int64_t m, bool has_rule) { return m <= 32 ? 32 : m <= 64 || has_rule ? 64 : 128; }
 
 // Rows of weights of a tile there, and blocks that share its k: enough for all multiprocessors, with two steps of k for
 // each. Larger clusters than pairs do not fill the chip, whose multiprocessors come in groups that are no multiple of
@@ -119,18 +122,20 @@ inline int ChooseCluster(int64_t tiles, int64_t k, int64_t multiprocessors) {
   }
   return cluster;
 }
-// codes: rows of them, low and high. A multiprocessor takes in no more than some 42 bytes a cycle, so half tiles pay
-// where twice as many of them have each a multiprocessor, although all read the codes.
-inline SwappedShape ChooseSwapped(int64_t m, int64_t n, int64_t k, int codes, bool gated, int64_t multiprocessors) {
-  const SwappedShape whole{128, ChooseCluster((n + 127) / 128, k, multiprocessors)};
-  if (gated) return whole;  // no more than kSwappedM rows
-  const int64_t tiles = (n + 63) / 64;
-  const SwappedShape half{64, ChooseCluster(tiles, k, multiprocessors)};
-  const auto cost = [&](const SwappedShape& s) {
-    const int64_t blocks = (n + s.rows - 1) / s.rows * s.cluster;
-    return (blocks + multiprocessors - 1) / multiprocessors * (s.rows + codes) * 8 / s.cluster;
+// rows: of activations of a tile. A multiprocessor takes in no more than some 42 bytes a cycle, so half tiles pay where
+// twice as many of them have each a multiprocessor, although all read the codes.
+inline SwappedShape ChooseSwapped(int64_t m, int64_t n, int64_t k, int rows, bool high, bool gated,
+                                  int64_t multiprocessors) {
+  const int64_t tiles_m = (m + rows - 1) / rows, tiles = tiles_m * ((n + 127) / 128),
+                halves = tiles_m * ((n + 63) / 64);
+  const SwappedShape whole{128, ChooseCluster(tiles, k, multiprocessors)};
+  if (gated || tiles_m > 1) return whole;
+  const SwappedShape half{64, ChooseCluster(halves, k, multiprocessors)};
+  const auto cost = [&](const SwappedShape& s, int64_t count) {
+    return (count * s.cluster + multiprocessors - 1) / multiprocessors * (s.rows + (high ? 2 * rows : rows)) * 8 /
+           s.cluster;
   };
-  return m > kSwappedM || cost(half) < cost(whole) ? half : whole;
+  return rows > kSwappedM || cost(half, halves) < cost(whole, tiles) ? half : whole;
 }
 
 // And the stages that they keep in shared memory: half of it if there are tiles for two blocks on a multiprocessor.
@@ -144,7 +149,7 @@ inline int ChooseStages(int64_t blocks, int64_t multiprocessors, int fit, int st
 // every block reads, are not much more than its weights, or with high parts where there are few tiles of sparse.h.
 inline constexpr int64_t kNarrowK = 2560;
 inline bool PrefersNarrow(const Problem& p, bool has_rule) {
-  if (p.m > kSwappedM && PrefersSwapped(p)) return false;
+  if (p.m > kSwappedM && PrefersSwapped(p, has_rule)) return false;
   if (!has_rule) return p.m <= kSwappedM && (p.k <= kNarrowK || p.n >= 3 * p.k);
   if (p.m <= kSwappedM) return p.k <= (p.m > 32 ? 2048 : 1536);
   return p.m <= 256 && p.n <= 4096;
@@ -284,7 +289,7 @@ struct Plan {
 // square took 14.5 us, with zeros up to 128 rows 12.2 (an H200).
 inline int64_t TileRows(const Problem& p, const Plan& plan) {
   if (plan.stream || plan.skinny || p.path == Path::kTiled || p.k == 0) return 1;
-  return plan.narrow ? 64 : plan.swapped ? SwappedRows(p.m) : 128;
+  return plan.narrow ? 64 : plan.swapped ? SwappedRows(p.m, plan.has_rule) : 128;
 }
 
 inline Plan MakePlan(const Problem& p, bool hopper) {
@@ -320,11 +325,11 @@ inline Plan MakePlan(const Problem& p, bool hopper) {
       plan.gemv || (plan.stream && linear && p.k % 16 == 0 && p.m <= kFusedM && p.m * p.k <= kFusedActivations);
   plan.apart = linear && p.prologue != Prologue::kNone && !plan.gemv &&
                (plan.fused || StagedBytes(p.type, p.k, plan.stride, p.prologue) == 0);
-  plan.sparse =
-      hopper && linear && plan.has_rule && !plan.stream && !plan.skinny && !plan.narrow && p.k > 0 &&
-      (p.path == Path::kSparse || (p.path == Path::kAuto && !PrefersSwapped(p) && PrefersSparse(p, plan.by_column)));
-  plan.swapped = hopper && !quantize && p.path != Path::kTiled && p.k > 0 && PrefersSwapped(p) && !plan.stream &&
-                 !plan.skinny && !plan.narrow && !plan.sparse;
+  plan.sparse = hopper && linear && plan.has_rule && !plan.stream && !plan.skinny && !plan.narrow && p.k > 0 &&
+                (p.path == Path::kSparse ||
+                 (p.path == Path::kAuto && !PrefersSwapped(p, true) && PrefersSparse(p, plan.by_column)));
+  plan.swapped = hopper && !quantize && p.path != Path::kTiled && p.k > 0 && PrefersSwapped(p, plan.has_rule) &&
+                 !plan.stream && !plan.skinny && !plan.narrow && !plan.sparse;
   plan.code_rows = RoundUp(p.m, hopper && linear ? TileRows(p, plan) : 1);
   plan.align_w = !quantize && !plan.stream && p.k % 16 != 0;
   plan.align_a = p.kind == Problem::Kind::kProduct && (plan.stream || plan.align_w);

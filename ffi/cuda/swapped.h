@@ -1,5 +1,5 @@
 // The product for some tens of rows on Hopper (sm_90a): as in wgmma.h, but with the weights in the place of the rows,
-// 128 of them to a block, or 64, and all activations in that of the columns, so that few rows cost few products.
+// 128 of them to a block, or 64, and up to 128 activations in that of the columns, so that few rows cost few products.
 //
 // Two warpgroups multiply, or one; one thread beside them keeps some stages of shared memory filled, beginning with
 // some weights while the activations are still being quantised (see EarlySteps). The blocks of a cluster share the k of
@@ -33,6 +33,7 @@ class SwappedKernel {
  public:
   using Params = SwappedParams;
   static constexpr int kTileM = kWeights, kTileK = 128;
+  static constexpr int kRows = kTileN;                           // of activations
   static constexpr int kMultiply = 2 * kTileM;                   // threads that multiply: 128 for 64 rows of weights
   static constexpr int kOutputs = kGated ? kTileM / 2 : kTileM;  // columns of a tile
   static constexpr int kMaxThreads = kMultiply + 32;
