@@ -339,8 +339,8 @@ class Call {
     s.k = p_.k;
     s.groups = shape.groups;
     s.depth = shape.depth;
-    s.early =
-        queue_.follows() ? EarlySteps(kSkinnyEarly, p_.k, shape.groups * kGroupBytes * kSkinnyWarps, shape.depth) : 0;
+    const int64_t early = kHigh && kTiles > 1 ? kSkinnyEarlyHigh : kSkinnyEarly;
+    s.early = queue_.follows() ? EarlySteps(early, p_.k, shape.groups * kGroupBytes * kSkinnyWarps, shape.depth) : 0;
     s.epilogue = MakeEpilogue();
     JAXINT8_TRY(MakeTileMap(&s.w, w, p_.n, p_.k, p_.k, kStreamOutputs));
     s.lo = lo;
@@ -410,7 +410,9 @@ class Call {
                   tiles_n = (s.n + Kernel::kOutputs - 1) / Kernel::kOutputs;
     const int64_t blocks = tiles_m * tiles_n * s.cluster;
     s.stages = ChooseStages(blocks, multiprocessors_, Kernel::kMinBlocks, Kernel::kStageBytes);
-    s.early = queue_.follows() && !plan_.align_w ? EarlySteps(kSwappedEarly, p_.k, Kernel::kBytesW, s.stages) : 0;
+    const bool longer = plan_.has_rule && p_.m <= kSwappedM && blocks <= multiprocessors_;
+    const int64_t early = longer ? kSwappedEarlyHigh : kSwappedEarly;
+    s.early = queue_.follows() && !plan_.align_w ? EarlySteps(early, p_.k, Kernel::kBytesW, s.stages) : 0;
     return queue_.Launch<Kernel>(blocks, Kernel::kMaxThreads, Kernel::Shared(s.stages, s.cluster), s, s.cluster);
   }
 

@@ -227,9 +227,12 @@ inline SkinnyShape ChooseSkinny(int tiles, bool high, int64_t n, int unit, int64
   return best;
 }
 
-// Steps whose weights are asked for before the rows are quantised: what arrives meanwhile, by measurement on an H200,
-// and no more, since codes come behind the weights that have been asked for before them. base, step: bytes of a block.
-inline constexpr int64_t kSkinnyEarly = 60 * 1024, kSwappedEarly = 20 * 1024;
+// Steps whose weights are asked for before the rows are quantised, by measurement on an H200: no more than arrives
+// meanwhile, since a kernel learns that the one before it has ended only when memory has given what it was asked for
+// (3.3 us late with a whole ring on its way, 0.6 with these). By a rule rows take longer; 16 rows of codes with high
+// parts are many themselves. base, step: bytes of a block.
+inline constexpr int64_t kSkinnyEarly = 60 * 1024, kSkinnyEarlyHigh = 45 * 1024;
+inline constexpr int64_t kSwappedEarly = 20 * 1024, kSwappedEarlyHigh = 40 * 1024;
 inline int EarlySteps(int64_t base, int64_t k, int64_t step, int most) {
   const int64_t steps = (base + 3 * k + step / 2) / step;  // long rows take longer
   return steps < most ? static_cast<int>(steps) : most;
