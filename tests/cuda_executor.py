@@ -112,6 +112,13 @@ class Executor:
         if error is not None:
             raise ExecutorError(error.decode())
 
+    def divide(self, x: np.ndarray, divisor: int, by_integer: bool) -> np.ndarray:
+        """Returns float32 x over one of the kernels' own divisors, or any integer, as they divide."""
+        y = np.empty_like(x)
+        pointers = (ctypes.c_void_p(a.ctypes.data) for a in (x, y))
+        self.library.executor_divide(divisor, int(by_integer), *pointers, ctypes.c_int64(x.size))
+        return y
+
     @staticmethod
     def _options(rule: Any) -> dict[str, Any]:
         return {

@@ -188,25 +188,28 @@ def test_wgmma(executor: Executor, shape: tuple[int, int, int], rule: Any, order
     expect_linear(executor, battery.make(shape, battery.DTYPES[order]), rule, WGMMA)
 
 
-# More rows than 64 of long rows of weights: half tiles, whose k is one block's, or shared by four and eight.
+# More rows than 64 of long rows of weights, which are one block's or shared by two, four and eight: without high parts
+# in half tiles, with them in tiles of 64 rows of activations, the last of them with 2 to 64 rows.
 @pytest.mark.parametrize("order", range(3))
 @pytest.mark.parametrize(
     ("shape", "multiprocessors", "rule"),
     [
         ((66, 4096, 70), 3, None),
-        ((100, 4100, 66), 16, TopK(8)),
-        ((128, 4112, 9), 16, Threshold(2.0, "column")),
+        ((100, 4100, 9), 16, None),
+        ((128, 4112, 9), 16, TopK(8)),
+        ((66, 4100, 130), 3, RelativeThreshold(3.0)),
+        ((150, 4096, 9), 32, Threshold(2.0, "column")),
     ],
     ids=str,
 )
-def test_half_tiles(
+def test_long_rows(
     executor: Executor, shape: tuple[int, int, int], multiprocessors: int, rule: Any, order: int
 ) -> None:
     executor.order, executor.multiprocessors = order, multiprocessors
     expect_linear(executor, battery.make(shape, battery.DTYPES[order]), rule)
 
 
-def test_half_tiles_around(executor: Executor) -> None:
+def test_long_rows_around(executor: Executor) -> None:
     """Outputs in fours with a residual behind the layer, and products alone."""
     executor.multiprocessors = 8
     case, around = make_around((66, 4096, 68), ml_dtypes.bfloat16, RMS_NORM)
@@ -429,3 +432,31 @@ def test_a_staged_row_may_leave_no_room_for_weights(executor: Executor) -> None:
     """A long row behind a gate: nothing of the product fits beside the block that quantises it."""
     case, around = make_around((16, 22016, 192), ml_dtypes.bfloat16, SILU_GATE)
     expect_linear(executor, case, TopK(8), AUTO, around)
+
+
+def mantissas(step: int, exponent: int) -> np.ndarray:
+    """Returns every so manyth float32 of a binade."""
+    return np.ldexp(np.arange(1 << 23, 1 << 24, step).astype(np.float32), exponent - 23)
+
+
+@pytest.mark.parametrize("divisor", [127, 4095, 127 * 128])
+def test_divisions_by_constants(executor: Executor, divisor: int) -> None:
+    """Rounded correctly, for every mantissa; and over all exponents of usable quotients."""
+    for step, exponent in (
+        (1, 0),
+        (997, -124 + divisor.bit_length()),
+        (997, 127),
+        (997, -60),
+        (997, 60),
+    ):
+        x = mantissas(step, exponent)
+        np.testing.assert_array_equal(executor.divide(x, divisor, False), x / np.float32(divisor))
+    assert executor.divide(np.zeros(1, np.float32), divisor, False)[0] == 0
+
+
+def test_divisions_by_integers(executor: Executor) -> None:
+    rng = np.random.default_rng(0)
+    for divisor in [1, 2, 3, 576, 4095, 4096, 4097, 14336, *rng.integers(1, 133144, 200).tolist()]:
+        x = rng.integers(0, 1 << 62, 20000) >> rng.integers(0, 62, 20000)
+        x = x.astype(np.float32)
+        np.testing.assert_array_equal(executor.divide(x, divisor, True), x / np.float32(divisor))

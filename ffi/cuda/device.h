@@ -167,7 +167,7 @@ JAXINT8_DEVICE uint32_t FloatsToBFloats(float a, float b) {
 // Correctly rounded whatever the compiler's flags.
 JAXINT8_DEVICE float Divide(float x, float y) { return __fdiv_rn(x, y); }
 JAXINT8_DEVICE float Reciprocal(float x) { return __frcp_rn(x); }
-// The same of a number from 1 to below 2^126: the quick half of the above, without its question for the range.
+// The same of a number from 2^-125 to below 2^126: the quick half of the above, without its question for the range.
 JAXINT8_DEVICE float PlainReciprocal(float x) {
   float r;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));

@@ -84,6 +84,7 @@ class Call {
     q.lo = Memory<int8_t>(p_.lo, p_.m * p_.k);
     q.hi = Memory<int8_t>(p_.hi, p_.m * p_.k);
     q.stride = p_.k;
+    q.code_rows = p_.m;
     q.row_scale = Memory<float>(p_.row_scale, 4 * p_.m);
     return QueueQuantizers(queue_, p_.type, q);
   }
@@ -148,11 +149,12 @@ class Call {
       q.prologue.kind = Prologue::kNone;
     }
     if (plan_.fused) return StreamWeights(q);
-    q.lo = Scratch<int8_t>(plan_.lo, p_.m * plan_.stride);
+    q.lo = Scratch<int8_t>(plan_.lo, plan_.code_rows * plan_.stride);
     q.row_scale = Scratch<float>(plan_.row_scale, 4 * p_.m);
     q.stride = plan_.stride;
+    q.code_rows = plan_.code_rows;
     if (plan_.has_rule) {
-      q.hi = Scratch<int8_t>(plan_.hi, p_.m * plan_.stride);
+      q.hi = Scratch<int8_t>(plan_.hi, plan_.code_rows * plan_.stride);
       if (plan_.sparse) {
         q.sparse = Sparse<uint8_t>();
       } else if (plan_.stream) {
@@ -330,19 +332,15 @@ class Call {
     constexpr int kUnit = kGated ? 2 : 1;
     const int64_t groups = (Outputs() + kStreamOutputs - 1) / kStreamOutputs;
     const int64_t blocks = groups < multiprocessors_ ? groups : multiprocessors_;
-    const Prologue prologue = plan_.apart ? Prologue::kNone : p_.prologue;  // of the quantiser
-    const int64_t staged = queue_.follows() ? StagedBytes(p_.type, p_.k, stride, prologue) : 0;
-    SkinnyShape shape = ChooseSkinny(kTiles, kHigh, Outputs(), kUnit, p_.k, blocks, staged);
-    // Beside a long staged row there may be no room for one step: then its block comes when the quantiser's has ended.
-    if (shape.depth == 0) shape = ChooseSkinny(kTiles, kHigh, Outputs(), kUnit, p_.k, blocks, 0);
+    const SkinnyShape shape = ChooseSkinny(kTiles, kHigh, Outputs(), kUnit, p_.k, blocks);
     SkinnyParams s{};
     s.m = p_.m;
     s.n = s.up = Outputs();
     s.k = p_.k;
     s.groups = shape.groups;
     s.depth = shape.depth;
-    s.early =
-        queue_.follows() ? EarlySteps(kSkinnyEarly, p_.k, shape.groups * kGroupBytes * kSkinnyWarps, shape.depth) : 0;
+    const int64_t early = kHigh && kTiles > 1 ? kSkinnyEarlyHigh : kSkinnyEarly;
+    s.early = queue_.follows() ? EarlySteps(early, p_.k, shape.groups * kGroupBytes * kSkinnyWarps, shape.depth) : 0;
     s.epilogue = MakeEpilogue();
     JAXINT8_TRY(MakeTileMap(&s.w, w, p_.n, p_.k, p_.k, kStreamOutputs));
     s.lo = lo;
@@ -360,8 +358,8 @@ class Call {
     s.k = p_.k;
     s.epilogue = MakeEpilogue();
     JAXINT8_TRY(MakeTileMap(&s.w, w, p_.n, p_.k, w_stride, kNarrowTiles[chosen]));
-    JAXINT8_TRY(MakeTileMap(&s.lo, lo, p_.m, p_.k, stride, 64));
-    if (hi) JAXINT8_TRY(MakeTileMap(&s.hi, hi, p_.m, p_.k, stride, 64));
+    JAXINT8_TRY(MakeTileMap(&s.lo, lo, plan_.code_rows, p_.k, stride, 64));
+    if (hi) JAXINT8_TRY(MakeTileMap(&s.hi, hi, plan_.code_rows, p_.k, stride, 64));
     return hi ? NarrowShaped<true, 0>(s, chosen) : NarrowShaped<false, 0>(s, chosen);
   }
 
@@ -388,20 +386,15 @@ class Call {
     s.n = s.up = Outputs();
     s.k = p_.k;
     s.epilogue = MakeEpilogue();
-    const int rows = p_.m <= 32 ? 32 : p_.m <= 64 ? 64 : 128;
-    const SwappedShape shape = ChooseSwapped(p_.m, s.n, p_.k, hi ? 2 * rows : rows, p_.gated, multiprocessors_);
+    const int rows = SwappedRows(p_.m, plan_.has_rule);
+    const SwappedShape shape = ChooseSwapped(p_.m, s.n, p_.k, rows, plan_.has_rule, p_.gated, multiprocessors_);
     s.cluster = shape.cluster;
     JAXINT8_TRY(MakeTileMap(&s.w, w, p_.n, p_.k, w_stride, p_.gated ? 64 : shape.rows));
-    JAXINT8_TRY(MakeTileMap(&s.lo, lo, p_.m, p_.k, stride, rows));
-    if (hi) JAXINT8_TRY(MakeTileMap(&s.hi, hi, p_.m, p_.k, stride, rows));
-    if (rows == 128) return hi ? SwappedMost<true>(s) : SwappedMost<false>(s);
+    JAXINT8_TRY(MakeTileMap(&s.lo, lo, plan_.code_rows, p_.k, stride, rows));
+    if (hi) JAXINT8_TRY(MakeTileMap(&s.hi, hi, plan_.code_rows, p_.k, stride, rows));
+    if (rows == 128) return SwappedWith<SwappedKernel<64, 128, false, false>>(s);
     if (rows == 32) return hi ? SwappedShaped<32, true>(s, shape) : SwappedShaped<32, false>(s, shape);
     return hi ? SwappedShaped<64, true>(s, shape) : SwappedShaped<64, false>(s, shape);
-  }
-
-  template <bool kHigh>
-  const char* SwappedMost(SwappedParams& s) {
-    return SwappedWith<SwappedKernel<64, 128, kHigh, false>>(s);
   }
 
   template <int kTileN, bool kHigh>
@@ -413,9 +406,13 @@ class Call {
 
   template <typename Kernel>
   const char* SwappedWith(SwappedParams& s) {
-    const int64_t blocks = (s.n + Kernel::kOutputs - 1) / Kernel::kOutputs * s.cluster;
+    const int64_t tiles_m = (s.m + Kernel::kRows - 1) / Kernel::kRows,
+                  tiles_n = (s.n + Kernel::kOutputs - 1) / Kernel::kOutputs;
+    const int64_t blocks = tiles_m * tiles_n * s.cluster;
     s.stages = ChooseStages(blocks, multiprocessors_, Kernel::kMinBlocks, Kernel::kStageBytes);
-    s.early = queue_.follows() && !plan_.align_w ? EarlySteps(kSwappedEarly, p_.k, Kernel::kBytesW, s.stages) : 0;
+    const bool longer = plan_.has_rule && p_.m <= kSwappedM && blocks <= multiprocessors_;
+    const int64_t early = longer ? kSwappedEarlyHigh : kSwappedEarly;
+    s.early = queue_.follows() && !plan_.align_w ? EarlySteps(early, p_.k, Kernel::kBytesW, s.stages) : 0;
     return queue_.Launch<Kernel>(blocks, Kernel::kMaxThreads, Kernel::Shared(s.stages, s.cluster), s, s.cluster);
   }
 
@@ -441,14 +438,14 @@ class Call {
     w.capacity = t.capacity;
     w.epilogue = t.epilogue;
     const int box_n = static_cast<int>(shape.n / shape.cluster);
-    const auto maps = [&](OperandMaps* to, const Operands& o, int64_t k) {
-      const char* error = MakeTileMap(&to->a, o.a, t.m, k, o.stride_a, Kernel::kTileM);
+    const auto maps = [&](OperandMaps* to, const Operands& o, int64_t rows, int64_t k) {
+      const char* error = MakeTileMap(&to->a, o.a, rows, k, o.stride_a, Kernel::kTileM);
       return error != nullptr ? error : MakeTileMap(&to->b, o.b, t.n, k, o.stride_b, box_n);
     };
-    JAXINT8_TRY(maps(&w.lo, t.lo, p_.k));
+    JAXINT8_TRY(maps(&w.lo, t.lo, plan_.code_rows, p_.k));
     if (t.count) {
-      JAXINT8_TRY(maps(&w.gathered, t.gathered, t.capacity));
-      JAXINT8_TRY(maps(&w.all, t.all, p_.k));
+      JAXINT8_TRY(maps(&w.gathered, t.gathered, p_.m, t.capacity));
+      JAXINT8_TRY(maps(&w.all, t.all, plan_.code_rows, p_.k));
     }
     return LaunchTiles<Kernel>(shape, w);
   }
@@ -472,8 +469,8 @@ class Call {
     s.n = p_.n;
     s.k = p_.k;
     s.epilogue = MakeEpilogue();
-    JAXINT8_TRY(MakeTileMap(&s.lo, lo, p_.m, p_.k, stride, 128));
-    JAXINT8_TRY(MakeTileMap(&s.hi, hi, p_.m, p_.k, stride, 128));
+    JAXINT8_TRY(MakeTileMap(&s.lo, lo, plan_.code_rows, p_.k, stride, 128));
+    JAXINT8_TRY(MakeTileMap(&s.hi, hi, plan_.code_rows, p_.k, stride, 128));
     JAXINT8_TRY(MakeTileMap(&s.w, w, p_.n, p_.k, w_stride, static_cast<int>(kSparseShapes[chosen].n)));
     return SparseShaped<0>(s, chosen);
   }

@@ -54,6 +54,8 @@ def _cases(quick: bool) -> Iterator[tuple[tuple[int, int, int], type, str, Any]]
     large = [(1, 4096, 4096), (3, 4096, 1000), (8, 14336, 512), (16, 4096, 4096), (17, 4096, 1024)]
     large += [
         (64, 768, 3072),
+        (65, 4096, 4096),
+        (256, 4096, 4090),
         (300, 5140, 1030),
         (1000, 2048, 2050),
         (2048, 4096, 1024),
@@ -90,7 +92,7 @@ def _around_cases(quick: bool) -> Iterator[tuple[tuple[int, int, int], type, str
         return
     large = [(1, 4096, 4096), (1, 14336, 512), (2, 4096, 512), (8, 4096, 1024), (16, 14336, 64)]
     large += [(32, 14336, 256), (32, 4096, 512), (64, 768, 3072), (130, 4104, 1030)]
-    large += [(100, 4096, 1024), (300, 5140, 1032)]
+    large += [(100, 4096, 1024), (200, 4096, 1024), (300, 5140, 1032)]
     for shape in large:
         for prologue in range(3):
             for rule in (None, RelativeThreshold(), TopK(8)):

@@ -95,12 +95,18 @@ inline bool PrefersSparse(const Problem& p, bool by_column) {
 // Up to this many rows Hopper's product has the weights in the place of the rows (swapped.h): measured on an H200.
 inline constexpr int64_t kSwappedM = 64;
 
-// And of layers with few outputs, where half tiles of their long rows have a multiprocessor each, up to this many.
-inline constexpr int64_t kSwappedMost = 128;
-inline bool PrefersSwapped(const Problem& p) {
+// And of long rows, where all tiles have a multiprocessor: with high parts tiles of 64 rows of activations, so that
+// the codes that a tile reads are no more than its weights; without, half tiles of up to 128 rows.
+inline constexpr int64_t kSwappedMost = 128, kSwappedMostHigh = 256, kSwappedK = 4096;
+inline bool PrefersSwapped(const Problem& p, bool has_rule) {
   if (p.path != Path::kAuto || p.m <= kSwappedM) return p.m <= kSwappedM;
-  return p.m <= kSwappedMost && p.k >= 4096 && p.n <= 4096;
+  if (p.k < kSwappedK) return false;
+  return has_rule ? p.m <= kSwappedMostHigh && (p.m + 63) / 64 * ((p.n + 127) / 128) <= 128
+                  : p.m <= kSwappedMost && p.n <= 4096;
 }
+
+// Rows of activations of a tile there.
+inline int SwappedRows(int64_t m, bool has_rule) { return m <= 32 ? 32 : m <= 64 || has_rule ? 64 : 128; }
 
 // Rows of weights of a tile there, and blocks that share its k: enough for all multiprocessors, with two steps of k for
 // each. Larger clusters than pairs do not fill the chip, whose multiprocessors come in groups that are no multiple of
@@ -116,18 +122,20 @@ inline int ChooseCluster(int64_t tiles, int64_t k, int64_t multiprocessors) {
   }
   return cluster;
 }
-// codes: rows of them, low and high. A multiprocessor takes in no more than some 42 bytes a cycle, so half tiles pay
-// where twice as many of them have each a multiprocessor, although all read the codes.
-inline SwappedShape ChooseSwapped(int64_t m, int64_t n, int64_t k, int codes, bool gated, int64_t multiprocessors) {
-  const SwappedShape whole{128, ChooseCluster((n + 127) / 128, k, multiprocessors)};
-  if (gated) return whole;  // no more than kSwappedM rows
-  const int64_t tiles = (n + 63) / 64;
-  const SwappedShape half{64, ChooseCluster(tiles, k, multiprocessors)};
-  const auto cost = [&](const SwappedShape& s) {
-    const int64_t blocks = (n + s.rows - 1) / s.rows * s.cluster;
-    return (blocks + multiprocessors - 1) / multiprocessors * (s.rows + codes) * 8 / s.cluster;
+// rows: of activations of a tile. A multiprocessor takes in no more than some 42 bytes a cycle, so half tiles pay where
+// twice as many of them have each a multiprocessor, although all read the codes.
+inline SwappedShape ChooseSwapped(int64_t m, int64_t n, int64_t k, int rows, bool high, bool gated,
+                                  int64_t multiprocessors) {
+  const int64_t tiles_m = (m + rows - 1) / rows, tiles = tiles_m * ((n + 127) / 128),
+                halves = tiles_m * ((n + 63) / 64);
+  const SwappedShape whole{128, ChooseCluster(tiles, k, multiprocessors)};
+  if (gated || tiles_m > 1) return whole;
+  const SwappedShape half{64, ChooseCluster(halves, k, multiprocessors)};
+  const auto cost = [&](const SwappedShape& s, int64_t count) {
+    return (count * s.cluster + multiprocessors - 1) / multiprocessors * (s.rows + (high ? 2 * rows : rows)) * 8 /
+           s.cluster;
   };
-  return m > kSwappedM || cost(half) < cost(whole) ? half : whole;
+  return rows > kSwappedM || cost(half, halves) < cost(whole, tiles) ? half : whole;
 }
 
 // And the stages that they keep in shared memory: half of it if there are tiles for two blocks on a multiprocessor.
@@ -141,7 +149,7 @@ inline int ChooseStages(int64_t blocks, int64_t multiprocessors, int fit, int st
 // every block reads, are not much more than its weights, or with high parts where there are few tiles of sparse.h.
 inline constexpr int64_t kNarrowK = 2560;
 inline bool PrefersNarrow(const Problem& p, bool has_rule) {
-  if (p.m > kSwappedM && PrefersSwapped(p)) return false;
+  if (p.m > kSwappedM && PrefersSwapped(p, has_rule)) return false;
   if (!has_rule) return p.m <= kSwappedM && (p.k <= kNarrowK || p.n >= 3 * p.k);
   if (p.m <= kSwappedM) return p.k <= (p.m > 32 ? 2048 : 1536);
   return p.m <= 256 && p.n <= 4096;
@@ -167,10 +175,8 @@ inline int ChooseNarrow(int64_t m, int64_t n, bool high, int64_t multiprocessors
   return best;
 }
 
-// Shared memory that a block may have, and what a block would need that still quantises on the same multiprocessor,
-// beside its staged row: a reserve from before quantisers asked for more, to be alone (SpreadBytes). Rings without it
-// were not measured since.
-inline constexpr int64_t kSharedMost = 227 * 1024, kSharedQuantize = 4 * kScratchWords + 1024;
+// Shared memory that a block may have.
+inline constexpr int64_t kSharedMost = 227 * 1024;
 
 // How gemv.h copies weights: equal pieces of a row, such that the most bytes are on their way, but no more pieces than
 // a warp has in all its rows.
@@ -203,7 +209,7 @@ struct SkinnyShape {
   int groups, depth;
   int64_t shared;
 };
-inline SkinnyShape ChooseSkinny(int tiles, bool high, int64_t n, int unit, int64_t k, int64_t blocks, int64_t staged) {
+inline SkinnyShape ChooseSkinny(int tiles, bool high, int64_t n, int unit, int64_t k, int64_t blocks) {
   const int64_t most = ((n + kStreamOutputs - 1) / kStreamOutputs + blocks - 1) / blocks;  // units of a block
   const int64_t boxes = ((k + kBoxK - 1) / kBoxK + kSkinnyWarps - 1) / kSkinnyWarps;
   SkinnyShape best{};
@@ -211,7 +217,7 @@ inline SkinnyShape ChooseSkinny(int tiles, bool high, int64_t n, int unit, int64
     SkinnyShape s{unit * static_cast<int>((most + turns - 1) / turns), 0, 0};
     for (int depth = 1; depth <= kSkinnyDepth && depth <= turns * boxes; ++depth) {
       const int64_t bytes = MakeSkinnyLayout(tiles, high, s.groups, depth).bytes;
-      if (bytes + kSharedQuantize + staged > kSharedMost) break;
+      if (bytes > kSharedMost) break;
       s.depth = depth;
       s.shared = bytes;
     }
@@ -221,9 +227,12 @@ inline SkinnyShape ChooseSkinny(int tiles, bool high, int64_t n, int unit, int64
   return best;
 }
 
-// Steps whose weights are asked for before the rows are quantised: what arrives meanwhile, by measurement on an H200,
-// and no more, since codes come behind the weights that have been asked for before them. base, step: bytes of a block.
-inline constexpr int64_t kSkinnyEarly = 60 * 1024, kSwappedEarly = 20 * 1024;
+// Steps whose weights are asked for before the rows are quantised, by measurement on an H200: no more than arrives
+// meanwhile, since a kernel learns that the one before it has ended only when memory has given what it was asked for
+// (3.3 us late with a whole ring on its way, 0.6 with these). By a rule rows take longer; 16 rows of codes with high
+// parts are many themselves. base, step: bytes of a block.
+inline constexpr int64_t kSkinnyEarly = 60 * 1024, kSkinnyEarlyHigh = 45 * 1024;
+inline constexpr int64_t kSwappedEarly = 20 * 1024, kSwappedEarlyHigh = 40 * 1024;
 inline int EarlySteps(int64_t base, int64_t k, int64_t step, int most) {
   const int64_t steps = (base + 3 * k + step / 2) / step;  // long rows take longer
   return steps < most ? static_cast<int>(steps) : most;
@@ -266,6 +275,7 @@ struct Plan {
   bool apart = false;                     // what stands before the layer is done by a kernel of its own
   bool align_a = false, align_w = false;  // copy to a stride that is a multiple of 16
   int64_t stride = 0;                     // of codes (and aligned copies)
+  int64_t code_rows = 0;                  // rows of codes with those beyond m, which are zeros
   int64_t piece_stride = 0;
   int64_t capacity = 0;  // gathered columns
   Marking marking{};     // see QuantizeParams
@@ -277,6 +287,13 @@ struct Plan {
   int64_t aligned_w = 0;
   int64_t bytes = 0;
 };
+
+// Rows of codes in a box of the copy engine, which takes longer for one that reaches beyond a matrix: 65 rows of 4096
+// square took 14.5 us, with zeros up to 128 rows 12.2 (an H200).
+inline int64_t TileRows(const Problem& p, const Plan& plan) {
+  if (plan.stream || plan.skinny || p.path == Path::kTiled || p.k == 0) return 1;
+  return plan.narrow ? 64 : plan.swapped ? SwappedRows(p.m, plan.has_rule) : 128;
+}
 
 inline Plan MakePlan(const Problem& p, bool hopper) {
   Plan plan;
@@ -311,11 +328,12 @@ inline Plan MakePlan(const Problem& p, bool hopper) {
       plan.gemv || (plan.stream && linear && p.k % 16 == 0 && p.m <= kFusedM && p.m * p.k <= kFusedActivations);
   plan.apart = linear && p.prologue != Prologue::kNone && !plan.gemv &&
                (plan.fused || StagedBytes(p.type, p.k, plan.stride, p.prologue) == 0);
-  plan.sparse =
-      hopper && linear && plan.has_rule && !plan.stream && !plan.skinny && !plan.narrow && p.k > 0 &&
-      (p.path == Path::kSparse || (p.path == Path::kAuto && !PrefersSwapped(p) && PrefersSparse(p, plan.by_column)));
-  plan.swapped = hopper && !quantize && p.path != Path::kTiled && p.k > 0 && PrefersSwapped(p) && !plan.stream &&
-                 !plan.skinny && !plan.narrow && !plan.sparse;
+  plan.sparse = hopper && linear && plan.has_rule && !plan.stream && !plan.skinny && !plan.narrow && p.k > 0 &&
+                (p.path == Path::kSparse ||
+                 (p.path == Path::kAuto && !PrefersSwapped(p, true) && PrefersSparse(p, plan.by_column)));
+  plan.swapped = hopper && !quantize && p.path != Path::kTiled && p.k > 0 && PrefersSwapped(p, plan.has_rule) &&
+                 !plan.stream && !plan.skinny && !plan.narrow && !plan.sparse;
+  plan.code_rows = RoundUp(p.m, hopper && linear ? TileRows(p, plan) : 1);
   plan.align_w = !quantize && !plan.stream && p.k % 16 != 0;
   plan.align_a = p.kind == Problem::Kind::kProduct && (plan.stream || plan.align_w);
 
@@ -337,10 +355,10 @@ inline Plan MakePlan(const Problem& p, bool hopper) {
   plan.bits_bytes = (marks ? plan.marking.parts : plan.gather ? 1 : 0) * 4 * MarkWords(p.k);
   if (plan.bits_bytes > 0) plan.bits = take(plan.bits_bytes);
   if (plan.apart) plan.rows = take(p.m * row_bytes);
-  if (prepared || plan.align_a) plan.lo = take(p.m * plan.stride);
+  if (prepared || plan.align_a) plan.lo = take(plan.code_rows * plan.stride);
   if (prepared) {
     plan.row_scale = take(4 * p.m);
-    if (plan.has_rule) plan.hi = take(p.m * plan.stride);
+    if (plan.has_rule) plan.hi = take(plan.code_rows * plan.stride);
     if (plan.has_rule && plan.stream) {
       plan.piece_stride = (p.k + kPiece - 1) / kPiece;
       plan.pieces = take(p.m * plan.piece_stride);

@@ -104,6 +104,7 @@ JAXINT8_DEVICE void ApplyPrologue(const MemoryRow<kType, kVector, kTeams>& row, 
   const uint32_t exponent = usable ? absmax >> 23 : 127;
   const float unit = FloatFromBits((exponent - kNormExponent) << 23);
   const float inverse = FloatFromBits((2 * 127 + kNormExponent - exponent) << 23);
+  const IntegerDivisor columns(k);
   uint64_t sum = 0;
   if (usable) {
     row.template ForEach<false>([&](int, const float (&v)[8]) {
@@ -115,7 +116,7 @@ JAXINT8_DEVICE void ApplyPrologue(const MemoryRow<kType, kVector, kTeams>& row, 
     });
   }
   sum = team.template Sum<64>(sum);
-  const float mean = Divide(WideToFloat(static_cast<int64_t>(sum)), IntToFloat(k));
+  const float mean = columns.Divide(WideToFloat(static_cast<int64_t>(sum)));
   const float root = SquareRoot(Add(Multiply(Multiply(mean, unit), unit), p.epsilon));
   const float scale = finite ? Reciprocal(root) : FloatFromBits(0x7fc00000);
   const RowReader<Type::kF32, kVector> weights{Cast<const uint8_t>(p.norm), k};

@@ -21,8 +21,8 @@ struct QuantizeParams {
   int64_t parts;        // m, one a row; 1, which are zeros before they are marked; or 0 if blocks are to find them
   int mark_blocks;      // which do so together: 1 or kMarkBlocks, a cluster
   int marks_at;         // where in shared memory they are put together, MarkBytes(k)
-  Ptr<int8_t> lo, hi;   // [m][stride]; hi may be null if the rule selects nothing
-  int64_t stride;
+  Ptr<int8_t> lo, hi;   // [code_rows][stride], zeros from m on; hi may be null if the rule selects nothing
+  int64_t stride, code_rows;
   Ptr<float> row_scale;  // [m]
   Ptr<uint32_t> used;    // bit per column with a high part in some row; or null
   Ptr<uint8_t> pieces;   // [m][piece_stride]: 1 where a piece of the row has high parts; or null
@@ -89,6 +89,7 @@ struct QuantizeKernel {
     const Ptr<uint8_t> staged = SharedMemory() + kShared;
     const bool has_row = kRule != kMarked || i < p.m;  // the last cluster may have blocks without
     if (kStaged && has_row) StartCopies(p, x, staged);
+    if (!p.marking) WriteRowsBeyond(p, i);
     const Ptr<uint32_t> marks = Cast<uint32_t>(SharedMemory() + p.marks_at);
     const bool only_marks = kRule < 0 && (kStaged || p.marking);
     if (!only_marks && (kRule == kMarked || (kRule < 0 && p.options.column_scope))) FindMarks(p, marks);
@@ -168,6 +169,17 @@ struct QuantizeKernel {
     sparse.WriteFlags();
     for (int64_t r = p.m + i; r < (p.m + 63) / 64 * 64; r += p.m) SparseRow(p.sparse, r, {}).WriteZeros();
     return scale;
+  }
+
+  // Zeros for this block's share of the rows of codes that are none of x.
+  static JAXINT8_DEVICE void WriteRowsBeyond(const Params& p, int64_t i) {
+    if (i >= p.m) return;
+    for (int64_t row = p.m + i; row < p.code_rows; row += p.m) {
+      for (int64_t j = 16 * ThreadIndex(); j < p.stride; j += 16 * BlockThreads()) {
+        StoreAs<Word4>(p.lo + (row * p.stride + j), Word4{});
+        if (p.hi) StoreAs<Word4>(p.hi + (row * p.stride + j), Word4{});
+      }
+    }
   }
 
   // Copies the row to shared memory. Each thread copies, and then reads, its own elements.

@@ -15,13 +15,13 @@
 
 namespace jaxint8::cuda {
 
-inline constexpr float kCodeMax = 127;
+inline constexpr int32_t kCodeMax = 127;
 inline constexpr int32_t kOutlierCodeMax = 127 * 128;
 // 127 * sum(|codes of a row|) must stay below 2^31 for the int32 sum to be exact.
 inline constexpr int64_t kSumOfCodesMax = ((int64_t{1} << 31) - 1) / 127;
 // Below this a row counts as zero, so that nothing that flushes subnormals can see another row.
 inline constexpr float kSmallestScale = 0x1p-125f;
-inline constexpr float kRmsLevels = 4095;
+inline constexpr int32_t kRmsLevels = 4095;
 inline constexpr uint32_t kNothing = 0x7fffffff;  // a threshold above every finite magnitude
 // High parts are looked up by pieces of this many columns: pieces without any are skipped.
 inline constexpr int64_t kPiece = 256;
@@ -96,13 +96,13 @@ class Row {
     Selection selection{kNothing, 0};
     const Tally tally = Measure(out, &selection);
     const bool finite = tally.absmax < kInfinity;
-    float scale = Divide(FloatFromBits(tally.rest), kCodeMax);
+    float scale = DivideBy<kCodeMax>(FloatFromBits(tally.rest));
     if (tally.count > 0) {
-      int32_t limit = kOutlierCodeMax;
       const auto count = static_cast<int32_t>(tally.count);  // below k, and 127 * kMaxK fits
       const int32_t room = static_cast<int32_t>(kSumOfCodesMax) - 127 * (row_.k - count);
-      if (room < int64_t{limit} * count) limit = room / count;
-      const float least = Divide(FloatFromBits(tally.outlier), IntToFloat(limit));
+      const float outlier = FloatFromBits(tally.outlier);
+      const float least = room < int64_t{kOutlierCodeMax} * count ? Divide(outlier, IntToFloat(room / count))
+                                                                  : DivideBy<kOutlierCodeMax>(outlier);
       scale = least > scale ? least : scale;
     }
     const bool usable = finite && scale >= kSmallestScale;
@@ -225,9 +225,10 @@ class Row {
 
   // By the rms of magnitudes rounded to units of absmax / 4095, less up to 4096 of the sum of squares.
   JAXINT8_DEVICE Selection SelectRelative(uint32_t absmax) {
-    const float unit = Divide(FloatFromBits(absmax), kRmsLevels);
+    const float unit = DivideBy<kRmsLevels>(FloatFromBits(absmax));
     if (!(unit >= kSmallestScale)) return {kNothing, 0};
     const Quotients quotients(unit);
+    const IntegerDivisor columns(row_.k);
     uint64_t sum = 0;
     ForEach(row_.k, [&](int, const Group& group) {
       uint32_t shifted[8];
@@ -245,7 +246,8 @@ class Row {
     });
     sum = team_.template Sum<54>(sum);
     // In units of 4096 squares, and 64 = sqrt(4096).
-    const float mean = Divide(WideToFloat(static_cast<int64_t>(sum >> 12)), IntToFloat(row_.k));
+    static_assert(int64_t{kRmsLevels} * kRmsLevels / 4096 * kMaxK < int64_t{1} << 31);
+    const float mean = columns.Divide(IntToFloat(static_cast<int32_t>(sum >> 12)));
     const float threshold = Multiply(options_.value, Multiply(unit, Multiply(64.0f, SquareRoot(mean))));
     return {threshold > 0 ? Bits(threshold) : 0, row_.k};
   }

@@ -1,5 +1,5 @@
 // The product for some tens of rows on Hopper (sm_90a): as in wgmma.h, but with the weights in the place of the rows,
-// 128 of them to a block, or 64, and all activations in that of the columns, so that few rows cost few products.
+// 128 of them to a block, or 64, and up to 128 activations in that of the columns, so that few rows cost few products.
 //
 // Two warpgroups multiply, or one; one thread beside them keeps some stages of shared memory filled, beginning with
 // some weights while the activations are still being quantised (see EarlySteps). The blocks of a cluster share the k of
@@ -33,6 +33,7 @@ class SwappedKernel {
  public:
   using Params = SwappedParams;
   static constexpr int kTileM = kWeights, kTileK = 128;
+  static constexpr int kRows = kTileN;                           // of activations
   static constexpr int kMultiply = 2 * kTileM;                   // threads that multiply: 128 for 64 rows of weights
   static constexpr int kOutputs = kGated ? kTileM / 2 : kTileM;  // columns of a tile
   static constexpr int kMaxThreads = kMultiply + 32;
@@ -155,25 +156,22 @@ class SwappedKernel {
     }
   }
 
-  // c = the sums of this block's steps. One stage's products run while the next are issued.
+  // c = the sums of this block's steps. One stage's products run while the next are issued. High parts lie behind the
+  // low ones and are multiplied with them, so that the weights are read once for both.
   JAXINT8_DEVICE void Multiply(int32_t (&c)[kSums], int steps) const {
     const uint32_t rows = static_cast<uint32_t>(ThreadIndex() / 128) * 64 * kTileK;
-    int32_t high[kHigh ? kSums : 1];
+    int32_t all[kHigh ? 2 * kSums : kSums];
     int stage = 0, last = 0;
     uint32_t parity = 0, add = 0;
-    Pin(c);
-    Pin(high);
+    Pin(all);
 #pragma unroll 1
     for (int step = 0; step < steps; ++step) {
       WaitBarrier(full_ + 8 * stage, parity);
-      const uint64_t w = TileDescriptor<128>(Stage(stage) + rows);
-      const uint64_t lo = TileDescriptor<128>(Stage(stage) + kBytesW);
-      const uint64_t hi = TileDescriptor<128>(Stage(stage) + kBytesW + kBytesX);
+      const uint64_t w = TileDescriptor<128>(Stage(stage) + rows), x = TileDescriptor<128>(Stage(stage) + kBytesW);
       ProductFence();
 #pragma unroll
       for (int j = 0; j < kTileK / 32; ++j) {
-        Product(c, w + 2 * j, lo + 2 * j, add);  // 32 bytes further, in units of 16
-        if constexpr (kHigh) Product(high, w + 2 * j, hi + 2 * j, add);
+        Product(all, w + 2 * j, x + 2 * j, add);  // 32 bytes further, in units of 16
         add = 1;
       }
       ProductCommit();
@@ -188,12 +186,15 @@ class SwappedKernel {
       }
     }
     ProductWait<0>();
-    Pin(c);
-    Pin(high);
+    Pin(all);
     Release(last);
-    if constexpr (kHigh) {
 #pragma unroll
-      for (int i = 0; i < kSums; ++i) c[i] = Combine(c[i], high[i]);
+    for (int i = 0; i < kSums; ++i) {
+      if constexpr (kHigh) {
+        c[i] = Combine(all[i], all[kSums + i]);
+      } else {
+        c[i] = all[i];
+      }
     }
   }
 

@@ -111,5 +111,18 @@ const char* executor_race(int32_t readers, int32_t barrier, int32_t order) {
   return nullptr;
 }
 
+// y = x / divisor by DivideBy, for the divisors that it is used with, or by IntegerDivisor.
+void executor_divide(int32_t divisor, int32_t by_integer, const float* x, float* y, int64_t count) {
+  using namespace jaxint8::cuda;
+  const IntegerDivisor any(divisor);
+  for (int64_t i = 0; i < count; ++i) {
+    y[i] = by_integer                   ? any.Divide(x[i])
+           : divisor == kCodeMax        ? DivideBy<kCodeMax>(x[i])
+           : divisor == kRmsLevels      ? DivideBy<kRmsLevels>(x[i])
+           : divisor == kOutlierCodeMax ? DivideBy<kOutlierCodeMax>(x[i])
+                                        : 0;
+  }
+}
+
 int32_t executor_worst_bank_conflict() { return jaxint8::cuda::TheMachine().worst_bank_conflict; }
 }
