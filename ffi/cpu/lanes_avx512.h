@@ -6,7 +6,8 @@
 // four outputs, where a plain dot product has four times as many) are six additions. Codes are brought into the same
 // order as they are loaded: word q of each lane, four times. The surprising fact is what is not here, a panel of packed
 // weights: on Zen 5, which shuffles four registers a cycle, a store costs as much as two multiplications, so that
-// transposing the same weights anew for every eight rows of codes is cheaper than to keep them, up to some 70 rows.
+// transposing the same weights anew for every eight rows of codes is cheaper than to keep them, up to some 50 or 70
+// rows.
 #ifndef JAXINT8_FFI_CPU_LANES_AVX512_H_
 #define JAXINT8_FFI_CPU_LANES_AVX512_H_
 
