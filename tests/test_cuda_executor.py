@@ -198,6 +198,8 @@ def test_wgmma(executor: Executor, shape: tuple[int, int, int], rule: Any, order
         ((100, 4100, 9), 16, None),
         ((128, 4112, 9), 16, TopK(8)),
         ((66, 4100, 130), 3, RelativeThreshold(3.0)),
+        ((66, 4100, 130), 16, TopK(8)),
+        ((200, 4096, 9), 64, RelativeThreshold(3.0)),
         ((150, 4096, 9), 32, Threshold(2.0, "column")),
     ],
     ids=str,
@@ -428,8 +430,8 @@ def test_row_of_many_outliers_cannot_overflow(executor: Executor) -> None:
     expect_linear(executor, case, Threshold(6.0, "token"), TILED)
 
 
-def test_a_staged_row_may_leave_no_room_for_weights(executor: Executor) -> None:
-    """A long row behind a gate: nothing of the product fits beside the block that quantises it."""
+def test_a_long_gated_row(executor: Executor) -> None:
+    """Nothing of the product fits beside the block that quantises a long row behind a gate."""
     case, around = make_around((16, 22016, 192), ml_dtypes.bfloat16, SILU_GATE)
     expect_linear(executor, case, TopK(8), AUTO, around)
 
@@ -441,10 +443,10 @@ def mantissas(step: int, exponent: int) -> np.ndarray:
 
 @pytest.mark.parametrize("divisor", [127, 4095, 127 * 128])
 def test_divisions_by_constants(executor: Executor, divisor: int) -> None:
-    """Rounded correctly, for every mantissa; and over all exponents of usable quotients."""
+    """Rounded correctly, for every mantissa; and from the smallest usable quotients to the largest."""
     for step, exponent in (
         (1, 0),
-        (997, -124 + divisor.bit_length()),
+        (997, -125 + divisor.bit_length()),
         (997, 127),
         (997, -60),
         (997, 60),
@@ -452,9 +454,18 @@ def test_divisions_by_constants(executor: Executor, divisor: int) -> None:
         x = mantissas(step, exponent)
         np.testing.assert_array_equal(executor.divide(x, divisor, False), x / np.float32(divisor))
     assert executor.divide(np.zeros(1, np.float32), divisor, False)[0] == 0
+    # Around the smallest scale, which decides whether a row counts as zero, and far below it.
+    least = np.float32(divisor * 2.0**-125)
+    around = np.array(
+        [least, *(least + i * np.spacing(least) for i in range(-8, 9)), 2.0**-149, 2.0**-130],
+        np.float32,
+    )
+    usable = executor.divide(around, divisor, False) >= 2.0**-125
+    np.testing.assert_array_equal(usable, around / np.float32(divisor) >= 2.0**-125)
 
 
 def test_divisions_by_integers(executor: Executor) -> None:
+    """With an exact reciprocal: what a GPU makes of that is for ffi/cuda/gpu_check.py to see."""
     rng = np.random.default_rng(0)
     for divisor in [1, 2, 3, 576, 4095, 4096, 4097, 14336, *rng.integers(1, 133144, 200).tolist()]:
         x = rng.integers(0, 1 << 62, 20000) >> rng.integers(0, 62, 20000)

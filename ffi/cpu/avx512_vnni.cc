@@ -361,6 +361,7 @@ void MultiplyLastOutputs(const Block& b, int64_t j) {
 void MultiplyLanes(const Block& b) {
   const int64_t octets = b.n / kLanesN, groups = b.plan ? b.plan->groups : 0;
   auto* const scratch = reinterpret_cast<TileScratch*>(b.scratch);
+  scratch->job = 0;  // other things are kept in its panels here
   uint8_t* const panel = scratch->panels[0];
   if (octets * kLanesN < b.n) {
     MultiplyLastOutputs(b, octets * kLanesN);
@@ -431,8 +432,8 @@ void Multiply(const Block& b) {
   MultiplyTiled(b);
 }
 
-// Whether tiles are faster than lanes for up to kSmallM rows: where packing hides behind the multiplications, of one
-// panel only. 64 rows take 0.95 of the time at 576 columns, 0.97 at 768, 0.7 to 0.8 from memory (64 x 576 x 65536).
+// Whether tiles are faster than lanes for up to kSmallM rows: where packing hides behind the multiplications, below
+// 1,024 columns. 64 rows take 0.95 of the time at 576 columns, 0.97 at 768, 0.7 to 0.8 from memory (64 x 576 x 65536).
 bool PacksAhead(const Block& b) {
   constexpr int64_t kLanesMost = 59;
   if (b.m <= kLanesMost || b.k >= kPanelK || b.k % 64 != 0 || b.n != kBlockN) return false;
@@ -449,7 +450,6 @@ void MultiplyWithLanes(const Block& b) {
   if (Planned(b) && b.m <= kFewM) return MultiplyFewRows(b);
   if (b.k == 0) return MultiplyDots(b);
   if (b.m > kSmallM || PacksAhead(b)) return MultiplyTiled(b);
-  reinterpret_cast<TileScratch*>(b.scratch)->job = 0;  // lanes keep other things in its panels
   const int64_t groups = b.plan ? b.plan->groups : 0;
   int64_t words = 0;
   for (int64_t i = 0; b.with_hi && i < b.m; ++i) words += b.rows[i].words;

@@ -104,7 +104,7 @@ struct Epilogue {
 };
 
 // One block of integer product: c[i][j] = sum over k of (128 * hi + lo)[i] * w[j], for m rows and at most 64 outputs;
-// then its epilogue.
+// then its epilogue, behind which c holds anything.
 struct Block {
   const int8_t* lo;    // [m][stride]
   int64_t stride;      // bytes, a multiple of 64, at least k rounded up to 64

@@ -247,7 +247,7 @@ inline void SplitGroups(const Block& b, const uint8_t* panel, int registers, uin
   }
 }
 
-// The same of a panel with quads, from the lines that SplitGroups wrote. Four columns are interleaved to words: a
+// As AddHi, of a panel with quads, from the lines that SplitGroups wrote. Four columns are interleaved to words: a
 // quarter of the lines that the words of their groups would take, which come from the L2 cache.
 template <int Z>
 ALWAYS_INLINE inline void AddQuads(const Row& row, const uint8_t* lines, __m512i (&acc)[Z]) {
