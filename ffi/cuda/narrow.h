@@ -128,20 +128,7 @@ class NarrowKernel {
       int32_t c[kSums];
       Multiply(c, group, place);
       output.Give(c);
-      switch (p_.epilogue.type) {
-        case Type::kF32:
-          output.template Finish<Type::kF32>(c);
-          break;
-        case Type::kBF16:
-          output.template Finish<Type::kBF16>(c);
-          break;
-        case Type::kF16:
-          output.template Finish<Type::kF16>(c);
-          break;
-        case Type::kS32:
-          output.template Finish<Type::kS32>(c);
-          break;
-      }
+      WithTypeOf(p_.epilogue, [&](auto type) { output.template Finish<decltype(type)::kType>(c); });
     }
   }
 

@@ -107,20 +107,7 @@ class TileOutput {
   // By all threads of both warpgroups, for each tile in turn.
   JAXINT8_DEVICE void Finish(const int32_t (&c)[kSums], TilePlace place, const Rows& rows) {
     WaitBarrier(full_, parity_);
-    switch (e_.type) {
-      case Type::kF32:
-        FinishAs<Type::kF32>(c, place, rows);
-        break;
-      case Type::kBF16:
-        FinishAs<Type::kBF16>(c, place, rows);
-        break;
-      case Type::kF16:
-        FinishAs<Type::kF16>(c, place, rows);
-        break;
-      case Type::kS32:
-        FinishAs<Type::kS32>(c, place, rows);
-        break;
-    }
+    WithTypeOf(e_, [&](auto type) { FinishAs<decltype(type)::kType>(c, place, rows); });
     WarpBarrier();
     if (ThreadIndex() % 32 == 0) Arrive(empty_);
     parity_ ^= 1;
