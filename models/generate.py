@@ -30,6 +30,9 @@ SMALLEST_PADDED_PROMPT = 32
 # An accelerator waits while the host is asked whether the loop goes on, 5 % of a step of an 8B model. So it is asked
 # after so many steps; those of a turn that are not wanted any more change nothing. Divides CHUNK and every capacity.
 BURST = 4
+# Kernels of a CUDA graph that do not need each other may run side by side: rotating queries and storing keys and
+# values, which take 1 to 2 % of an int8 step of an 8B model one by one.
+ACCELERATOR_OPTIONS = {"xla_gpu_command_buffer_scheduling_mode": "CONCURRENT"}
 
 
 @jax.tree_util.register_dataclass
@@ -77,7 +80,6 @@ def _prefill(
     return _State(cache, token, _is_end(token, config), step + jnp.int32(1), keys)
 
 
-@functools.partial(jax.jit, static_argnames=(*_STATIC, "burst"), donate_argnames="state")
 def _decode(
     params: Params,
     state: _State,
@@ -88,6 +90,39 @@ def _decode(
     quantization: QuantizationConfig | None,
     placement: Placement | None = None,
     burst: int = 1,
+) -> tuple[_State, jax.Array]:
+    """`_steps`, compiled, which takes ``state`` over."""
+    how = {"config": config, "quantization": quantization, "placement": placement, "burst": burst}
+    return _compiled_steps(burst > 1)(params, state, steps, draw, **how)
+
+
+@functools.cache
+def _compiled_steps(on_accelerator: bool) -> Any:
+    """`_steps` under jit, on accelerators with `ACCELERATOR_OPTIONS` if this version of XLA knows them."""
+    options = ACCELERATOR_OPTIONS
+    if on_accelerator:
+        try:
+            jax.jit(lambda: jnp.int32(0), compiler_options=options).lower().compile()
+        except jax.errors.JaxRuntimeError:  # an option of another version
+            on_accelerator = False
+    return jax.jit(
+        _steps,
+        static_argnames=(*_STATIC, "burst"),
+        donate_argnames="state",
+        compiler_options=options if on_accelerator else None,
+    )
+
+
+def _steps(
+    params: Params,
+    state: _State,
+    steps: jax.Array,
+    draw: Draw,
+    *,
+    config: DecoderConfig,
+    quantization: QuantizationConfig | None,
+    placement: Placement | None,
+    burst: int,
 ) -> tuple[_State, jax.Array]:
     """Makes up to ``steps`` (at most CHUNK) tokens more; stops early once every row has ended.
 
@@ -166,7 +201,7 @@ def _next(
 
 
 def steps_of_a_turn(params: Params, chunk: int) -> int:
-    """Returns the ``burst`` of `_decode` for parameters where they lie, making ``chunk`` steps a call."""
+    """Returns the ``burst`` of `_steps` for parameters where they lie, making ``chunk`` steps a call."""
     table = params["embedding"]
     on_device = isinstance(table, jax.Array)
     platform = next(iter(table.devices())).platform if on_device else jax.default_backend()

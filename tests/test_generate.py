@@ -200,16 +200,20 @@ def test_greedy_is_the_limit_of_every_cut() -> None:
 def test_no_compilation_per_step_option_or_prompt() -> None:
     config, params, _ = load_case("llama_mha")
     config = dataclasses.replace(config, max_positions=63)  # its own programs, whatever ran before
-    before = generate._prefill._cache_size(), generate._decode._cache_size()
+
+    def sizes() -> tuple[int, int]:
+        return generate._prefill._cache_size(), generate._compiled_steps(False)._cache_size()
+
+    before = sizes()
     for length in (1, 2, 31, 32):
         for new in (2, 9, 30):
             generate_tokens(config, params, [[3] * length], new)
-    after = generate._prefill._cache_size(), generate._decode._cache_size()
+    after = sizes()
     assert (after[0] - before[0], after[1] - before[1]) == (1, 1)
     for sampling in (SAMPLED, Sampling(0.2, 1, 0.1), Sampling(5.0, 90, 0.5)):
         for seed in (0, 7):
             generate_tokens(config, params, [[3, 4]], 9, sampling=sampling, seed=seed)
-    final = generate._prefill._cache_size(), generate._decode._cache_size()
+    final = sizes()
     assert (final[0] - after[0], final[1] - after[1]) == (1, 1)
 
 
@@ -246,6 +250,31 @@ def test_an_accelerator_takes_whole_turns(monkeypatch: pytest.MonkeyPatch) -> No
     assert [generate.steps_of_a_turn(elsewhere, n) for n in (1, 8, generate.CHUNK)] == [1, 4, 4]
 
 
+@pytest.mark.parametrize("known", [True, False])
+def test_options_for_accelerators_are_those_that_xla_knows(
+    monkeypatch: pytest.MonkeyPatch, known: bool
+) -> None:
+    """Of an unknown option XLA says so; it is left out, not the generation."""
+    if not known:
+        monkeypatch.setattr(generate, "ACCELERATOR_OPTIONS", {"xla_gpu_no_such_option": "1"})
+    taken = []
+    compile_steps = generate.jax.jit
+
+    def jit(function: Any, **how: Any) -> Any:
+        if function is generate._steps:
+            taken.append(how["compiler_options"])
+        return compile_steps(function, **how)
+
+    generate._compiled_steps.cache_clear()
+    monkeypatch.setattr(generate.jax, "jit", jit)
+    try:
+        for on_accelerator in (False, True):
+            generate._compiled_steps(on_accelerator)
+    finally:
+        generate._compiled_steps.cache_clear()
+    assert taken == [None, generate.ACCELERATOR_OPTIONS if known else None]
+
+
 @pytest.mark.parametrize("burst", [1, generate.BURST])
 def test_the_cache_is_updated_in_place(burst: int) -> None:
     config, params, _ = load_case("llama_mha")
@@ -254,13 +283,15 @@ def test_the_cache_is_updated_in_place(burst: int) -> None:
     start = jnp.zeros((1,), jnp.int32)
     state = generate._prefill(params, jnp.ones((1, 32), jnp.int32), start, draw, keys, **how)
     state = generate._grow(state, capacity=128)
+    how |= {"placement": None, "burst": burst}
+    compiled = generate._compiled_steps(burst > 1)
     pointers = [k.unsafe_buffer_pointer() for k in state.cache.keys + state.cache.values]
     for _ in range(3):
-        state, _ = generate._decode(params, state, jnp.int32(5), draw, burst=burst, **how)
+        state, _ = compiled(params, state, jnp.int32(5), draw, **how)
     after = [k.unsafe_buffer_pointer() for k in state.cache.keys + state.cache.values]
     assert after == pointers
     # And the loop's body does not copy a layer's keys or values either.
-    lowered = generate._decode.lower(params, state, jnp.int32(5), draw, burst=burst, **how)
+    lowered = compiled.lower(params, state, jnp.int32(5), draw, **how)
     text = lowered.compile().as_text()
     shape = f"f32[1,{config.kv_heads},128,{config.head_dim}]"
     assert shape in text
