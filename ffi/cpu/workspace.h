@@ -133,6 +133,7 @@ struct Workspace {
     }
   };
   std::vector<Lists> lists;
+  int8_t* codes = nullptr;  // low ones, in lo, so many bytes from one row to the next
   int64_t stride = 0;
   // The plan of a small product; see HiPlan.
   HiPlan plan;
