@@ -301,7 +301,7 @@ void MultiplyDots(const Block& b) {
   if (b.epilogue) Finish(*b.epilogue, 0, b.m);
 }
 
-static_assert(kLanesM <= kPickRows && kPanelBytes / kLanesN <= PickPlan::kLines * 64);
+static_assert(kPanelBytes / kLanesN <= PickPlan::kLines * 64);
 
 // What a thread keeps between blocks.
 struct alignas(64) LanesScratch {
@@ -310,10 +310,13 @@ struct alignas(64) LanesScratch {
 };
 
 // How lanes cut a block: teams of rows of codes take turns over all weights of a slice, whose columns are as many as
-// keep the codes of a team in the L1 cache.
+// keep the codes of a team in the L1 cache. The first team is the smallest, for it gathers.
 struct LanesCut {
   int64_t teams, width;
-  explicit LanesCut(const Block& b) : teams((b.m + kLanesM - 1) / kLanesM) {
+  LanesCut(const Block& b, HighParts high) {
+    const int64_t most_of_all = LanesM(high == HighParts::kGathered ? HighParts::kNone : high);
+    teams = (b.m + most_of_all - 1) / most_of_all;
+    teams += b.m / teams > LanesM(high);
     const int64_t most = (b.m + teams - 1) / teams, slices = (b.k * most + kLanesBytes - 1) / kLanesBytes;
     width = ((b.k + slices - 1) / slices + 63) / 64 * 64;
     if (width > kPanelBytes / kLanesN) width = kPanelBytes / kLanesN;  // what can be kept
@@ -324,7 +327,7 @@ struct LanesCut {
     for (int64_t begin = 0; begin < b.k; begin += width) {
       const int64_t end = begin + width < b.k ? begin + width : b.k;
       for (int64_t team = 0, i = 0; team < teams; ++team) {
-        const int64_t size = b.m / teams + (team < b.m % teams);
+        const int64_t size = (b.m + team) / teams;
         f(i, size, begin, end);
         i += size;
       }
@@ -341,7 +344,7 @@ const PickPlan& PlanPicks(const Block& b) {
   plan.parts = plan.last_round = plan.last_pair = plan.first[0] = 0;
   int32_t next[kChunkM];
   std::memset(next, 0, static_cast<size_t>(b.m) * sizeof *next);
-  LanesCut(b).Each(b, [&](int64_t i, int64_t rows, int64_t begin, int64_t end) {
+  LanesCut(b, HighParts::kPicked).Each(b, [&](int64_t i, int64_t rows, int64_t begin, int64_t end) {
     plan.fits = plan.fits && plan.Add(b.rows, {i, rows, begin, end}, next);
   });
   return plan;
@@ -370,7 +373,8 @@ void MultiplyLanes(const Block& b) {
   int32_t at[HiPlan::kMaxGroups];
   int64_t first = 0, stop = 0;  // the groups in these columns
   const int32_t* slot = groups > 0 ? b.plan->slot : nullptr;
-  LanesCut(b).Each(b, [&](int64_t i, int64_t rows, int64_t begin, int64_t end) {
+  const LanesCut cut(b, groups > 0 ? HighParts::kGathered : HighParts::kNone);
+  cut.Each(b, [&](int64_t i, int64_t rows, int64_t begin, int64_t end) {
     LanesPart part{};
     part.i = i, part.begin = begin, part.end = end;
     if (i == 0) {
@@ -405,7 +409,7 @@ void MultiplyPickingLanes(const Block& b, const PickPlan& high) {
       _mm_store_si128(out, _mm_add_epi32(_mm_load_si128(out), HiOfRow(b.rows[i], w, b.k)));
     }
   }
-  LanesCut(b).Each(b, [&](int64_t i, int64_t rows, int64_t begin, int64_t end) {
+  LanesCut(b, HighParts::kPicked).Each(b, [&](int64_t i, int64_t rows, int64_t begin, int64_t end) {
     LanesPart part{};
     part.i = i, part.begin = begin, part.end = end;
     part.high = high.rounds + first[0], part.rounds = first[1] - first[0], part.pairs = high.pairs;
