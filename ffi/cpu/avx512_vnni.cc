@@ -309,17 +309,24 @@ struct alignas(64) LanesScratch {
   PickPlan high;
 };
 
+// A piece of so many columns, in whole lines: about as long as the others, and no longer than `most` if that is a line.
+int64_t PieceOf(int64_t columns, int64_t most) {
+  const int64_t pieces = (columns + most - 1) / most;
+  return ((columns + pieces - 1) / pieces + 63) / 64 * 64;
+}
+
 // How lanes cut a block: teams of rows of codes take turns over all weights of a slice, whose columns are as many as
-// keep the codes of a team in the L1 cache. The first team is the smallest, for it gathers.
+// keep the codes of a team in the L1 cache, and fewer for the team that gathers, to keep what it stores there as well.
 struct LanesCut {
-  int64_t teams, width;
+  int64_t teams, width, first_width;
   LanesCut(const Block& b, HighParts high) {
-    const int64_t most_of_all = LanesM(high == HighParts::kGathered ? HighParts::kNone : high);
-    teams = (b.m + most_of_all - 1) / most_of_all;
-    teams += b.m / teams > LanesM(high);
-    const int64_t most = (b.m + teams - 1) / teams, slices = (b.k * most + kLanesBytes - 1) / kLanesBytes;
-    width = ((b.k + slices - 1) / slices + 63) / 64 * 64;
+    // A team of ten is for ten rows alone: in two teams their codes are more than the L1 cache holds beside weights.
+    const int64_t several = high == HighParts::kPicked ? kPickRows : 9;
+    teams = b.m <= LanesM(high) ? 1 : (b.m + several - 1) / several;
+    const int64_t most = (b.m + teams - 1) / teams;
+    width = PieceOf(b.k, kLanesBytes / most);
     if (width > kPanelBytes / kLanesN) width = kPanelBytes / kLanesN;  // what can be kept
+    first_width = high == HighParts::kGathered ? PieceOf(width, kGatherColumns) : width;
   }
   // Calls f(first row, rows, begin, end) part by part.
   template <typename F>
@@ -327,8 +334,8 @@ struct LanesCut {
     for (int64_t begin = 0; begin < b.k; begin += width) {
       const int64_t end = begin + width < b.k ? begin + width : b.k;
       for (int64_t team = 0, i = 0; team < teams; ++team) {
-        const int64_t size = (b.m + team) / teams;
-        f(i, size, begin, end);
+        const int64_t size = b.m / teams + (team < b.m % teams), piece = team == 0 ? first_width : width;
+        for (int64_t at = begin; at < end; at += piece) f(i, size, at, at + piece < end ? at + piece : end);
         i += size;
       }
     }

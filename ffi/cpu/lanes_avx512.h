@@ -27,6 +27,7 @@ namespace {
 
 constexpr int kLanesN = 8;  // outputs at once: two transpositions
 constexpr int64_t kLanesBytes = 44 << 10;
+constexpr int64_t kGatherColumns = 2048;
 
 // Lane l: the sum of the lanes of the l-th register.
 ALWAYS_INLINE inline __m512i SumLanes(__m512i a, __m512i b, __m512i c, __m512i d) {
@@ -39,11 +40,8 @@ ALWAYS_INLINE inline __m512i SumLanes(__m512i a, __m512i b, __m512i c, __m512i d
 // own.
 enum class HighParts { kNone, kGathered, kPicked };
 
-// Rows of codes of a team at most: 10 x 2 sums + 8 weights + 1 of codes. What is kept or picked beside them takes
-// registers too.
-constexpr int LanesM(HighParts high) {
-  return high == HighParts::kNone ? 10 : high == HighParts::kGathered ? 9 : kPickRows;
-}
+// Rows of codes of a team at most: 10 x 2 sums + 8 weights + 1 of codes.
+constexpr int LanesM(HighParts high) { return high == HighParts::kPicked ? kPickRows : 10; }
 
 // A piece of a block: a team of rows of codes and a slice of the columns.
 struct LanesPart {
