@@ -10,6 +10,7 @@
 #include <functional>
 
 #include "int8.h"
+#include "recent.h"
 #include "workspace.h"
 
 #if defined(__SSE__)
@@ -47,17 +48,6 @@ class ScopedFloatState {
   uint64_t saved_;
 #endif
 };
-
-// Where m rows of codes, a line further from row to row, lie in a buffer that has a page more than they take: half a
-// page away from the weights of the same columns. Rows of 4096 weights all fall into one set of the L1 cache, column by
-// column, and eight of them at once with as many codes of the same set are more than it holds (4096 x 4096, Zen 5: a
-// twentieth of the time).
-constexpr int64_t kPage = 4096;
-int8_t* HalfAPageFrom(const int8_t* w, int8_t* buffer, int64_t m) {
-  const auto wanted =
-      reinterpret_cast<uintptr_t>(w) + kPage / 2 - static_cast<uintptr_t>(m) * 32;  // for rows in the middle
-  return buffer + (wanted - reinterpret_cast<uintptr_t>(buffer)) % kPage / 64 * 64;
-}
 
 int64_t TypeSize(Type type) { return type == Type::kF32 || type == Type::kS32 ? 4 : 2; }
 
@@ -133,7 +123,10 @@ Job::Job(const Problem& problem) : p_(problem), ws_(Acquire()), id_(NextId()) {
   chunk_m_ = CeilDiv(p_.m, chunks_);
   items_[3] = blocks * chunks_;
   // Weights at 15 bytes, products at 250 per nanosecond and thread.
-  const double weights = static_cast<double>(p_.n) * static_cast<double>(p_.k) * (p_.gated ? 2 : 1);
+  const int64_t bytes = p_.n * p_.k * (p_.gated ? 2 : 1);
+  const bool guess = ComeFromMemory(p_.w, bytes);
+  from_memory_ = p_.source == Problem::Source::kGuessed ? guess : p_.source == Problem::Source::kMemory;
+  const auto weights = static_cast<double>(bytes);
   cost_[3] = std::max(weights / 15, weights * static_cast<double>(p_.m) / 250);
 }
 
@@ -388,6 +381,7 @@ Block Job::BlockOf(int64_t item) const {
   b.groups = quads_ ? GroupsOf(i0, i0 + b.m) : nullptr;
   b.w = p_.w + j0 * p_.k;
   b.job = id_;
+  b.from_memory = from_memory_;
   const int64_t j_next = (item + 1) / chunks_ * kBlockN;
   b.ahead = BeginsLane(item + 1) ? nullptr : p_.w + j_next * p_.k;
   b.ahead_n = std::min(kBlockN, p_.n - j_next);

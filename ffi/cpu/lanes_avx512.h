@@ -29,13 +29,6 @@ constexpr int kLanesN = 8;  // outputs at once: two transpositions
 constexpr int64_t kLanesBytes = 44 << 10;
 constexpr int64_t kGatherColumns = 2048;
 
-// Lane l: the sum of the lanes of the l-th register.
-ALWAYS_INLINE inline __m512i SumLanes(__m512i a, __m512i b, __m512i c, __m512i d) {
-  const __m512i ab = _mm512_add_epi32(_mm512_shuffle_i32x4(a, b, 0x44), _mm512_shuffle_i32x4(a, b, 0xee));
-  const __m512i cd = _mm512_add_epi32(_mm512_shuffle_i32x4(c, d, 0x44), _mm512_shuffle_i32x4(c, d, 0xee));
-  return _mm512_add_epi32(_mm512_shuffle_i32x4(ab, cd, 0x88), _mm512_shuffle_i32x4(ab, cd, 0xdd));
-}
-
 // How high parts come about: not here; the weights of their groups are gathered, for all rows; or each team picks its
 // own.
 enum class HighParts { kNone, kGathered, kPicked };
