@@ -145,10 +145,11 @@ void DotsOfFewRows(const Block& b) {
   return (few ? DotsOfWholeRows<M, 1, true, kDense> : DotsOfWholeRows<M, kGroup, true, kDense>)(b);
 }
 
-// A part of a block for pairs of rows of weights: columns, begin a multiple of 64, end too or the last; and what is
-// fetched in each step: two lines from `fetch` on, `gap` bytes apart, then `advance` bytes further, all counted from
-// the first of the two rows.
+// A part of a block for pairs of rows of weights: rows of weights, an even one first; columns, begin a multiple of 64,
+// end too or the last; and what is fetched in each step: two lines from `fetch` on, `gap` bytes apart, then `advance`
+// bytes further, all counted from the first of the two rows.
 struct PairsPart {
+  int64_t j, j_end;
   int64_t begin, end;
   int64_t fetch, gap, advance;
 };
@@ -172,18 +173,18 @@ ALWAYS_INLINE inline __m512i SumPairs(const __m512i (&acc)[M][2]) {
 }
 
 // c[M] (+)= dot products of rows of activations with all rows of weights, two at a time; the first part of the columns
-// sets c, the last adds the high parts.
+// sets c.
 template <int M, bool kRest>
 void PairsOf(const Block& b, const PairsPart& part) {
   const __m512i flip = _mm512_set1_epi8(static_cast<char>(0x80));
   const int64_t k = b.k, stride = b.stride, stride3 = Thrice(stride), lines = (part.end - part.begin) / 64 * 64;
   const __mmask64 rest = FirstBytes(part.end - part.begin - lines);
   const int8_t* codes = b.lo + part.begin;
-  const int8_t* first = b.w + part.begin;
-  int32_t* c = b.c;
+  const int8_t* first = b.w + part.j * k + part.begin;
+  int32_t* c = b.c + part.j;
   const int64_t gap = part.gap, advance = part.advance;
-  const bool adds = part.begin > 0, adds_hi = b.with_hi && part.end == k;
-  for (int64_t j = 0; j < b.n; j += 2, first += 2 * k, c += 2) {
+  const bool adds = part.begin > 0;
+  for (int64_t j = part.j; j < part.j_end; j += 2, first += 2 * k, c += 2) {
     const int64_t other = j + 1 < b.n ? k : 0;  // beyond the last row: that one again
     const int8_t *w = first, *x = codes, *x4 = codes + 4 * stride, *x8 = codes + 8 * stride,
                  *fetch = first + part.fetch;
@@ -226,7 +227,6 @@ void PairsOf(const Block& b, const PairsPart& part) {
         });
       });
     });
-    if (adds_hi && (j % 4 == 2 || j + 2 >= b.n)) AddHiOfRows(b, j / 4 * 4);
   }
 }
 
@@ -250,10 +250,18 @@ constexpr auto kPairs = PairsFrom(std::make_integer_sequence<int, kPairsM - kPai
 // kPairsLeastM to kPairsM rows of activations.
 inline void MultiplyPairs(const Block& b) {
   const int64_t width = PieceOf(b.k, kPairsBytes / b.m);
+  // High parts are added after so many rows of weights: short rows are still in the L1 cache then; of long ones only a
+  // few would be, and interrupting the stream for them costs more (4 x 4096 x 4096 by the relative rule: 4 %).
+  const int64_t turn = b.k <= kOneStream ? 8 : kBlockN;
   for (int64_t begin = 0; begin < b.k; begin += width) {
-    PairsPart part{begin, begin + width < b.k ? begin + width : b.k, 12 << 10, 64, 128};
+    PairsPart part{0, 0, begin, begin + width < b.k ? begin + width : b.k, 12 << 10, 64, 128};
     if (b.k > kOneStream) part.fetch = 2 * b.k, part.gap = b.k, part.advance = 64;
-    kPairs[b.m - kPairsLeastM](b, part);
+    const bool adds_hi = b.with_hi && part.end == b.k;
+    for (; part.j < b.n; part.j = part.j_end) {
+      part.j_end = part.j + turn < b.n ? part.j + turn : b.n;
+      kPairs[b.m - kPairsLeastM](b, part);
+      for (int64_t j = part.j; adds_hi && j < part.j_end; j += 4) AddHiOfRows(b, j);
+    }
   }
   if (b.epilogue) Finish(*b.epilogue, 0, b.m);
 }
