@@ -86,6 +86,31 @@ template <typename T>
 JAXINT8_DEVICE void Store(T* p, T value) {
   *p = value;
 }
+// Words of shared memory whose address is kept: the compiler makes it anew for each access otherwise, and waits for it.
+struct SharedWords {
+  uint32_t address;
+};
+JAXINT8_DEVICE SharedWords KeepShared(uint32_t* p) {
+  SharedWords words{static_cast<uint32_t>(__cvta_generic_to_shared(p))};
+  asm volatile("" : "+r"(words.address));
+  return words;
+}
+// Four of them from kAt on.
+template <int kAt>
+JAXINT8_DEVICE Word4 LoadShared(SharedWords words) {
+  Word4 v;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4 + %5];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "r"(words.address), "n"(4 * kAt)
+               : "memory");
+  return v;
+}
+template <int kAt>
+JAXINT8_DEVICE void StoreShared(SharedWords words, const Word4& v) {
+  asm volatile("st.shared.v4.u32 [%0 + %1], {%2, %3, %4, %5};" ::"r"(words.address), "n"(4 * kAt), "r"(v.x), "r"(v.y),
+               "r"(v.z), "r"(v.w)
+               : "memory");
+}
 template <typename V, typename T>
 JAXINT8_DEVICE void StoreAs(T* p, V value) {
   *reinterpret_cast<V*>(p) = value;
@@ -194,6 +219,16 @@ JAXINT8_DEVICE int32_t DotBytes(uint32_t a, uint32_t b, int32_t c) {
 }
 JAXINT8_DEVICE int PopulationCount(uint32_t v) { return __popc(v); }
 JAXINT8_DEVICE int LowestBit(uint32_t v) { return __ffs(static_cast<int>(v)) - 1; }
+
+// Asks for the parameters of a launch, which no cache has yet, in one go, and does not wait for them: otherwise the
+// first look at each 64 bytes takes a hundred cycles or two, one after the other and behind the kernel before.
+template <typename Params>
+JAXINT8_DEVICE void AskForParameters(const Params& params) {
+  constexpr unsigned kLines = (sizeof(Params) + 63) / 64;
+  static_assert(kLines <= 32);
+  if (threadIdx.x >= kLines) return;
+  asm volatile("" ::"r"(reinterpret_cast<const uint32_t*>(&params)[16 * threadIdx.x]));
+}
 
 template <typename Kernel>
 __global__ void __launch_bounds__(Kernel::kMaxThreads, Kernel::kMinBlocks)

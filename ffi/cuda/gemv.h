@@ -221,11 +221,12 @@ class GemvKernel {
     if (p_.rows.prologue.kind != Prologue::kNone) {
       PrologueParams prologue = p_.rows.prologue;
       prologue.norm = Cast<const float>(shared + layout_.lo);
-      const MemoryRow<kType, true, kRows> in_place{{x, p_.k}, x};
+      MemoryGroups<kType, true, kRows> in_place(x, p_.k, x);
       ApplyPrologue(in_place, shared + (layout_.lo + at), prologue, team);
       if constexpr (kRows > 1) Barrier();  // one row's codes take the place of what the other is made with
     }
-    Row<kType, true, kRule, kRows> row(x, p_.k, p_.rows.options, scratch, team);
+    const MemoryGroups<kType, true, kRows> groups(x, p_.k);
+    Row<MemoryGroups<kType, true, kRows>, kRule, kRows> row(groups, p_.rows.options, scratch, team);
     RowOutput out{Cast<int8_t>(shared + layout_.lo) + mine * p_.k, {}, p_.k, {}, {}, {}};
     if constexpr (kHigh) out.hi = Cast<int8_t>(shared + layout_.hi) + mine * p_.k;
     row_scale_[0] = row.Quantize(out);

@@ -122,12 +122,13 @@ inline int ChooseCluster(int64_t tiles, int64_t k, int64_t multiprocessors) {
   }
   return cluster;
 }
-// rows: of activations of a tile. A multiprocessor takes in no more than some 42 bytes a cycle, so half tiles pay where
-// twice as many of them have each a multiprocessor, although all read the codes.
+// rows: of activations of a tile; n: of outputs, of which a tile with a gate has half as many as rows of weights. A
+// multiprocessor takes in no more than some 42 bytes a cycle, so half tiles pay where twice as many of them have each a
+// multiprocessor, although all read the codes.
 inline SwappedShape ChooseSwapped(int64_t m, int64_t n, int64_t k, int rows, bool high, bool gated,
                                   int64_t multiprocessors) {
-  const int64_t tiles_m = (m + rows - 1) / rows, tiles = tiles_m * ((n + 127) / 128),
-                halves = tiles_m * ((n + 63) / 64);
+  const int64_t outputs = gated ? 64 : 128, tiles_m = (m + rows - 1) / rows,
+                tiles = tiles_m * ((n + outputs - 1) / outputs), halves = tiles_m * ((n + 63) / 64);
   const SwappedShape whole{128, ChooseCluster(tiles, k, multiprocessors)};
   if (gated || tiles_m > 1) return whole;
   const SwappedShape half{64, ChooseCluster(halves, k, multiprocessors)};

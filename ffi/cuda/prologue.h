@@ -6,6 +6,7 @@
 #define JAXINT8_FFI_CUDA_PROLOGUE_H_
 
 #include "device.h"
+#include "groups.h"
 #include "int8.h"
 #include "reader.h"
 #include "team.h"
@@ -60,54 +61,33 @@ JAXINT8_DEVICE void SiluGate(float (&gate)[kCount], const float (&up)[kCount]) {
   for (int j = 0; j < kCount; ++j) gate[j] = Multiply(Multiply(gate[j], divisors[j]), up[j]);
 }
 
-// A row in memory, which is written to another place or the same.
-template <Type kType, bool kVector, int kTeams = 1>
-struct MemoryRow {
-  RowReader<kType, kVector> reader;
-  Ptr<uint8_t> to;
-
-  // Calls body(i, values) for each of this thread's groups of eight, which may change the values.
-  template <bool kWrite, typename Body>
-  JAXINT8_DEVICE void ForEach(Body body) const {
-#pragma unroll 1
-    for (int i = 8 * Team<kTeams>::Index(); i < reader.k; i += 8 * Team<kTeams>::Size()) {
-      float v[8];
-      reader.Read(i, v);
-      body(i, v);
-      if constexpr (kWrite) reader.Write(to, i, v);
-    }
-  }
-};
-
 // Does the prologue, which is not kNone, to a row; `up` is the row beside it that its gate is for. All threads of the
 // team call it, and each touches its own elements only.
-template <Type kType, bool kVector, int kTeams = 1>
-JAXINT8_DEVICE void ApplyPrologue(const MemoryRow<kType, kVector, kTeams>& row, Ptr<const uint8_t> up,
-                                  const PrologueParams& p, Team<kTeams>& team) {
-  const int k = row.reader.k;
+template <typename Groups, int kTeams>
+JAXINT8_DEVICE void ApplyPrologue(Groups& groups, Ptr<const uint8_t> up, const PrologueParams& p, Team<kTeams>& team) {
+  using Group = typename Groups::Group;
   if (p.kind == Prologue::kSiluGate) {
-    const RowReader<kType, kVector> reader{up, k};
-    row.template ForEach<true>([&](int i, float (&v)[8]) {
-      float u[8];
-      reader.Read(i, u);
-      SiluGate(v, u);
-    });
+    groups.Update(groups.template Beside<Groups::kType>(up),
+                  [](float (&v)[8], const float (&u)[8]) { SiluGate(v, u); });
     return;
   }
+  const auto weights = groups.template Beside<Type::kF32>(Cast<const uint8_t>(p.norm));
   uint32_t absmax = 0;
-  row.template ForEach<false>([&](int, const float (&v)[8]) {
-#pragma unroll
-    for (int j = 0; j < 8; ++j) absmax = Magnitude(v[j]) > absmax ? Magnitude(v[j]) : absmax;
+  groups.ForEach([&](int, const Group& group) {
+    const uint32_t largest = group.Largest();
+    absmax = largest > absmax ? largest : absmax;
   });
   absmax = team.Max(absmax);
   const bool finite = absmax < kInfinity, usable = finite && absmax >= Bits(kSmallestNorm);
   const uint32_t exponent = usable ? absmax >> 23 : 127;
   const float unit = FloatFromBits((exponent - kNormExponent) << 23);
   const float inverse = FloatFromBits((2 * 127 + kNormExponent - exponent) << 23);
-  const IntegerDivisor columns(k);
+  const IntegerDivisor columns(groups.k());
   uint64_t sum = 0;
   if (usable) {
-    row.template ForEach<false>([&](int, const float (&v)[8]) {
+    groups.ForEach([&](int, const Group& group) {
+      float v[8];
+      group.Widen(v);
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
         const auto steps = static_cast<int32_t>(Bits(MultiplyAdd(v[j], inverse, kMagic)) - kMagicBits);
@@ -119,10 +99,7 @@ JAXINT8_DEVICE void ApplyPrologue(const MemoryRow<kType, kVector, kTeams>& row, 
   const float mean = columns.Divide(WideToFloat(static_cast<int64_t>(sum)));
   const float root = SquareRoot(Add(Multiply(Multiply(mean, unit), unit), p.epsilon));
   const float scale = finite ? Reciprocal(root) : FloatFromBits(0x7fc00000);
-  const RowReader<Type::kF32, kVector> weights{Cast<const uint8_t>(p.norm), k};
-  row.template ForEach<true>([&](int i, float (&v)[8]) {
-    float w[8];
-    weights.Read(i, w);
+  groups.Update(weights, [&](float (&v)[8], const float (&w)[8]) {
 #pragma unroll
     for (int j = 0; j < 8; ++j) v[j] = Multiply(Multiply(v[j], scale), w[j]);
   });
@@ -149,7 +126,7 @@ struct PrologueKernel {
     const int64_t bytes = p.k * RowReader<kType, kVector>::kBytes, i = BlockIndex();
     const Ptr<const uint8_t> x = p.x + i * bytes * RowsOf(p.prologue.kind);
     Team<> team(Cast<uint32_t>(SharedMemory()));
-    const MemoryRow<kType, kVector> row{{x, static_cast<int>(p.k)}, p.y + i * bytes};
+    MemoryGroups<kType, kVector> row(x, static_cast<int>(p.k), p.y + i * bytes);
     ApplyPrologue(row, x + bytes, p.prologue, team);
   }
 };

@@ -46,11 +46,13 @@ inline int64_t StagedBytes(Type type, int64_t k, int64_t stride, Prologue prolog
   const int64_t all = row * RowsOf(prologue) + (prologue == Prologue::kRmsNorm ? 4 * k : 0);
   return k % 8 == 0 && stride % 8 == 0 && row <= kStagedMost && all <= kStagedAllMost ? all : 0;
 }
-// Few rows are done soonest by many threads, many rows by few: what is done once for a row is done by each warp.
-inline int RowThreads(int64_t rows, int64_t columns) {
+// Few rows are done soonest by many threads, many rows by few: what is done once for a row is done by each warp. With a
+// multiprocessor of its own a row has eight values a thread.
+inline int RowThreads(int64_t rows, int64_t columns, bool alone = false) {
   const int64_t groups = (columns + 7) / 8, most = groups < 256 ? groups : 256;
   const int64_t few = groups / 4 < 128 ? groups / 4 : 128;
-  const int64_t wanted = rows > 512 ? (groups / 8 > few ? groups / 8 : few) : groups / 4 > most ? groups / 4 : most;
+  const int64_t some = rows > 512 ? (groups / 8 > few ? groups / 8 : few) : groups / 4 > most ? groups / 4 : most;
+  const int64_t wanted = alone ? groups : some;
   const int64_t threads = (wanted + 31) / 32 * 32;
   return threads < 32 ? 32 : threads < kQuantizeThreads ? static_cast<int>(threads) : kQuantizeThreads;
 }
@@ -70,40 +72,74 @@ inline int MarkThreads(int64_t rows, int64_t columns) {
   return static_cast<int>(wanted < least ? least : wanted < kQuantizeThreads ? wanted : kQuantizeThreads);
 }
 
+// Where a row lies while a kernel looks at it: where it is, in shared memory, or in registers.
+enum class RowPlace { kMemory, kShared, kRegisters };
+// Threads that hold a row in registers, or 0. That is sooner done, with eight values a thread, where there are not so
+// many rows that what every thread does once takes longer (or for the largest values, where more threads wait).
+inline int HoldingThreads(int64_t rows, int64_t columns, Rule rule) {
+  const int64_t threads = (columns + 255) / 256 * 32, most = rule == Rule::kTopK ? 1 << 19 : 1 << 20;
+  return threads <= kQuantizeThreads && rows * columns <= most ? static_cast<int>(threads) : 0;
+}
+
 // One block per row. Short rows have blocks of one warp. kSparse: with compressed high parts.
-template <Type kType, bool kVector, bool kStaged, int kRule, bool kSparse = false>
+template <Type kType, bool kVector, RowPlace kPlace, int kRule, bool kSparse = false>
 struct QuantizeKernel {
   using Params = QuantizeParams;
+  static_assert(kPlace == RowPlace::kMemory || kVector);
   static constexpr int kMaxThreads = kQuantizeThreads;
   static constexpr int kMinBlocks = 2;
   // Without a staged row, which lies behind this: x, and the row beside it or the weights of a norm.
   static constexpr int64_t kShared = 4 * kScratchWords;
 
   static JAXINT8_DEVICE void Run(const Params& p) {
+    AskForParameters(p);
     WaitForPreviousKernel();
     AllowNextKernel();
     const int64_t i = BlockIndex();
     const Ptr<uint32_t> scratch = Cast<uint32_t>(SharedMemory());
     Team<> team(scratch);
     Ptr<const uint8_t> x = p.x + i * RowsOf(p.prologue.kind) * p.k * kBytes;
-    const Ptr<uint8_t> staged = SharedMemory() + kShared;
     const bool has_row = kRule != kMarked || i < p.m;  // the last cluster may have blocks without
-    if (kStaged && has_row) StartCopies(p, x, staged);
-    if (!p.marking) WriteRowsBeyond(p, i);
-    const Ptr<uint32_t> marks = Cast<uint32_t>(SharedMemory() + p.marks_at);
-    const bool only_marks = kRule < 0 && (kStaged || p.marking);
-    if (!only_marks && (kRule == kMarked || (kRule < 0 && p.options.column_scope))) FindMarks(p, marks);
-    if (!has_row) return;
-    if constexpr (kStaged) {
-      EndCopies(p, staged, team);
-      x = staged;
-    }
-    Row<kType, kVector, kRule> row(x, p.k, p.options, scratch, team);
-    if constexpr (kRule < 0) {
-      if (only_marks) {
-        Mark(p, i, row, marks);
-        return;
+    const int k = static_cast<int>(p.k);
+    if constexpr (kPlace == RowPlace::kRegisters) {
+      HeldGroups<kType> row(x, k);
+      Before(p, i);
+      if (p.prologue.kind != Prologue::kNone) ApplyPrologue(row, x + k * kBytes, p.prologue, team);
+      Write(p, i, row, scratch, team);
+    } else {
+      const Ptr<uint8_t> staged = SharedMemory() + kShared;
+      if (kStaged && has_row) StartCopies(p, x, staged);
+      Before(p, i);
+      if (!has_row) return;
+      if constexpr (kStaged) {
+        EndCopies(p, staged, team);
+        x = staged;
       }
+      Write(p, i, MemoryGroups<kType, kVector>(x, k), scratch, team);
+    }
+  }
+
+ private:
+  static constexpr int kBytes = RowReader<kType, kVector>::kBytes;
+  static constexpr bool kStaged = kPlace == RowPlace::kShared;
+
+  static JAXINT8_DEVICE bool OnlyMarks(const Params& p) { return kRule < 0 && (kStaged || p.marking); }
+  static JAXINT8_DEVICE Ptr<uint32_t> Marks(const Params& p) { return Cast<uint32_t>(SharedMemory() + p.marks_at); }
+
+  // What does not need the row.
+  static JAXINT8_DEVICE void Before(const Params& p, int64_t i) {
+    if (!p.marking) WriteRowsBeyond(p, i);
+    if (!OnlyMarks(p) && (kRule == kMarked || (kRule < 0 && p.options.column_scope))) FindMarks(p, Marks(p));
+  }
+
+  // Writes the codes of a row, or its marks.
+  template <typename Groups>
+  static JAXINT8_DEVICE void Write(const Params& p, int64_t i, const Groups& groups, Ptr<uint32_t> scratch,
+                                   Team<>& team) {
+    Row<Groups, kRule> row(groups, p.options, scratch, team);
+    const Ptr<uint32_t> marks = Marks(p);
+    if constexpr (kRule < 0) {
+      if (OnlyMarks(p)) return Mark(p, i, row, marks);
     }
     RowOutput out{Keep(p.lo + i * p.stride), p.hi, p.stride, p.parts == 1 ? p.marks : marks, p.used, {}, p.whole};
     if (p.hi) out.hi = Keep(p.hi + i * p.stride);
@@ -116,11 +152,9 @@ struct QuantizeKernel {
     if (ThreadIndex() == 0) Store(p.row_scale + i, scale);
   }
 
- private:
-  static constexpr int kBytes = RowReader<kType, kVector>::kBytes;
-
   // Leaves the marks of one row.
-  static JAXINT8_DEVICE void Mark(const Params& p, int64_t i, Row<kType, kVector, kRule>& row, Ptr<uint32_t> marks) {
+  template <typename Row>
+  static JAXINT8_DEVICE void Mark(const Params& p, int64_t i, Row& row, Ptr<uint32_t> marks) {
     if (p.parts == 1) return row.Mark(p.marks);
     const int words = static_cast<int>(MarkWords(p.k));
     ClearMarks(marks, words);
@@ -141,8 +175,8 @@ struct QuantizeKernel {
     Barrier();
   }
 
-  static JAXINT8_DEVICE float Quantize(const Params& p, int64_t i, Row<kType, kVector, kRule>& row, RowOutput& out,
-                                       Ptr<uint32_t> pieces) {
+  template <typename Row>
+  static JAXINT8_DEVICE float Quantize(const Params& p, int64_t i, Row& row, RowOutput& out, Ptr<uint32_t> pieces) {
     if (p.pieces) {
       out.pieces = pieces;
       for (int j = ThreadIndex(); j < kPieceWords; j += BlockThreads()) Store(pieces + j, 0u);
@@ -158,8 +192,8 @@ struct QuantizeKernel {
   }
 
   // The last block of compressed high parts may have places for rows beyond the last: these are zeros.
-  static JAXINT8_DEVICE float QuantizeSparse(const Params& p, int64_t i, Row<kType, kVector, kRule>& row,
-                                             const RowOutput& out) {
+  template <typename Row>
+  static JAXINT8_DEVICE float QuantizeSparse(const Params& p, int64_t i, Row& row, const RowOutput& out) {
     const Ptr<uint32_t> bits = Cast<uint32_t>(SharedMemory() + p.sparse_at);
     for (int j = ThreadIndex(); j < kSparseWords; j += BlockThreads()) Store(bits + j, 0u);
     Barrier();
@@ -198,7 +232,7 @@ struct QuantizeKernel {
     if (p.prologue.kind == Prologue::kNone) return;
     PrologueParams staged = p.prologue;
     staged.norm = Cast<const float>(to + row_bytes);
-    const MemoryRow<kType, kVector> in_place{{to, k}, to};
+    MemoryGroups<kType, kVector> in_place(to, k, to);
     ApplyPrologue(in_place, to + row_bytes, staged, team);
   }
 

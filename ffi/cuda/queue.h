@@ -68,52 +68,61 @@ inline const char* QueuePrologue(LaunchQueue& queue, Type type, const QuantizePa
   });
 }
 
-template <Type kType, bool kVector, bool kStaged, int kRule>
+template <Type kType, bool kVector, RowPlace kPlace, int kRule>
 const char* QueueQuantizer(LaunchQueue& queue, QuantizeParams q, int64_t staged) {
 #ifdef __CUDACC__
-  const int64_t alone = q.spread > 0 ? SpreadBytes(q.m, q.options.rule != Rule::kNone, q.spread) : 0;
+  const int64_t apart = q.spread > 0 ? SpreadBytes(q.m, q.options.rule != Rule::kNone, q.spread) : 0;
 #else
-  const int64_t alone = 0;  // the executor sees who goes beyond what he needs
+  const int64_t apart = 0;  // the executor sees who goes beyond what he needs
 #endif
   const bool finds = q.options.column_scope && q.parts == 0;
-  // With a multiprocessor for each row, eight values a thread; to choose the largest of them takes fewer threads less.
+  // With a multiprocessor for each row as many as a block may have; to choose the largest of them takes fewer less.
   constexpr bool kPicks = kRule == static_cast<int>(Rule::kTopK) || kRule == kMarked;
-  const int most = q.spread > 0 && q.m <= q.spread && !kPicks ? kQuantizeThreads : 0, least = RowThreads(q.m, q.stride);
-  const int wide = q.stride < 8 * most ? static_cast<int>((q.stride + 255) / 256 * 32) : most;
-  const int threads = finds ? MarkThreads(q.m, q.stride) : wide > least ? wide : least;
+  const bool alone = q.spread > 0 && q.m <= q.spread && !kPicks;
+  const int held = HoldingThreads(q.m, q.k, q.options.rule);
+  const int threads = kPlace == RowPlace::kRegisters ? held
+                      : finds                        ? MarkThreads(q.m, q.stride)
+                                                     : RowThreads(q.m, q.stride, alone);
   const int cluster = finds ? q.mark_blocks : 1;
   const int64_t blocks = (q.m + cluster - 1) / cluster * cluster;
   const int marks = q.options.column_scope && q.parts != 1 ? static_cast<int>(MarkBytes(q.k)) : 0;
-  constexpr bool kMarks = kStaged && kRule < 0;
+  constexpr bool kMarks = kPlace == RowPlace::kShared && kRule < 0;
   if constexpr (kRule != 0 && !kMarks) {
     if (q.sparse.codes && !q.marking) {
-      using Kernel = QuantizeKernel<kType, kVector, kStaged, kRule, true>;
+      using Kernel = QuantizeKernel<kType, kVector, kPlace, kRule, true>;
       q.marks_at = static_cast<int>(Kernel::kShared + staged);
       q.sparse_at = q.marks_at + marks;
       const int64_t shared = q.sparse_at + 4 * kSparseWords;
-      return queue.Launch<Kernel>(blocks, threads, shared > alone ? shared : alone, q, cluster);
+      return queue.Launch<Kernel>(blocks, threads, shared > apart ? shared : apart, q, cluster);
     }
   }
-  using Kernel = QuantizeKernel<kType, kVector, kStaged, kRule>;
+  using Kernel = QuantizeKernel<kType, kVector, kPlace, kRule>;
   q.marks_at = static_cast<int>(Kernel::kShared + staged);
   const int64_t shared = q.marks_at + marks;
-  return queue.Launch<Kernel>(blocks, threads, shared > alone ? shared : alone, q, cluster);
+  return queue.Launch<Kernel>(blocks, threads, shared > apart ? shared : apart, q, cluster);
 }
 
-// Of rows that are staged.
-template <Type kType>
+// Of rows that suit shared memory. Where a block looks for marks first it has more threads than hold a row.
+template <Type kType, int kRule>
 const char* QueueQuantizerOfRule(LaunchQueue& queue, const QuantizeParams& q, int64_t staged) {
-  if (q.marking) return QueueQuantizer<kType, true, true, -1>(queue, q, staged);
-  if (q.options.column_scope) return QueueQuantizer<kType, true, true, kMarked>(queue, q, staged);
+  const bool finds = q.options.column_scope && q.parts == 0;
+  return HoldingThreads(q.m, q.k, q.options.rule) > 0 && !finds
+             ? QueueQuantizer<kType, true, RowPlace::kRegisters, kRule>(queue, q, 0)
+             : QueueQuantizer<kType, true, RowPlace::kShared, kRule>(queue, q, staged);
+}
+template <Type kType>
+const char* QueueStagedQuantizer(LaunchQueue& queue, const QuantizeParams& q, int64_t staged) {
+  if (q.marking) return QueueQuantizer<kType, true, RowPlace::kShared, -1>(queue, q, staged);
+  if (q.options.column_scope) return QueueQuantizerOfRule<kType, kMarked>(queue, q, staged);
   switch (q.options.rule) {
     case Rule::kNone:
-      return QueueQuantizer<kType, true, true, static_cast<int>(Rule::kNone)>(queue, q, staged);
+      return QueueQuantizerOfRule<kType, static_cast<int>(Rule::kNone)>(queue, q, staged);
     case Rule::kThreshold:
-      return QueueQuantizer<kType, true, true, static_cast<int>(Rule::kThreshold)>(queue, q, staged);
+      return QueueQuantizerOfRule<kType, static_cast<int>(Rule::kThreshold)>(queue, q, staged);
     case Rule::kRelative:
-      return QueueQuantizer<kType, true, true, static_cast<int>(Rule::kRelative)>(queue, q, staged);
+      return QueueQuantizerOfRule<kType, static_cast<int>(Rule::kRelative)>(queue, q, staged);
     default:
-      return QueueQuantizer<kType, true, true, static_cast<int>(Rule::kTopK)>(queue, q, staged);
+      return QueueQuantizerOfRule<kType, static_cast<int>(Rule::kTopK)>(queue, q, staged);
   }
 }
 
@@ -126,11 +135,11 @@ inline const char* QueueQuantizers(LaunchQueue& queue, Type type, QuantizeParams
       if (marking && (!q.options.column_scope || q.parts == 0)) continue;
       q.marking = marking;
       if (staged > 0) {
-        JAXINT8_TRY(QueueQuantizerOfRule<kType>(queue, q, staged));
+        JAXINT8_TRY(QueueStagedQuantizer<kType>(queue, q, staged));
       } else if (q.k % 8 == 0 && q.stride % 8 == 0) {
-        JAXINT8_TRY((QueueQuantizer<kType, true, false, -1>(queue, q, 0)));
+        JAXINT8_TRY((QueueQuantizer<kType, true, RowPlace::kMemory, -1>(queue, q, 0)));
       } else {
-        JAXINT8_TRY((QueueQuantizer<kType, false, false, -1>(queue, q, 0)));
+        JAXINT8_TRY((QueueQuantizer<kType, false, RowPlace::kMemory, -1>(queue, q, 0)));
       }
     }
     return nullptr;

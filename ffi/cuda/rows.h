@@ -7,6 +7,7 @@
 #define JAXINT8_FFI_CUDA_ROWS_H_
 
 #include "device.h"
+#include "groups.h"
 #include "int8.h"
 #include "marks.h"
 #include "reader.h"
@@ -72,20 +73,19 @@ inline constexpr int kMarked = 4;
 // All threads of the team call every function, with the same arguments. Between two rows with the same scratch there
 // must be a barrier. kRule: the rule, of token scope; or kMarked; or -1, if it is not known to the compiler: a kernel
 // of one rule is smaller.
-template <Type kType, bool kVector, int kRule = -1, int kTeams = 1>
+template <typename Groups, int kRule = -1, int kTeams = 1>
 class Row {
  public:
-  JAXINT8_DEVICE Row(Ptr<const uint8_t> data, int64_t k, const Options& options, Ptr<uint32_t> scratch,
-                     Team<kTeams>& team)
-      : row_{data, static_cast<int>(k)}, options_(options), scratch_(scratch), team_(team) {}
+  JAXINT8_DEVICE Row(const Groups& groups, const Options& options, Ptr<uint32_t> scratch, Team<kTeams>& team)
+      : row_(groups), options_(options), scratch_(scratch), team_(team) {}
 
   // Sets the bits of this row's outliers in the marks; rows that are not finite have no say.
   JAXINT8_DEVICE void Mark(Ptr<uint32_t> marks) {
-    const uint32_t absmax = Largest();
+    const uint32_t absmax = team_.Max(OwnLargest());
     if (absmax >= kInfinity) return;
     const Selection selection = rule() == Rule::kRelative ? SelectRelative(absmax) : Fixed();
     if (absmax < selection.threshold) return;
-    ForEach(row_.k, [&](int i, const Group& group) {
+    row_.ForEach([&](int i, const Group& group) {
       if (group.Largest() >= selection.threshold) SetBits(marks, i, Outliers(selection, i, Widen(group)));
     });
   }
@@ -99,7 +99,7 @@ class Row {
     float scale = DivideBy<kCodeMax>(FloatFromBits(tally.rest));
     if (tally.count > 0) {
       const auto count = static_cast<int32_t>(tally.count);  // below k, and 127 * kMaxK fits
-      const int32_t room = static_cast<int32_t>(kSumOfCodesMax) - 127 * (row_.k - count);
+      const int32_t room = static_cast<int32_t>(kSumOfCodesMax) - 127 * (row_.k() - count);
       const float outlier = FloatFromBits(tally.outlier);
       const float least = room < int64_t{kOutlierCodeMax} * count ? Divide(outlier, IntToFloat(room / count))
                                                                   : DivideBy<kOutlierCodeMax>(outlier);
@@ -116,8 +116,7 @@ class Row {
   }
 
  private:
-  using Reader = RowReader<kType, kVector>;
-  using Group = typename Reader::Group;
+  using Group = typename Groups::Group;
   using Scratch = RowScratch;
   struct Values {
     float v[8];
@@ -131,16 +130,6 @@ class Row {
   JAXINT8_DEVICE Rule rule() const { return kRule < 0 ? options_.rule : static_cast<Rule>(kRule); }
   JAXINT8_DEVICE bool ByColumn() const { return kRule == kMarked || (kRule < 0 && options_.column_scope); }
 
-  // Calls body(i, group) for this thread's groups of eight elements before `end`; they are 0 from k on.
-  template <typename Body>
-  JAXINT8_DEVICE void ForEach(int end, Body body) {
-#pragma unroll 1
-    for (int i = 8 * team_.Index(); i < end; i += 8 * team_.Size()) {
-      Group group{};
-      if (i < row_.k) group = row_.ReadGroup(i);
-      body(i, group);
-    }
-  }
   static JAXINT8_DEVICE Values Widen(const Group& group) {
     Values values;
     group.Widen(values.v);
@@ -181,58 +170,72 @@ class Row {
       default:
         break;
     }
-    const uint32_t absmax = Largest();
+    const uint32_t own = OwnLargest(), absmax = team_.Max(own);
     if (rule() == Rule::kRelative && absmax < kInfinity) {
       *selection = SelectRelative(absmax);
-      if (absmax >= selection->threshold) return Count(*selection, {});
+      if (absmax >= selection->threshold) return Count(*selection, {}, own);
     }
     return {absmax, absmax, 0, 0};
   }
 
-  JAXINT8_DEVICE uint32_t Largest() {
+  // Of this thread's elements.
+  JAXINT8_DEVICE uint32_t OwnLargest() const {
     uint32_t own = 0;
-    ForEach(row_.k, [&](int, const Group& group) { own = Max(own, group.Largest()); });
-    return team_.Max(own);
+    row_.ForEach([&](int, const Group& group) { own = Max(own, group.Largest()); });
+    return own;
   }
 
-  // By the marks, where the scope is the column, else by the selection.
-  JAXINT8_DEVICE Tally Count(const Selection& selection, Ptr<const uint32_t> marks) {
-    uint32_t t[4] = {};  // as in a Tally
-    ForEach(row_.k, [&](int i, const Group& group) {
+  // By the marks, where the scope is the column, else by the selection: then the largest of all is an outlier, if any
+  // is. own: no element of this thread is larger.
+  JAXINT8_DEVICE Tally Count(const Selection& selection, Ptr<const uint32_t> marks, uint32_t own = kNothing) {
+    uint32_t t[3] = {};  // the largest of the rest, of the outliers or of all, their number
+    if (own < selection.threshold) {
+      t[0] = t[1] = own;
+    } else {
+      CountOwn(selection, marks, t);
+    }
+    team_.template Reduce<2, 1>(t);
+    return {Max(t[0], t[1]), t[0], t[1], t[2]};
+  }
+
+  JAXINT8_DEVICE void CountOwn(const Selection& selection, Ptr<const uint32_t> marks, uint32_t (&t)[3]) const {
+    row_.ForEach([&](int i, const Group& group) {
       const uint32_t largest = group.Largest();
-      t[0] = Max(t[0], largest);
-      uint32_t mask = ByColumn() ? Marked(marks, i) : 0;
-      if (ByColumn() ? mask == 0 : largest < selection.threshold) {  // nearly always
+      uint32_t mask = 0;
+      if (ByColumn()) {
+        mask = Marked(marks, i);
+      } else {
         t[1] = Max(t[1], largest);
+      }
+      if (ByColumn() ? mask == 0 : largest < selection.threshold) {  // nearly always
+        t[0] = Max(t[0], largest);
         return;
       }
       const Values e = Widen(group);
       if (!ByColumn()) mask = Outliers(selection, i, e);
-      t[3] += static_cast<uint32_t>(PopulationCount(mask));
+      t[2] += static_cast<uint32_t>(PopulationCount(mask));
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
         const uint32_t a = Magnitude(e.v[j]);
         const bool out = mask >> j & 1;
-        t[1] = Max(t[1], out ? 0 : a);
-        t[2] = Max(t[2], out ? a : 0);
+        t[0] = Max(t[0], out ? 0 : a);
+        if (ByColumn()) t[1] = Max(t[1], out ? a : 0);
       }
     });
-    team_.template Reduce<3, 1>(t);
-    return {t[0], t[1], t[2], t[3]};
   }
 
-  JAXINT8_DEVICE Selection Fixed() const { return {ThresholdBits(options_), row_.k}; }
+  JAXINT8_DEVICE Selection Fixed() const { return {ThresholdBits(options_), row_.k()}; }
 
   // By the rms of magnitudes rounded to units of absmax / 4095, less up to 4096 of the sum of squares.
   JAXINT8_DEVICE Selection SelectRelative(uint32_t absmax) {
     const float unit = DivideBy<kRmsLevels>(FloatFromBits(absmax));
     if (!(unit >= kSmallestScale)) return {kNothing, 0};
     const Quotients quotients(unit);
-    const IntegerDivisor columns(row_.k);
+    const IntegerDivisor columns(row_.k());
     uint64_t sum = 0;
-    ForEach(row_.k, [&](int, const Group& group) {
+    row_.ForEach([&](int, const Group& group) {
       uint32_t shifted[8];
-      quotients.Round(Widen(group).v, shifted);
+      quotients.template Round<Groups::kType>(Widen(group).v, shifted);
       // Eight squares of 24 bits, as no quotient is above 4095 but for its rounding: the sum of (s - b)^2 modulo 2^32,
       // where b^2 is 0.
       static_assert(kMagicBits * kMagicBits == 0);
@@ -249,17 +252,16 @@ class Row {
     static_assert(int64_t{kRmsLevels} * kRmsLevels / 4096 * kMaxK < int64_t{1} << 31);
     const float mean = columns.Divide(IntToFloat(static_cast<int32_t>(sum >> 12)));
     const float threshold = Multiply(options_.value, Multiply(unit, Multiply(64.0f, SquareRoot(mean))));
-    return {threshold > 0 ? Bits(threshold) : 0, row_.k};
+    return {threshold > 0 ? Bits(threshold) : 0, row_.k()};
   }
 
   // The count largest are among the candidates that reach the (count + 1)-th largest maximum of 32 parts of the row,
   // one of a lane each; and so is the largest of the rest.
   JAXINT8_DEVICE Tally SelectTopK(Selection* selection) {
-    const int count = options_.topk < row_.k ? static_cast<int>(options_.topk) : row_.k;
+    const int count = options_.topk < row_.k() ? static_cast<int>(options_.topk) : row_.k();
     const int lane = team_.Lane();
     const Ptr<uint32_t> candidates = scratch_ + Scratch::kCount, list = scratch_ + Scratch::kList;
-    uint32_t own = 0;
-    ForEach(row_.k, [&](int, const Group& group) { own = Max(own, group.Largest()); });
+    uint32_t own = OwnLargest();
     if (team_.Index() == 0) Store(candidates, 0u);
     Store(scratch_ + (Scratch::kMaxima + team_.Index()), own);
     team_.Sync();
@@ -267,16 +269,18 @@ class Row {
     for (int w = 0; w < team_.Warps(); ++w) own = Max(own, Load(scratch_ + (Scratch::kMaxima + 32 * w + lane)));
     const uint32_t absmax = WarpMax(own);
     if (absmax >= kInfinity || absmax == 0) return {absmax, absmax, 0, 0};
-    if (count < row_.k && count <= kQuickTopK) {
+    if (count < row_.k() && count <= kQuickTopK) {
       const uint32_t bound = RankedLane(own, static_cast<uint32_t>(count));
-      ForEach(row_.k, [&](int i, const Group& group) {
+      row_.ForEach([&](int i, const Group& group) {
         if (group.Largest() < bound) return;
-        for (uint32_t mask = Outliers({bound, row_.k}, i, Widen(group)); mask; mask &= mask - 1) {
-          const int column = i + LowestBit(mask);
-          const uint32_t at = AtomicAdd(candidates, 1);
-          if (at < kCandidates) {
-            StoreAs<Word2>(list + 2 * at, Word2{Magnitude(row_.Element(column)), static_cast<uint32_t>(column)});
-          }
+        const Values e = Widen(group);
+        const uint32_t mask = Outliers({bound, row_.k()}, i, e);
+        uint32_t at = AtomicAdd(candidates, static_cast<uint32_t>(PopulationCount(mask)));
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+          if (!(mask >> j & 1)) continue;
+          if (at < kCandidates) StoreAs<Word2>(list + 2 * at, Word2{Magnitude(e.v[j]), static_cast<uint32_t>(i + j)});
+          ++at;
         }
       });
       team_.Sync();
@@ -294,8 +298,8 @@ class Row {
         return {absmax, WarpMax(next ? mine.x : 0), absmax, static_cast<uint32_t>(count)};
       }
     }
-    *selection = {0, row_.k};
-    if (count < row_.k) *selection = SelectByDigits(count);
+    *selection = {0, row_.k()};
+    if (count < row_.k()) *selection = SelectByDigits(count);
     return Count(*selection, {});
   }
 
@@ -319,7 +323,7 @@ class Row {
     for (int shift = 42; shift >= 0; shift -= 7) {
       for (int b = team_.Index(); b < kBins; b += team_.Size()) Store(bins + b, 0u);
       team_.Sync();
-      ForEach(row_.k, [&](int i, const Group& group) {
+      row_.ForEach([&](int i, const Group& group) {
         const Values e = Widen(group);
         const uint32_t valid = row_.Valid(i);
 #pragma unroll
@@ -361,10 +365,10 @@ class Row {
   JAXINT8_DEVICE void WriteCodes(const Output& out, const Selection& selection, bool split, float scale) {
     const int stride = static_cast<int>(out.stride);
     const Quotients quotients(scale);
-    ForEach(row_.k, [&](int i, const Group& group) {
+    row_.ForEach([&](int i, const Group& group) {
       const Values e = Widen(group);
       uint32_t lo[8], mask = 0;
-      quotients.Round(e.v, lo);
+      quotients.template Round<Groups::kType>(e.v, lo);
       if (kRule != 0 && split) {
         if (ByColumn()) {
           mask = Marked(out.marks, i);
@@ -379,7 +383,7 @@ class Row {
       }
       Write(out.lo, stride, i, lo);
     });
-    WriteAllZeros(out, (row_.k + 7) / 8 * 8);
+    WriteAllZeros(out, (row_.k() + 7) / 8 * 8);
   }
 
   // Of the outliers in a group: writes the high parts, and takes them from the codes.
@@ -424,7 +428,7 @@ class Row {
 
   // Writes the low bytes.
   static JAXINT8_DEVICE void Write(Ptr<int8_t> to, int stride, int i, const uint32_t (&v)[8]) {
-    if constexpr (kVector) {  // stride is a multiple of 8 as well
+    if constexpr (Groups::kVectors) {  // stride is a multiple of 8 as well
       const Word2 w{PackBytes(v[0], v[1], v[2], v[3]), PackBytes(v[4], v[5], v[6], v[7])};
       StoreAs<Word2>(to + i, w);
     } else {
@@ -435,7 +439,7 @@ class Row {
     }
   }
 
-  const Reader row_;
+  const Groups& row_;
   const Options& options_;
   const Ptr<uint32_t> scratch_;
   Team<kTeams>& team_;

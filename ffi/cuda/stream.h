@@ -142,8 +142,8 @@ class StreamKernel {
       for (int pass = by_column ? 0 : 1; pass < 2; ++pass) {
         for (int64_t i = 0; i < p_.m; ++i) {
           Barrier();  // the scratch is free, and the marks are there
-          Row<kType, true> row(p_.rows.x + i * p_.k * RowReader<kType, true>::kBytes, p_.k, p_.rows.options, scratch,
-                               team);
+          const MemoryGroups<kType, true> groups(p_.rows.x + i * p_.k * RowReader<kType, true>::kBytes, p_.k);
+          Row<MemoryGroups<kType, true>> row(groups, p_.rows.options, scratch, team);
           if (pass == 0) {
             row.Mark(marks);
             continue;

@@ -6,16 +6,18 @@
 
 namespace jaxint8::cuda {
 
-// Shared memory of a team, in words: two buffers in turn, of four words a warp.
+// Shared memory of a team, in words: two buffers of four words a warp.
 inline constexpr int kTeamMostWarps = 16;
 inline constexpr int kTeamWords = 2 * 4 * kTeamMostWarps;
 
-// All threads of the team call every function. Those that return something shared have at most one barrier: a buffer is
-// written again after the next one. kTeams: of the block, one or two, which do not wait for each other.
+// All threads of the team call every function. Those that return something shared have at most one barrier. There is a
+// buffer for Reduce and Max and one for Sum: between two calls that use the same one there must be one that uses the
+// other, or a barrier. kTeams: of the block, one or two, which do not wait for each other.
 template <int kTeams = 1>
 class Team {
  public:
-  JAXINT8_DEVICE explicit Team(Ptr<uint32_t> words) : words_(words) {}
+  JAXINT8_DEVICE explicit Team(Ptr<uint32_t> words)
+      : mine_(KeepShared(words + 4 * Warp())), others_(KeepShared(words + 4 * Lane())) {}
 
   static JAXINT8_DEVICE int Number() { return kTeams > 1 && ThreadIndex() >= Size() ? 1 : 0; }
   static JAXINT8_DEVICE int Index() { return ThreadIndex() - Number() * Size(); }
@@ -40,7 +42,7 @@ class Team {
     uint32_t all[4] = {};
 #pragma unroll
     for (int i = 0; i < kMaxima + kSums; ++i) all[i] = v[i];
-    Exchange(all);
+    Exchange<0>(all);
 #pragma unroll
     for (int i = 0; i < kMaxima + kSums; ++i) v[i] = all[i];
     ReduceWarp<kMaxima>(v);
@@ -58,7 +60,7 @@ class Team {
     v = SumWarp<kBits>(v);
     if (Warps() == 1) return v;
     uint32_t all[4] = {static_cast<uint32_t>(v), static_cast<uint32_t>(v >> 32)};
-    Exchange(all);
+    Exchange<kTeamWords / 2>(all);
     return SumWarp<kBits>(all[0] | static_cast<uint64_t>(all[1]) << 32);
   }
 
@@ -66,13 +68,12 @@ class Team {
   static_assert(kTeams == 1 || kTeams == 2);
 
   // Afterwards each lane has the values of the warp of its number, 0 if there is none.
+  template <int kBuffer>
   JAXINT8_DEVICE void Exchange(uint32_t (&v)[4]) {
-    turn_ ^= 1;
-    const Ptr<uint32_t> buffer = words_ + turn_ * (kTeamWords / 2);
-    if (Lane() == 0) StoreAs<Word4>(buffer + 4 * Warp(), Word4{v[0], v[1], v[2], v[3]});
+    if (Lane() == 0) StoreShared<kBuffer>(mine_, Word4{v[0], v[1], v[2], v[3]});
     Sync();
     Word4 word{0, 0, 0, 0};
-    if (Lane() < Warps()) word = LoadAs<Word4>(buffer + 4 * Lane());
+    if (Lane() < Warps()) word = LoadShared<kBuffer>(others_);
     v[0] = word.x;
     v[1] = word.y;
     v[2] = word.z;
@@ -95,8 +96,7 @@ class Team {
     return sum;
   }
 
-  const Ptr<uint32_t> words_;
-  int turn_ = 0;
+  const SharedWords mine_, others_;
 };
 
 }  // namespace jaxint8::cuda

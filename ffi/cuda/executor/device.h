@@ -87,6 +87,19 @@ void Store(Ptr<T> p, typename Identity<T>::Type value, Site site = Site::Here())
   StoreAs<T>(p, value, site);
 }
 
+using SharedWords = Ptr<uint32_t>;
+inline SharedWords KeepShared(Ptr<uint32_t> p) { return p; }
+template <int kAt>
+Word4 LoadShared(SharedWords words, Site site = Site::Here()) {
+  return LoadAs<Word4>(words + kAt, site);
+}
+template <int kAt>
+void StoreShared(SharedWords words, const Word4& v, Site site = Site::Here()) {
+  StoreAs<Word4>(words + kAt, v, site);
+}
+template <typename Params>
+void AskForParameters(const Params&) {}
+
 inline uint32_t LoadRelaxed(Ptr<const uint32_t> p, Site site = Site::Here()) {
   uint32_t v;
   std::memcpy(&v, TheMachine().Access(p.buffer, p.low, p.high, p.offset, 4, 4, false, true, site), 4);

@@ -1,0 +1,109 @@
+// The elements of a row that each thread of a team has, by groups of eight: the thread of index t has those from 8 t
+// on, then 8 * team further, and so on. In two forms with one interface: read anew wherever they are looked at, or held
+// in registers.
+#ifndef JAXINT8_FFI_CUDA_GROUPS_H_
+#define JAXINT8_FFI_CUDA_GROUPS_H_
+
+#include "device.h"
+#include "int8.h"
+#include "reader.h"
+#include "team.h"
+
+namespace jaxint8::cuda {
+
+// In memory. Loops are not unrolled: of code that is run once, fetching it takes as long as running it.
+template <Type kElements, bool kVector, int kTeams = 1>
+class MemoryGroups {
+ public:
+  static constexpr Type kType = kElements;
+  static constexpr bool kVectors = kVector;
+  using Reader = RowReader<kElements, kVector>;
+  using Group = typename Reader::Group;
+
+  // to: where what Update makes is written.
+  JAXINT8_DEVICE MemoryGroups(Ptr<const uint8_t> data, int k, Ptr<uint8_t> to = {}) : reader_{data, k}, to_(to) {}
+
+  JAXINT8_DEVICE int k() const { return reader_.k; }
+  // Bit j is set where i + j is an element.
+  JAXINT8_DEVICE uint32_t Valid(int i) const { return reader_.Valid(i); }
+  // What stands beside the row, in the same form.
+  template <Type kOther>
+  JAXINT8_DEVICE MemoryGroups<kOther, kVector, kTeams> Beside(Ptr<const uint8_t> data) const {
+    return {data, reader_.k};
+  }
+
+  // Calls body(column of its first element, group): elements are 0 from k on.
+  template <typename Body>
+  JAXINT8_DEVICE void ForEach(Body body) const {
+    ForEachColumn([&](int i) { body(i, reader_.ReadGroup(i)); });
+  }
+
+  // body(values, others) changes eight values by those beside them.
+  template <typename Other, typename Body>
+  JAXINT8_DEVICE void Update(const Other& other, Body body) {
+    ForEachColumn([&](int i) {
+      float v[8], w[8];
+      reader_.Read(i, v);
+      other.Read(i, w);
+      body(v, w);
+      reader_.Write(to_, i, v);
+    });
+  }
+
+  JAXINT8_DEVICE void Read(int i, float (&v)[8]) const { reader_.Read(i, v); }
+
+ private:
+  template <typename Body>
+  JAXINT8_DEVICE void ForEachColumn(Body body) const {
+#pragma unroll 1
+    for (int i = 8 * Team<kTeams>::Index(); i < reader_.k; i += 8 * Team<kTeams>::Size()) body(i);
+  }
+
+  const Reader reader_;
+  const Ptr<uint8_t> to_;
+};
+
+// In registers: one group a thread, of a row whose k is a multiple of 8 and no more than eight a thread.
+template <Type kElements, int kTeams = 1>
+class HeldGroups {
+ public:
+  static constexpr Type kType = kElements;
+  static constexpr bool kVectors = true;
+  using Reader = RowReader<kElements, true>;
+  using Group = typename Reader::Group;
+
+  JAXINT8_DEVICE HeldGroups(Ptr<const uint8_t> data, int k) : k_(k), column_(8 * Team<kTeams>::Index()), group_{} {
+    if (column_ < k) group_ = Reader{data, k}.ReadGroup(column_);
+  }
+
+  JAXINT8_DEVICE int k() const { return k_; }
+  JAXINT8_DEVICE uint32_t Valid(int) const { return 0xff; }
+  template <Type kOther>
+  JAXINT8_DEVICE HeldGroups<kOther, kTeams> Beside(Ptr<const uint8_t> data) const {
+    return {data, k_};
+  }
+
+  template <typename Body>
+  JAXINT8_DEVICE void ForEach(Body body) const {
+    if (column_ < k_) body(column_, group_);
+  }
+
+  template <typename Other, typename Body>
+  JAXINT8_DEVICE void Update(const Other& other, Body body) {
+    float v[8], w[8];
+    group_.Widen(v);
+    other.Read(column_, w);
+    body(v, w);
+    group_.raw = Reader::Narrow(v);
+  }
+
+  JAXINT8_DEVICE void Read(int, float (&v)[8]) const { group_.Widen(v); }
+
+ private:
+  const int k_, column_;
+  Group group_;
+};
+
+}  // namespace jaxint8::cuda
+
+#endif  // JAXINT8_FFI_CUDA_GROUPS_H_
