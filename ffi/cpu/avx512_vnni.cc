@@ -4,8 +4,9 @@
 // activation code the signed one, so the correction, 128 * sum(codes of the row), is known from the quantiser and the
 // weights need no sums, no copy and no format. All sums are modulo 2^32 and the final value fits, so they are exact.
 //
-// Small products are in this file: dot products along the rows of weights as they lie. Large ones: tiles_avx512.h. What
-// is between, on processors that shuffle beside their multiplications, is a rung of its own: lanes_avx512.h.
+// In this file: which way a product goes, and small ones for any processor, dot products along the rows of weights as
+// they lie. Those that read weights as one stream: streams_avx512.h. Large ones: tiles_avx512.h. What is between, on
+// processors that shuffle beside their multiplications, is a rung of its own: lanes_avx512.h.
 #include <immintrin.h>
 
 #include "int8.h"
@@ -13,6 +14,7 @@
 #include "processor.h"
 #include "prologue_avx512.h"
 #include "rows_avx512.h"
+#include "streams_avx512.h"
 #include "tiles_avx512.h"
 #include "unroll.h"
 
@@ -26,15 +28,6 @@ bool Supported() {
 }
 
 bool SupportedLanes() { return Supported() && __builtin_cpu_supports("avx512vbmi") && HasFreeShuffles(); }
-
-// The sums of the lanes of four registers.
-inline __m128i Sum4(__m512i a, __m512i b, __m512i c, __m512i d) {
-  const __m512i ab = _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
-  const __m512i cd = _mm512_add_epi32(_mm512_unpacklo_epi32(c, d), _mm512_unpackhi_epi32(c, d));
-  const __m512i abcd = _mm512_add_epi32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
-  const __m256i half = _mm256_add_epi32(_mm512_castsi512_si256(abcd), _mm512_extracti64x4_epi64(abcd, 1));
-  return _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
-}
 
 // Moves the groups of four columns of a HiPlan into a panel [group][kBlockN][4], rows j.. of (unsigned) weights. To be
 // called while these rows are in the L1 cache.
@@ -88,26 +81,6 @@ const int32_t* AddHiGroups(const Block& b, const uint8_t* panel, int64_t begin, 
   return slot;
 }
 
-// (hi . W) << 7 of a row of activations and four rows of weights, group by group of four columns. To be called while
-// these rows are in the L1 cache.
-ALWAYS_INLINE inline __m128i HiOfRow(const Row& row, const int8_t* const (&w)[4], int64_t k) {
-  const __m128i flip = _mm_set1_epi8(static_cast<char>(0x80));
-  __m128i sum = _mm_setzero_si128();
-  if (row.words == 0) return sum;
-  const auto add = [&](const HiWord& word, size_t bytes) ALWAYS_INLINE {
-    int32_t four[4] = {};
-    Unroll<4>([&](auto r) ALWAYS_INLINE { std::memcpy(&four[r], w[r] + int64_t{word.group} * 4, bytes); });
-    const __m128i weights = _mm_xor_si128(_mm_setr_epi32(four[0], four[1], four[2], four[3]), flip);
-    sum = _mm_dpbusd_epi32(sum, weights, _mm_set1_epi32(static_cast<int32_t>(word.four)));
-  };
-  int32_t whole = row.words;  // the last group may be cut off by the end of the row
-  const int64_t last = int64_t{row.hi[whole - 1].group} * 4;
-  if (last + 4 > k) --whole;
-  for (int32_t word = 0; word < whole; ++word) add(row.hi[word], 4);
-  if (whole < row.words) add(row.hi[whole], static_cast<size_t>(k - last));
-  return _mm_slli_epi32(sum, 7);
-}
-
 // Which part of a block a group of dot products covers.
 struct Part {
   int64_t i;           // the first row of activations
@@ -115,9 +88,6 @@ struct Part {
   int64_t begin, end;  // columns; begin is a multiple of 64, end too or the last
   bool fetches;        // whether to fetch weights ahead
 };
-
-// How far ahead weights are fetched, in bytes.
-constexpr int64_t kFetchAhead = 8 << 10;
 
 // c[M][j..] (+)= dot products with rows of weights; the first part of the columns sets c. Four rows of weights at once,
 // for fewer loads of codes (with five rows two: there are 32 registers), and what follows is fetched in the order in
@@ -177,83 +147,6 @@ void Dots(const Block& b, const Part& part) {
   }
 }
 
-// The same for up to four rows of activations and whole rows of weights. With one chain of sums a row of weights is so
-// few instructions that the processor works on several at once, and weights are asked for at a steady pace: with more
-// chains each arrival lets a burst of requests go, and a processor drops what its queues cannot take (16384 rows of
-// 4096 from memory: 640 us with four chains, 560 with two as here). In long rows one chain is too slow for what the
-// caches give, so there the last line of every kGroup goes to a second one (1: there is no second). kRest: k is no
-// multiple of 64.
-template <int M, int kGroup, bool kRest, bool kDense>
-void DotsOfWholeRows(const Block& b) {
-  static_assert(M == 1 || !kDense, "only a single row keeps its high parts for all columns");
-  constexpr int U = kGroup == 1 ? 1 : 2;  // chains
-  const __m512i flip = _mm512_set1_epi8(static_cast<char>(0x80));
-  const int64_t k = b.k, whole = k / 64 * 64, before_groups = whole % (64 * kGroup);
-  const __mmask64 rest = FirstBytes(k - whole);
-  const int8_t* hi = kDense ? b.plan->hi : nullptr;
-  for (int64_t first = 0; first < b.n; first += 4) {
-    const int8_t* w[4];  // beyond the last row: that one again
-    Unroll<4>([&](auto r) ALWAYS_INLINE { w[r] = b.w + (first + r < b.n ? first + r : b.n - 1) * k; });
-    __m512i sums[M][4];
-    Unroll<4>([&](auto r) ALWAYS_INLINE {
-      __m512i acc[U][M], high[U];
-      Unroll<U * M>([&](auto i) ALWAYS_INLINE { acc[i / M][i % M] = _mm512_setzero_si512(); });
-      if constexpr (kDense) Unroll<U>([&](auto u) ALWAYS_INLINE { high[u] = _mm512_setzero_si512(); });
-      const auto step = [&](auto u, int64_t t, __m512i line) ALWAYS_INLINE {
-        _mm_prefetch(w[r] + t + kFetchAhead, _MM_HINT_T0);
-        const __m512i weights = _mm512_xor_si512(line, flip);
-        Unroll<M>([&](auto i) ALWAYS_INLINE {
-          acc[u][i] = _mm512_dpbusd_epi32(acc[u][i], weights, _mm512_load_si512(b.lo + i * b.stride + t));
-          asm("" : "+v"(acc[u][i]));  // see below
-        });
-        if constexpr (kDense) high[u] = _mm512_dpbusd_epi32(high[u], weights, _mm512_load_si512(hi + t));
-      };
-      constexpr std::integral_constant<int, 0> kFirst{};
-      constexpr std::integral_constant<int, U - 1> kLast{};
-      if constexpr (kRest) step(kFirst, whole, _mm512_maskz_loadu_epi8(rest, w[r] + whole));
-      int64_t t = 0;
-      for (; t < before_groups; t += 64) step(kFirst, t, _mm512_loadu_si512(w[r] + t));
-      for (; t < whole; t += 64 * kGroup) {
-        const auto line = [&](int i) ALWAYS_INLINE { return _mm512_loadu_si512(w[r] + t + i * 64); };
-        Unroll<kGroup - 1>([&](auto i) ALWAYS_INLINE { step(kFirst, t + i * 64, line(i)); });
-        step(kLast, t + (kGroup - 1) * 64, line(kGroup - 1));
-      }
-      // Without these two GCC moves a chain to another register and back in every turn of the loop.
-      Unroll<U * M>([&](auto i) ALWAYS_INLINE { asm volatile("" : "+v"(acc[i / M][i % M])); });
-      Unroll<M>([&](auto i)
-                    ALWAYS_INLINE { sums[i][r] = U == 1 ? acc[0][i] : _mm512_add_epi32(acc[0][i], acc[U - 1][i]); });
-      if constexpr (kDense) {
-        if constexpr (U > 1) high[0] = _mm512_add_epi32(high[0], high[U - 1]);
-        sums[0][r] = _mm512_add_epi32(sums[0][r], _mm512_slli_epi32(high[0], 7));
-      }
-    });
-    Unroll<M>([&](auto i) ALWAYS_INLINE {
-      const Row& row = b.rows[i];
-      __m128i four = Sum4(sums[i][0], sums[i][1], sums[i][2], sums[i][3]);
-      if (!kDense && b.with_hi) four = _mm_add_epi32(four, HiOfRow(row, w, k));
-      four = _mm_add_epi32(four, _mm_set1_epi32(Correction(row)));
-      _mm_store_si128(reinterpret_cast<__m128i*>(b.c + i * kBlockN + first), four);
-    });
-  }
-}
-
-// Rows of activations for which weights are read as one stream. Columns up to which one chain of sums keeps up with the
-// caches, for each number of them.
-constexpr int kFewM = 4;
-constexpr int64_t kShortRow[kFewM] = {1536, 1024, 1024, 1024};
-// Lines of weights from one that goes to the second chain to the next, in longer rows.
-constexpr int kGroups[kFewM] = {8, 2, 2, 2};
-
-template <int M, bool kDense = false>
-void DotsOfFewRows(const Block& b) {
-  constexpr int kGroup = kGroups[M - 1];
-  const bool few = b.k <= kShortRow[M - 1];
-  if (b.k % 64 == 0) {
-    return (few ? DotsOfWholeRows<M, 1, false, kDense> : DotsOfWholeRows<M, kGroup, false, kDense>)(b);
-  }
-  return (few ? DotsOfWholeRows<M, 1, true, kDense> : DotsOfWholeRows<M, kGroup, true, kDense>)(b);
-}
-
 using DotsFunction = void (*)(const Block&, const Part&);
 constexpr int64_t kDotsMost = 24;  // rows; above, tiles are always better
 constexpr int kDotsM = 5;          // alone; two teams of five are slower than three
@@ -301,7 +194,7 @@ void MultiplyDots(const Block& b) {
   if (b.epilogue) Finish(*b.epilogue, 0, b.m);
 }
 
-static_assert(kLanesM <= kPickRows && kPanelBytes / kLanesN <= PickPlan::kLines * 64);
+static_assert(kPanelBytes / kLanesN <= PickPlan::kLines * 64);
 
 // What a thread keeps between blocks.
 struct alignas(64) LanesScratch {
@@ -310,13 +203,17 @@ struct alignas(64) LanesScratch {
 };
 
 // How lanes cut a block: teams of rows of codes take turns over all weights of a slice, whose columns are as many as
-// keep the codes of a team in the L1 cache.
+// keep the codes of a team in the L1 cache, and fewer for the team that gathers, to keep what it stores there as well.
 struct LanesCut {
-  int64_t teams, width;
-  explicit LanesCut(const Block& b) : teams((b.m + kLanesM - 1) / kLanesM) {
-    const int64_t most = (b.m + teams - 1) / teams, slices = (b.k * most + kLanesBytes - 1) / kLanesBytes;
-    width = ((b.k + slices - 1) / slices + 63) / 64 * 64;
+  int64_t teams, width, first_width;
+  LanesCut(const Block& b, HighParts high) {
+    // A team of ten is for ten rows alone: in two teams their codes are more than the L1 cache holds beside weights.
+    const int64_t several = high == HighParts::kPicked ? kPickRows : 9;
+    teams = b.m <= LanesM(high) ? 1 : (b.m + several - 1) / several;
+    const int64_t most = (b.m + teams - 1) / teams;
+    width = PieceOf(b.k, kLanesBytes / most);
     if (width > kPanelBytes / kLanesN) width = kPanelBytes / kLanesN;  // what can be kept
+    first_width = high == HighParts::kGathered ? PieceOf(width, kGatherColumns) : width;
   }
   // Calls f(first row, rows, begin, end) part by part.
   template <typename F>
@@ -324,8 +221,8 @@ struct LanesCut {
     for (int64_t begin = 0; begin < b.k; begin += width) {
       const int64_t end = begin + width < b.k ? begin + width : b.k;
       for (int64_t team = 0, i = 0; team < teams; ++team) {
-        const int64_t size = b.m / teams + (team < b.m % teams);
-        f(i, size, begin, end);
+        const int64_t size = b.m / teams + (team < b.m % teams), piece = team == 0 ? first_width : width;
+        for (int64_t at = begin; at < end; at += piece) f(i, size, at, at + piece < end ? at + piece : end);
         i += size;
       }
     }
@@ -341,7 +238,7 @@ const PickPlan& PlanPicks(const Block& b) {
   plan.parts = plan.last_round = plan.last_pair = plan.first[0] = 0;
   int32_t next[kChunkM];
   std::memset(next, 0, static_cast<size_t>(b.m) * sizeof *next);
-  LanesCut(b).Each(b, [&](int64_t i, int64_t rows, int64_t begin, int64_t end) {
+  LanesCut(b, HighParts::kPicked).Each(b, [&](int64_t i, int64_t rows, int64_t begin, int64_t end) {
     plan.fits = plan.fits && plan.Add(b.rows, {i, rows, begin, end}, next);
   });
   return plan;
@@ -370,7 +267,8 @@ void MultiplyLanes(const Block& b) {
   int32_t at[HiPlan::kMaxGroups];
   int64_t first = 0, stop = 0;  // the groups in these columns
   const int32_t* slot = groups > 0 ? b.plan->slot : nullptr;
-  LanesCut(b).Each(b, [&](int64_t i, int64_t rows, int64_t begin, int64_t end) {
+  const LanesCut cut(b, groups > 0 ? HighParts::kGathered : HighParts::kNone);
+  cut.Each(b, [&](int64_t i, int64_t rows, int64_t begin, int64_t end) {
     LanesPart part{};
     part.i = i, part.begin = begin, part.end = end;
     if (i == 0) {
@@ -397,15 +295,8 @@ void MultiplyPickingLanes(const Block& b, const PickPlan& high) {
   const int64_t octets = b.n / kLanesN * kLanesN;
   const int32_t* first = high.first;
   if (octets < b.n) MultiplyLastOutputs(b, octets);
-  for (int64_t j = octets; j < b.n; j += 4) {
-    const int8_t* w[4];  // beyond the last row: that one again
-    Unroll<4>([&](auto r) ALWAYS_INLINE { w[r] = b.w + (j + r < b.n ? j + r : b.n - 1) * b.k; });
-    for (int64_t i = 0; i < b.m; ++i) {
-      auto* const out = reinterpret_cast<__m128i*>(b.c + i * kBlockN + j);
-      _mm_store_si128(out, _mm_add_epi32(_mm_load_si128(out), HiOfRow(b.rows[i], w, b.k)));
-    }
-  }
-  LanesCut(b).Each(b, [&](int64_t i, int64_t rows, int64_t begin, int64_t end) {
+  for (int64_t j = octets; j < b.n; j += 4) AddHiOfRows(b, j);
+  LanesCut(b, HighParts::kPicked).Each(b, [&](int64_t i, int64_t rows, int64_t begin, int64_t end) {
     LanesPart part{};
     part.i = i, part.begin = begin, part.end = end;
     part.high = high.rounds + first[0], part.rounds = first[1] - first[0], part.pairs = high.pairs;
@@ -441,12 +332,23 @@ bool PacksAhead(const Block& b) {
   return (b.ahead && b.ahead_n == kBlockN) || (scratch->job == b.job && scratch->w == b.w);
 }
 
+// Whether pairs of rows of weights are faster than lanes, or for four rows than single ones (measured on Zen 5). From
+// memory they are, as lanes ask for eight rows at once (8 x 4096 x 11008: 0.82 of the time, 8 x 768 x 65536: 0.68), but
+// for four rows whose codes are in the L1 cache. In caches four rows take 0.88 of the time, five and six of long rows
+// 0.85 and 0.9 unless there are many high parts.
+bool TakesPairs(const Block& b) {
+  if (b.m < kPairsLeastM || b.m > kPairsM || b.k == 0) return false;
+  if (b.m == 4) return !b.from_memory || b.k <= kOneStream || b.k * 4 > kPairsBytes;
+  return b.from_memory || (b.k >= 4096 && (b.m == 5 || (b.m == 6 && !b.with_hi)));
+}
+
 // The same with lanes (measured on Zen 5). Tiles: (5.6 - 0.075 * m) * k, and 6 for each word of high parts. Lanes: 30
 // for each group of high parts and 4 for each word; or 360 for each round, and for each pair of lines 88, or 134 if
 // they are no longer in the L1 cache when they are wanted. Lanes read eight rows of weights at once, from memory at
 // half the speed of a stream (2 x 1536 x 65536 by the relative rule: 2.0 ms and 1.2), so few rows are one, though from
 // the second-level cache high parts cost them more (3 x 768 x 3072: 15 us and 20).
 void MultiplyWithLanes(const Block& b) {
+  if (Planned(b) && TakesPairs(b)) return MultiplyPairs(b);
   if (Planned(b) && b.m <= kFewM) return MultiplyFewRows(b);
   if (b.k == 0) return MultiplyDots(b);
   if (b.m > kSmallM || PacksAhead(b)) return MultiplyTiled(b);

@@ -110,6 +110,7 @@ struct Block {
   int64_t stride;      // bytes, a multiple of 64, at least k rounded up to 64
   const Row* rows;     // [m]
   bool with_hi;        // some row may hold outliers that are carried as 128 * hi + lo
+  bool from_memory;    // weights are likely to come from there, and not from a cache
   const HiPlan* plan;  // set when with_hi and m <= kSmallM, unless there would be too many groups
   // Set where high parts are quads: of every four columns a bit that says whether some row may have one there.
   const uint64_t* groups;
@@ -184,6 +185,8 @@ struct Problem {
   // kLinear: y is the gate of two layers of n outputs each (silu of the first times the second), whose weights, scales
   // and biases stand one below the other; no residual.
   bool gated = false;
+  // Where weights come from, which decides how they are read and changes no bit: guessed by what was multiplied before.
+  enum class Source { kGuessed, kCache, kMemory } source = Source::kGuessed;
   void* y;           // [m][n]; int32 in kProduct; [m][k] in kPrologue
   int8_t* lo;        // kQuantize: [m][k]
   int8_t* hi;        // kQuantize: [m][k]
@@ -243,6 +246,7 @@ class Job {
   bool quads_ = false;  // whether high parts are listed as quads, not as words
   int64_t chunk_m_ = 0, chunks_ = 0;  // rows of an item of the last phase, items of a block; 0 if there are none
   int64_t threads_ = 1;
+  bool from_memory_ = false;
   uint64_t id_;
 };
 

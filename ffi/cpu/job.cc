@@ -10,6 +10,7 @@
 #include <functional>
 
 #include "int8.h"
+#include "recent.h"
 #include "workspace.h"
 
 #if defined(__SSE__)
@@ -111,7 +112,7 @@ Job::Job(const Problem& problem) : p_(problem), ws_(Acquire()), id_(NextId()) {
   ws_->rows.resize(p_.m);
   // One cache line more than needed: rows at a stride of 4096 would all fall into the same set of the L1 cache.
   ws_->stride = RoundUp(p_.k, 64) + 64;
-  ws_->lo.Get<int8_t>(p_.m * ws_->stride);
+  ws_->codes = HalfAPageFrom(p_.w, ws_->lo.Get<int8_t>(p_.m * ws_->stride + kPage), p_.m);
   plans_ = quantizes && p_.options.rule != Rule::kNone && !p_.options.float_outliers && p_.m <= kSmallM;
   items_[2] = plans_ && row_items > 1;
   const bool high = quantizes && p_.options.rule != Rule::kNone && !p_.options.float_outliers;
@@ -122,7 +123,10 @@ Job::Job(const Problem& problem) : p_(problem), ws_(Acquire()), id_(NextId()) {
   chunk_m_ = CeilDiv(p_.m, chunks_);
   items_[3] = blocks * chunks_;
   // Weights at 15 bytes, products at 250 per nanosecond and thread.
-  const double weights = static_cast<double>(p_.n) * static_cast<double>(p_.k) * (p_.gated ? 2 : 1);
+  const int64_t bytes = p_.n * p_.k * (p_.gated ? 2 : 1);
+  const bool guess = ComeFromMemory(p_.w, bytes);
+  from_memory_ = p_.source == Problem::Source::kGuessed ? guess : p_.source == Problem::Source::kMemory;
+  const auto weights = static_cast<double>(bytes);
   cost_[3] = std::max(weights / 15, weights * static_cast<double>(p_.m) / 250);
 }
 
@@ -239,7 +243,7 @@ void Job::QuantizeRows(int64_t item) {
   const int64_t begin = item * rows_per_item_, end = std::min(p_.m, begin + rows_per_item_);
   for (int64_t i = begin; i < end; ++i) {
     const void* x = RowOf(i, false);
-    int8_t* lo = rows_only ? p_.lo + i * p_.k : ws_->lo.Get<int8_t>(0) + i * ws_->stride;
+    int8_t* lo = rows_only ? p_.lo + i * p_.k : ws_->codes + i * ws_->stride;
     const Row row = p_.rung->quantize(p_.options, p_.type, x, p_.k, columns, scratch, lo);
     if (rows_only) {
       p_.row_scale[i] = row.scale;
@@ -276,7 +280,7 @@ void Job::QuantizeRows(int64_t item) {
 void Job::CopyRows(int64_t item) {
   const int64_t begin = item * rows_per_item_, end = std::min(p_.m, begin + rows_per_item_);
   for (int64_t i = begin; i < end; ++i) {
-    int8_t* lo = ws_->lo.Get<int8_t>(0) + i * ws_->stride;
+    int8_t* lo = ws_->codes + i * ws_->stride;
     if (p_.k > 0) std::memcpy(lo, static_cast<const int8_t*>(p_.x) + i * p_.k, static_cast<size_t>(p_.k));
     std::memset(lo + p_.k, 0, static_cast<size_t>(ws_->stride - p_.k));
     Row row;
@@ -370,13 +374,14 @@ Block Job::BlockOf(int64_t item) const {
   if (b.m <= 0) return b;
   b.k = p_.k;
   b.stride = ws_->stride;
-  b.lo = ws_->lo.Get<int8_t>(0) + i0 * ws_->stride;
+  b.lo = ws_->codes + i0 * ws_->stride;
   b.rows = ws_->rows.data() + i0;
   b.with_hi = p_.kind == Problem::Kind::kLinear && p_.options.rule != Rule::kNone && !p_.options.float_outliers;
   b.plan = plans_ && ws_->plan.groups <= HiPlan::kMaxGroups ? &ws_->plan : nullptr;
   b.groups = quads_ ? GroupsOf(i0, i0 + b.m) : nullptr;
   b.w = p_.w + j0 * p_.k;
   b.job = id_;
+  b.from_memory = from_memory_;
   const int64_t j_next = (item + 1) / chunks_ * kBlockN;
   b.ahead = BeginsLane(item + 1) ? nullptr : p_.w + j_next * p_.k;
   b.ahead_n = std::min(kBlockN, p_.n - j_next);

@@ -13,6 +13,9 @@
 
 #include <immintrin.h>
 
+#include <array>
+#include <utility>
+
 #include "int8.h"
 #include "picks_avx512.h"
 #include "rows_avx512.h"
@@ -23,19 +26,15 @@ namespace jaxint8::cpu {
 namespace {
 
 constexpr int kLanesN = 8;  // outputs at once: two transpositions
-constexpr int64_t kLanesBytes = 36 << 10;
-constexpr int kLanesM = 8;  // rows of codes at once: 8 x 2 sums + 8 weights + 1 of codes
-
-// Lane l: the sum of the lanes of the l-th register.
-ALWAYS_INLINE inline __m512i SumLanes(__m512i a, __m512i b, __m512i c, __m512i d) {
-  const __m512i ab = _mm512_add_epi32(_mm512_shuffle_i32x4(a, b, 0x44), _mm512_shuffle_i32x4(a, b, 0xee));
-  const __m512i cd = _mm512_add_epi32(_mm512_shuffle_i32x4(c, d, 0x44), _mm512_shuffle_i32x4(c, d, 0xee));
-  return _mm512_add_epi32(_mm512_shuffle_i32x4(ab, cd, 0x88), _mm512_shuffle_i32x4(ab, cd, 0xdd));
-}
+constexpr int64_t kLanesBytes = 44 << 10;
+constexpr int64_t kGatherColumns = 2048;
 
 // How high parts come about: not here; the weights of their groups are gathered, for all rows; or each team picks its
 // own.
 enum class HighParts { kNone, kGathered, kPicked };
+
+// Rows of codes of a team at most: 10 x 2 sums + 8 weights + 1 of codes.
+constexpr int LanesM(HighParts high) { return high == HighParts::kPicked ? kPickRows : 10; }
 
 // A piece of a block: a team of rows of codes and a slice of the columns.
 struct LanesPart {
@@ -127,7 +126,7 @@ void LanesOf(const Block& b, const LanesPart& part) {
   [[maybe_unused]] uint8_t* panel = part.panel;
   const int64_t k3 = Thrice(k), stride3 = Thrice(stride);
   for (int64_t octets = b.n / kLanesN; octets > 0; --octets, first += kLanesN * k, c += kLanesN) {
-    const int8_t *w = first, *w4 = first + 4 * k, *x = codes, *x4 = codes + 4 * stride;
+    const int8_t *w = first, *w4 = first + 4 * k, *x = codes, *x4 = codes + 4 * stride, *x8 = codes + 8 * stride;
     ForgetVectors();
     __m512i acc[M][G];
     Unroll<M * G>([&](auto i) ALWAYS_INLINE { acc[i / G][i % G] = _mm512_setzero_si512(); });
@@ -151,20 +150,21 @@ void LanesOf(const Block& b, const LanesPart& part) {
       Unroll<4>([&](auto q) ALWAYS_INLINE {
         Unroll<M>([&](auto i) ALWAYS_INLINE {
           constexpr auto kOrder = static_cast<_MM_PERM_ENUM>(q * 0x55);
-          const __m512i own = _mm512_shuffle_epi32(_mm512_load_si512(RowAt<i>(x, x4, stride, stride3)), kOrder);
+          const int8_t* from = RowAt<i % 8>(i < 8 ? x : x8, x4, stride, stride3);
+          const __m512i own = _mm512_shuffle_epi32(_mm512_load_si512(from), kOrder);
           Unroll<G>([&](auto g) ALWAYS_INLINE { acc[i][g] = _mm512_dpbusd_epi32(acc[i][g], weights[g][q], own); });
         });
       });
     };
     // The rest comes first: after the loop it would make the compiler hold every sum twice.
     if constexpr (kRest) {
-      w += lines, w4 += lines, x += lines, x4 += lines;
+      w += lines, w4 += lines, x += lines, x4 += lines, x8 += lines;
       step([&](const int8_t* from) ALWAYS_INLINE { return _mm512_maskz_loadu_epi8(rest, from); });
-      w -= lines, w4 -= lines, x -= lines, x4 -= lines;
+      w -= lines, w4 -= lines, x -= lines, x4 -= lines, x8 -= lines;
     }
     for (const int8_t* end = first + lines; w != end;) {
       step([](const int8_t* from) ALWAYS_INLINE { return _mm512_loadu_si512(from); });
-      w += 64, w4 += 64, x += 64, x4 += 64;
+      w += 64, w4 += 64, x += 64, x4 += 64, x8 += 64;
     }
     // What comes after the loop is no reason to move sums about in it.
     Unroll<M * G>([&](auto i) ALWAYS_INLINE { asm("" : "+v"(acc[i / G][i % G])); });
@@ -202,9 +202,12 @@ void Lanes(const Block& b, const LanesPart& part) {
 }
 
 using LanesFunction = void (*)(const Block&, const LanesPart&);
+template <HighParts kHigh, int... kBefore>
+constexpr std::array<LanesFunction, sizeof...(kBefore)> LanesUpTo(std::integer_sequence<int, kBefore...>) {
+  return {Lanes<kBefore + 1, kHigh>...};
+}
 template <HighParts kHigh>
-constexpr LanesFunction kLanes[kLanesM] = {Lanes<1, kHigh>, Lanes<2, kHigh>, Lanes<3, kHigh>, Lanes<4, kHigh>,
-                                           Lanes<5, kHigh>, Lanes<6, kHigh>, Lanes<7, kHigh>, Lanes<8, kHigh>};
+constexpr auto kLanes = LanesUpTo<kHigh>(std::make_integer_sequence<int, LanesM(kHigh)>{});
 
 }  // namespace
 }  // namespace jaxint8::cpu

@@ -100,6 +100,13 @@ void Pack(const int8_t* w, int64_t stride, int64_t n, int64_t columns, int regis
   }
 }
 
+// Lane l: the sum of the lanes of the l-th register.
+ALWAYS_INLINE inline __m512i SumLanes(__m512i a, __m512i b, __m512i c, __m512i d) {
+  const __m512i ab = _mm512_add_epi32(_mm512_shuffle_i32x4(a, b, 0x44), _mm512_shuffle_i32x4(a, b, 0xee));
+  const __m512i cd = _mm512_add_epi32(_mm512_shuffle_i32x4(c, d, 0x44), _mm512_shuffle_i32x4(c, d, 0xee));
+  return _mm512_add_epi32(_mm512_shuffle_i32x4(ab, cd, 0x88), _mm512_shuffle_i32x4(ab, cd, 0xdd));
+}
+
 // Row R of a matrix, from its first and fifth row, the bytes of one row and of three: registers that no step of a loop
 // has to fetch.
 template <int R>
@@ -113,6 +120,12 @@ ALWAYS_INLINE inline int64_t Thrice(int64_t bytes) {
   bytes *= 3;
   asm("" : "+r"(bytes));
   return bytes;
+}
+
+// A piece of so many columns, in whole lines: about as long as the others, and no longer than `most` if that is a line.
+inline int64_t PieceOf(int64_t columns, int64_t most) {
+  const int64_t pieces = (columns + most - 1) / most;
+  return ((columns + pieces - 1) / pieces + 63) / 64 * 64;
 }
 
 // Nothing lives in a vector register here. Else the compiler keeps addresses there, and they come back only after the

@@ -1,0 +1,38 @@
+// Which weights are likely to be in a cache: those that were multiplied a short while ago.
+//
+// Weights from memory are best read as one stream, those in a cache in whatever order multiplies fastest. A size does
+// not tell them apart: a decoder's layers may be small, but between two uses of one all others are read.
+#ifndef JAXINT8_FFI_CPU_RECENT_H_
+#define JAXINT8_FFI_CPU_RECENT_H_
+
+#include <atomic>
+#include <cstdint>
+
+namespace jaxint8::cpu {
+
+// What a third-level cache is taken to hold of weights: most of 32 MB.
+inline constexpr int64_t kCacheBytes = 24 << 20;
+
+// Says that these weights are multiplied now, and returns whether more bytes of weights than a cache holds, these
+// included, have been since they were last. A guess: threads that say so at once may undo each other's notes, and other
+// weights may have been at this address.
+inline bool ComeFromMemory(const int8_t* weights, int64_t bytes) {
+  struct Note {
+    std::atomic<const int8_t*> weights{nullptr};
+    std::atomic<int64_t> bytes{0};  // of all weights up to then
+  };
+  constexpr int kBits = 10;
+  static Note notes[1 << kBits];
+  static std::atomic<int64_t> total{0};
+  const int64_t now = total.fetch_add(bytes, std::memory_order_relaxed) + bytes;
+  Note& note = notes[(reinterpret_cast<uintptr_t>(weights) >> 6) * 0x9e3779b97f4a7c15 >> (64 - kBits)];
+  const bool known = note.weights.load(std::memory_order_relaxed) == weights;
+  const int64_t since = now - note.bytes.load(std::memory_order_relaxed);
+  note.weights.store(weights, std::memory_order_relaxed);
+  note.bytes.store(now, std::memory_order_relaxed);
+  return !known || since > kCacheBytes;
+}
+
+}  // namespace jaxint8::cpu
+
+#endif  // JAXINT8_FFI_CPU_RECENT_H_
