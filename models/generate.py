@@ -93,7 +93,7 @@ def _decode(
 ) -> tuple[_State, jax.Array]:
     """`_steps`, compiled, which takes ``state`` over."""
     how = {"config": config, "quantization": quantization, "placement": placement, "burst": burst}
-    return _compiled_steps(burst > 1)(params, state, steps, draw, **how)
+    return _compiled_steps(_platform(params) != "cpu")(params, state, steps, draw, **how)
 
 
 @functools.cache
@@ -103,7 +103,9 @@ def _compiled_steps(on_accelerator: bool) -> Any:
     if on_accelerator:
         try:
             jax.jit(lambda: jnp.int32(0), compiler_options=options).lower().compile()
-        except jax.errors.JaxRuntimeError:  # an option of another version
+        except jax.errors.JaxRuntimeError as error:
+            if "No such compile option" not in str(error):
+                raise
             on_accelerator = False
     return jax.jit(
         _steps,
@@ -202,10 +204,13 @@ def _next(
 
 def steps_of_a_turn(params: Params, chunk: int) -> int:
     """Returns the ``burst`` of `_steps` for parameters where they lie, making ``chunk`` steps a call."""
+    return 1 if _platform(params) == "cpu" or chunk % BURST else BURST
+
+
+def _platform(params: Params) -> str:
     table = params["embedding"]
     on_device = isinstance(table, jax.Array)
-    platform = next(iter(table.devices())).platform if on_device else jax.default_backend()
-    return 1 if platform == "cpu" or chunk % BURST else BURST
+    return next(iter(table.devices())).platform if on_device else jax.default_backend()
 
 
 @functools.partial(jax.jit, static_argnames="capacity")

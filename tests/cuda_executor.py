@@ -119,11 +119,11 @@ class Executor:
         self.library.executor_divide(divisor, int(by_integer), *pointers, ctypes.c_int64(x.size))
         return y
 
-    def round_quotients(self, x: np.ndarray, divisors: np.ndarray, few_bits: bool) -> np.ndarray:
-        """Returns the integers nearest to float32 x / divisors, of any x or of x with 11 bits at most."""
+    def round_quotients(self, x: np.ndarray, divisors: np.ndarray, bits: int) -> np.ndarray:
+        """Returns the integers nearest to float32 x / divisors, for x with so many bits: 8, 11 or 24."""
         y = np.empty(x.shape, np.int32)
         pointers = (ctypes.c_void_p(a.ctypes.data) for a in (divisors, x, y))
-        self.library.executor_round(int(few_bits), *pointers, ctypes.c_int64(x.size))
+        self.library.executor_round(bits, *pointers, ctypes.c_int64(x.size))
         return y
 
     @staticmethod

@@ -360,8 +360,12 @@ def test_around_kinds(executor: Executor, kind: str, prologue: int) -> None:
 
 @pytest.mark.parametrize("prologue", [RMS_NORM, SILU_GATE])
 def test_around_long_rows(executor: Executor, prologue: int) -> None:
-    """Rows that are staged: too long for registers, and float32."""
-    for shape, dtype in [((3, 4112, 3), ml_dtypes.bfloat16), ((17, 1040, 3), np.float32)]:
+    """Rows that are staged, too long for registers; and float32 in registers."""
+    for shape, dtype in [
+        ((3, 4112, 3), ml_dtypes.bfloat16),
+        ((3, 4104, 3), np.float32),
+        ((17, 1040, 3), np.float32),
+    ]:
         case, around = make_around(shape, dtype, prologue)
         expect_linear(executor, case, RelativeThreshold(3.0), WGMMA, around)
         expect_linear(executor, case, RelativeThreshold(3.0), SPARSE, around)
@@ -378,16 +382,18 @@ def test_product(executor: Executor, shape: tuple[int, int, int], path: int) -> 
     np.testing.assert_array_equal(executor.product(a, codes, path), reference.product(a, codes))
 
 
+# Columns of rows where they are, in registers and in shared memory.
+@pytest.mark.parametrize("columns", [999, 1000, 4104])
 @pytest.mark.parametrize("k", [1, 2, 7, 24, 25, 40, 499])
-def test_topk_ties(executor: Executor, k: int) -> None:
+def test_topk_ties(executor: Executor, k: int, columns: int) -> None:
     """Ties go to the lower column on the quick way, on the way by digits, and where candidates overflow."""
     rng = np.random.default_rng(k)
     rows = [
-        rng.integers(-3, 4, 999),
-        np.zeros(999),
-        np.ones(999),
-        rng.normal(size=999),
-        np.where(np.arange(999) < 30, 5.0, rng.normal(size=999)),
+        rng.integers(-3, 4, columns),
+        np.zeros(columns),
+        np.ones(columns),
+        rng.normal(size=columns),
+        np.where(np.arange(columns) < 30, 5.0, rng.normal(size=columns)),
     ]
     x = np.stack(rows).astype(np.float32)
     for got, wanted in zip(
@@ -398,8 +404,8 @@ def test_topk_ties(executor: Executor, k: int) -> None:
 
 @pytest.mark.parametrize("rule", [None, Threshold(2.0, "column"), RelativeThreshold(3.0), TopK(30)])
 def test_rows_in_registers_and_longer(executor: Executor, rule: Any) -> None:
-    """Rows that one, several and all groups of eight elements per thread hold, and rows too long for that."""
-    for shape in [(5, 2056), (2, 3080), (2, 8200), (1, 16384), (1, 16392)]:
+    """Rows that registers hold, to the longest, rows that shared memory does, and longer ones; and many rows."""
+    for shape in [(3, 8), (5, 2056), (2, 4096), (2, 4104), (1, 16392), (1, 33000), (260, 4096)]:
         x = battery.make((*shape, 1), ml_dtypes.bfloat16).x
         for got, wanted in zip(
             executor.quantize(x, rule), reference.quantize_rows(x, rule), strict=True

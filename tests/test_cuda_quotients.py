@@ -54,7 +54,7 @@ def test_one_correction_is_enough_for_few_bits(executor: Executor, bits: int) ->
     """bfloat16 and float16: every quotient up to the largest code that is near a turn, by any divisor."""
     x, divisors = near_turns(bits, 16260)
     assert x.size >= 3 and (x.view(np.int32) << (bits + 8) == 0).all()
-    got = executor.round_quotients(x, divisors, True)
+    got = executor.round_quotients(x, divisors, bits)
     np.testing.assert_array_equal(got, np.rint(x / divisors))
 
 
@@ -62,6 +62,8 @@ def test_one_correction_is_enough_for_few_bits(executor: Executor, bits: int) ->
 @pytest.mark.parametrize("scale", [2.0**-120, 2.0**-61, 1.0, 2.0**100])
 def test_quotients_by_numbers_of_all_ones(executor: Executor, bits: int, scale: float) -> None:
     """The divisors by which Markstein's corrections may fail, and their neighbours; and any others."""
+    if bits == 11:
+        scale = max(scale, 2.0**-38)  # no row of float16 has a smaller one
     rng = np.random.default_rng(bits)
     mantissas = rng.integers(1 << (bits - 1), 1 << bits, 20000)
     divisors = 2.0 - 2.0**-23 * rng.integers(1, 4, mantissas.size)
@@ -69,7 +71,7 @@ def test_quotients_by_numbers_of_all_ones(executor: Executor, bits: int, scale: 
     divisors = (divisors * scale).astype(np.float32)
     x = np.ldexp(mantissas, rng.integers(-3, 15, mantissas.size) - bits).astype(np.float32)
     x *= np.float32(scale)
-    got = executor.round_quotients(x, divisors, bits < 24)
+    got = executor.round_quotients(x, divisors, bits)
     np.testing.assert_array_equal(got, np.rint(x / divisors))
 
 

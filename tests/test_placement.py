@@ -121,7 +121,8 @@ def test_a_step_moves_activations_only():
     args = model.params, np.ones((2, 32), np.int32), np.zeros(2, np.int32), draw, keys
     state = generate._prefill(*args, **how)
     assert state.cache.keys[0].addressable_shards[0].data.shape[:2] == (1, config.kv_heads // 2)
-    text = generate._decode.lower(model.params, state, 4, draw, **how).compile().as_text()
+    steps = generate._compiled_steps(False)
+    text = steps.lower(model.params, state, 4, draw, burst=1, **how).compile().as_text()
     gathered = re.findall(r"= (\w+)\[([\d,]*)\]\S* all-gather\(", text)
     # One row's logits over "model", the chosen tokens over "data".
     assert sorted(gathered) == [("f32", f"1,1,{config.vocab_size}"), ("s32", "2")]

@@ -162,7 +162,8 @@ Outputs Run(const Case& c, const Inputs& in, const Rung* rung, int threads) {
   p.y = out.streamed.data();
   p.source = Problem::Source::kMemory;
   RunOn(threads, p);
-  // The first half of the outputs as the gate of the second.
+  // The first half of the outputs as the gate of the second. From here on one source each, by the case.
+  p.source = c.n % 2 ? Problem::Source::kCache : Problem::Source::kMemory;
   out.gated.resize(c.m * (c.n / 2) * size);
   p.gated = true;
   p.n = c.n / 2;
@@ -175,6 +176,7 @@ Outputs Run(const Case& c, const Inputs& in, const Rung* rung, int threads) {
   p.type = Type::kS32;
   p.x = in.a.data();
   p.y = out.product.data();
+  p.source = c.n % 2 ? Problem::Source::kMemory : Problem::Source::kCache;
   RunOn(threads, p);
   return out;
 }
@@ -276,7 +278,7 @@ int Main() {
       {6, 65, 15},     {7, 768, 72},    {8, 1027, 40},  {13, 300, 128}, {16, 2100, 66},  {17, 256, 130}, {33, 1100, 64},
       {64, 1088, 200}, {9, 5000, 77},   {12, 9000, 66}, {40, 769, 74},  {523, 70, 64},   {0, 5, 5},      {5, 0, 5},
       {5, 5, 0},       {1040, 129, 33}, {100, 0, 5},    {64, 576, 200}, {130, 768, 200}, {10, 1090, 72}, {19, 1000, 66},
-      {5, 2111, 67},   {4, 4096, 24},   {9, 1536, 16},  {6, 8200, 19}};
+      {5, 2111, 67},   {4, 4096, 24},   {9, 1536, 16},  {6, 8200, 19},  {5, 4100, 19},   {4, 10300, 18}, {4, 2111, 67}};
   const std::vector<const Rung*> rungs = AllRungs();
   const size_t count = rungs.size();
   const Rung* scalar = rungs.back();

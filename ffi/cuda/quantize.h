@@ -14,7 +14,7 @@ namespace jaxint8::cuda {
 struct QuantizeParams {
   Ptr<const uint8_t> x;  // [m][k], or [m][2 * k] with a gate
   int64_t m, k;
-  PrologueParams prologue;  // only in kernels that stage the row
+  PrologueParams prologue;  // only in kernels that stage the row or hold it
   Options options;
   bool marking;         // find the marks of rows (marks.h) instead of writing codes
   Ptr<uint32_t> marks;  // column scope: [parts][MarkWords(k)]
@@ -47,7 +47,7 @@ inline int64_t StagedBytes(Type type, int64_t k, int64_t stride, Prologue prolog
   return k % 8 == 0 && stride % 8 == 0 && row <= kStagedMost && all <= kStagedAllMost ? all : 0;
 }
 // Few rows are done soonest by many threads, many rows by few: what is done once for a row is done by each warp. With a
-// multiprocessor of its own a row has eight values a thread.
+// multiprocessor of its own a row has as many as a block may have.
 inline int RowThreads(int64_t rows, int64_t columns, bool alone = false) {
   const int64_t groups = (columns + 7) / 8, most = groups < 256 ? groups : 256;
   const int64_t few = groups / 4 < 128 ? groups / 4 : 128;

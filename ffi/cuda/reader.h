@@ -216,7 +216,7 @@ class IntegerDivisor {
 // After two corrections any quotient is rounded as Divide would, as the first leaves it within one unit in the last
 // place. Of values with 11 bits or fewer one is enough: it errs by less than 2^-23 units, and none of their quotients
 // is so near to a number where rounding to integers turns, by whatever divisor, but those whose mantissa is all ones.
-// There a first factor a little too small helps. (jaxint8_divide of the tests' module tries all that come near.)
+// There a first factor a little too small helps. tests/test_cuda_quotients.py tries all that come near.
 class Quotients {
  public:
   JAXINT8_DEVICE explicit Quotients(float divisor) {

@@ -1,5 +1,5 @@
 // Quantises one row of activations with a block or half of one: statistics, outlier rule, codes. The row is looked at
-// two to four times where it lies, which had better be shared memory.
+// two to four times where its groups are (groups.h): registers, or memory, which had better be shared.
 //
 // Every statistic is a maximum, a count or an integer sum, so the codes do not depend on the number of threads. What
 // takes the time is the instructions, and where blocks are few, fetching them: loops are not unrolled.

@@ -124,14 +124,16 @@ void executor_divide(int32_t divisor, int32_t by_integer, const float* x, float*
   }
 }
 
-// y = the nearest integer to x / divisor, element by element, by Quotients: of float32 or of values with few bits.
-void executor_round(int32_t few_bits, const float* divisor, const float* x, int32_t* y, int64_t count) {
+// y = the nearest integer to x / divisor, element by element, by Quotients: of values with so many bits, 8, 11 or 24.
+void executor_round(int32_t bits, const float* divisor, const float* x, int32_t* y, int64_t count) {
   using namespace jaxint8::cuda;
   for (int64_t i = 0; i < count; ++i) {
     const float v[8] = {x[i]};
     uint32_t shifted[8];
     const Quotients quotients(divisor[i]);
-    few_bits ? quotients.Round<Type::kBF16>(v, shifted) : quotients.Round<Type::kF32>(v, shifted);
+    bits == 8    ? quotients.Round<Type::kBF16>(v, shifted)
+    : bits == 11 ? quotients.Round<Type::kF16>(v, shifted)
+                 : quotients.Round<Type::kF32>(v, shifted);
     y[i] = static_cast<int32_t>(shifted[0] - kMagicBits);
   }
 }
