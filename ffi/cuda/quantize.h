@@ -87,7 +87,11 @@ struct QuantizeKernel {
   using Params = QuantizeParams;
   static_assert(kPlace == RowPlace::kMemory || kVector);
   static constexpr int kMaxThreads = kQuantizeThreads;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+  static constexpr int kMinBlocks = kRule == kMarked ? 1 : 2;  // or registers are spilled there
+#else
   static constexpr int kMinBlocks = 2;
+#endif
   // Without a staged row, which lies behind this: x, and the row beside it or the weights of a norm.
   static constexpr int64_t kShared = 4 * kScratchWords;
 
