@@ -80,20 +80,9 @@ def _prefill(
     return _State(cache, token, _is_end(token, config), step + jnp.int32(1), keys)
 
 
-def _decode(
-    params: Params,
-    state: _State,
-    steps: jax.Array,
-    draw: Draw,
-    *,
-    config: DecoderConfig,
-    quantization: QuantizationConfig | None,
-    placement: Placement | None = None,
-    burst: int = 1,
-) -> tuple[_State, jax.Array]:
-    """`_steps`, compiled, which takes ``state`` over."""
-    how = {"config": config, "quantization": quantization, "placement": placement, "burst": burst}
-    return _compiled_steps(_platform(params) != "cpu")(params, state, steps, draw, **how)
+def _decode(params: Params, *args: Any, **how: Any) -> tuple[_State, jax.Array]:
+    """`_steps` compiled for where the parameters lie, which takes the state over."""
+    return _compiled_steps(_platform(params) != "cpu")(params, *args, **how)
 
 
 @functools.cache
@@ -123,8 +112,8 @@ def _steps(
     *,
     config: DecoderConfig,
     quantization: QuantizationConfig | None,
-    placement: Placement | None,
-    burst: int,
+    placement: Placement | None = None,
+    burst: int = 1,
 ) -> tuple[_State, jax.Array]:
     """Makes up to ``steps`` (at most CHUNK) tokens more; stops early once every row has ended.
 

@@ -124,8 +124,8 @@ Job::Job(const Problem& problem) : p_(problem), ws_(Acquire()), id_(NextId()) {
   items_[3] = blocks * chunks_;
   // Weights at 15 bytes, products at 250 per nanosecond and thread.
   const int64_t bytes = p_.n * p_.k * (p_.gated ? 2 : 1);
-  const bool guess = ComeFromMemory(p_.w, bytes);
-  from_memory_ = p_.source == Problem::Source::kGuessed ? guess : p_.source == Problem::Source::kMemory;
+  const bool guessed = p_.source == Problem::Source::kGuessed;
+  from_memory_ = guessed ? ComeFromMemory(p_.w, bytes) : p_.source == Problem::Source::kMemory;
   const auto weights = static_cast<double>(bytes);
   cost_[3] = std::max(weights / 15, weights * static_cast<double>(p_.m) / 250);
 }

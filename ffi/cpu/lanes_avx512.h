@@ -6,8 +6,8 @@
 // four outputs, where a plain dot product has four times as many) are six additions. Codes are brought into the same
 // order as they are loaded: word q of each lane, four times. The surprising fact is what is not here, a panel of packed
 // weights: on Zen 5, which shuffles four registers a cycle, a store costs as much as two multiplications, so that
-// transposing the same weights anew for every eight rows of codes is cheaper than to keep them, up to some 50 or 70
-// rows.
+// transposing the same weights anew for every eight to ten rows of codes is cheaper than to keep them, up to some 50 or
+// 70 rows.
 #ifndef JAXINT8_FFI_CPU_LANES_AVX512_H_
 #define JAXINT8_FFI_CPU_LANES_AVX512_H_
 
@@ -26,6 +26,8 @@ namespace jaxint8::cpu {
 namespace {
 
 constexpr int kLanesN = 8;  // outputs at once: two transpositions
+// Bytes of codes and weights of a slice of columns, which stay in the L1 cache (48 KiB); and the columns of one whose
+// weights are kept there too, for those that gather.
 constexpr int64_t kLanesBytes = 44 << 10;
 constexpr int64_t kGatherColumns = 2048;
 

@@ -157,8 +157,8 @@ struct QuantizeKernel {
   }
 
   // Leaves the marks of one row.
-  template <typename Row>
-  static JAXINT8_DEVICE void Mark(const Params& p, int64_t i, Row& row, Ptr<uint32_t> marks) {
+  template <typename AnyRow>
+  static JAXINT8_DEVICE void Mark(const Params& p, int64_t i, AnyRow& row, Ptr<uint32_t> marks) {
     if (p.parts == 1) return row.Mark(p.marks);
     const int words = static_cast<int>(MarkWords(p.k));
     ClearMarks(marks, words);
@@ -179,8 +179,8 @@ struct QuantizeKernel {
     Barrier();
   }
 
-  template <typename Row>
-  static JAXINT8_DEVICE float Quantize(const Params& p, int64_t i, Row& row, RowOutput& out, Ptr<uint32_t> pieces) {
+  template <typename AnyRow>
+  static JAXINT8_DEVICE float Quantize(const Params& p, int64_t i, AnyRow& row, RowOutput& out, Ptr<uint32_t> pieces) {
     if (p.pieces) {
       out.pieces = pieces;
       for (int j = ThreadIndex(); j < kPieceWords; j += BlockThreads()) Store(pieces + j, 0u);
@@ -196,8 +196,8 @@ struct QuantizeKernel {
   }
 
   // The last block of compressed high parts may have places for rows beyond the last: these are zeros.
-  template <typename Row>
-  static JAXINT8_DEVICE float QuantizeSparse(const Params& p, int64_t i, Row& row, const RowOutput& out) {
+  template <typename AnyRow>
+  static JAXINT8_DEVICE float QuantizeSparse(const Params& p, int64_t i, AnyRow& row, const RowOutput& out) {
     const Ptr<uint32_t> bits = Cast<uint32_t>(SharedMemory() + p.sparse_at);
     for (int j = ThreadIndex(); j < kSparseWords; j += BlockThreads()) Store(bits + j, 0u);
     Barrier();
