@@ -26,8 +26,8 @@ namespace jaxint8::cpu {
 namespace {
 
 constexpr int kLanesN = 8;  // outputs at once: two transpositions
-// Bytes of codes and weights of a slice of columns, which stay in the L1 cache (48 KiB); and the columns of one whose
-// weights are kept there too, for those that gather.
+// Bytes of a team's codes in a slice of columns, which stay in the L1 cache (48 KiB); and the columns of a slice where
+// what is stored to gather from has to stay there too.
 constexpr int64_t kLanesBytes = 44 << 10;
 constexpr int64_t kGatherColumns = 2048;
 
