@@ -39,6 +39,7 @@ HOPPER = (
 )
 FORBIDDEN = {"": r"\b(LDL|STL)\b"}  # local memory: registers that did not fit
 TYPES = {"0": "f32", "1": "bf16", "2": "f16"}
+PLACES = {"0": "memory", "1": "shared", "2": "registers"}  # RowPlace
 
 
 def find_tool(name: str) -> str:
@@ -80,13 +81,12 @@ def readable(symbol: str) -> str:
     match = re.search(r"\d([A-Z][A-Za-z]*Kernel)(.*)EEvN?T", symbol)
     if match is None:
         return symbol
-    arguments = re.findall(r"L(?:NS0_4TypeE(\d)|([ilb])(n?\d+))E", match[2])
-    return (
-        match[1]
-        + "<"
-        + ", ".join(TYPES.get(t, t) if t else value.replace("n", "-") for t, _, value in arguments)
-        + ">"
-    )
+    pattern = r"L(?:NS0_4TypeE(\d)|NS0_8RowPlaceE(\d)|[ilb](n?\d+))E"
+    arguments = [
+        TYPES.get(kind) or PLACES.get(place) or value.replace("n", "-")
+        for kind, place, value in re.findall(pattern, match[2])
+    ]
+    return f"{match[1]}<{', '.join(arguments)}>"
 
 
 def resources(path: str) -> dict[tuple[str, str], dict[str, int]]:
