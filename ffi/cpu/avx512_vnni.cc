@@ -5,8 +5,9 @@
 // weights need no sums, no copy and no format. All sums are modulo 2^32 and the final value fits, so they are exact.
 //
 // In this file: which way a product goes, and small ones for any processor, dot products along the rows of weights as
-// they lie. Those that read weights as one stream: streams_avx512.h. Large ones: tiles_avx512.h. What is between, on
-// processors that shuffle beside their multiplications, is a rung of its own: lanes_avx512.h.
+// they lie. Those that read weights as one stream: streams_avx512.h. Large ones: tiles_avx512.h. What is between is a
+// rung of its own on processors that shuffle beside their multiplications (lanes_avx512.h), and on those that do not
+// (strips_avx512.h).
 #include <immintrin.h>
 
 #include "int8.h"
@@ -15,6 +16,7 @@
 #include "prologue_avx512.h"
 #include "rows_avx512.h"
 #include "streams_avx512.h"
+#include "strips_avx512.h"
 #include "tiles_avx512.h"
 #include "unroll.h"
 
@@ -27,21 +29,24 @@ bool Supported() {
          __builtin_cpu_supports("avx512vnni");
 }
 
+bool SupportedStrips() { return Supported() && HasDearShuffles(); }
+
 bool SupportedLanes() { return Supported() && __builtin_cpu_supports("avx512vbmi") && HasFreeShuffles(); }
 
 // Moves the groups of four columns of a HiPlan into a panel [group][kBlockN][4], rows j.. of (unsigned) weights. To be
 // called while these rows are in the L1 cache.
-void GatherGroups(const Block& b, int64_t j, int64_t rows, uint8_t* panel) {
+void GatherGroups(const Block& b, int64_t first, int64_t stop, int64_t j, int64_t rows, uint8_t* panel) {
   const HiPlan& plan = *b.plan;
+  if (first == stop) return;
   const auto move = [](const int8_t* w, uint8_t* out, size_t bytes) ALWAYS_INLINE {
     uint32_t four = 0;
     std::memcpy(&four, w, bytes);
     four ^= 0x80808080;
     std::memcpy(out, &four, sizeof four);
   };
-  int64_t whole = plan.groups;  // the last group may be cut off by the end of the row
+  int64_t whole = stop;  // the last group may be cut off by the end of the row
   if (plan.group[whole - 1] * 4 + 4 > b.k) --whole;
-  for (int64_t g = 0; g < whole; ++g) {
+  for (int64_t g = first; g < whole; ++g) {
     const int8_t* w = b.w + j * b.k + int64_t{plan.group[g]} * 4;
     uint8_t* out = panel + (g * kBlockN + j) * 4;
     int64_t i = 0;
@@ -50,7 +55,7 @@ void GatherGroups(const Block& b, int64_t j, int64_t rows, uint8_t* panel) {
     }
     for (; i < rows; ++i, w += b.k) move(w, out + i * 4, 4);
   }
-  if (whole < plan.groups) {
+  if (whole < stop) {
     const int64_t column = int64_t{plan.group[whole]} * 4;
     for (int64_t i = j; i < j + rows; ++i) {
       move(b.w + i * b.k + column, panel + (whole * kBlockN + i) * 4, static_cast<size_t>(b.k - column));
@@ -69,8 +74,7 @@ const int32_t* AddHiGroups(const Block& b, const uint8_t* panel, int64_t begin, 
     for (int32_t word = 0; word < row.words; ++word, ++slot) {
       const __m512i four = _mm512_set1_epi32(static_cast<int32_t>(row.hi[word].four));
       const uint8_t* w = panel + *slot * kBlockN * 4;
-      Unroll<4>([&](auto z)
-                    ALWAYS_INLINE { sum[z] = _mm512_dpbusd_epi32(sum[z], _mm512_load_si512(w + z * 64), four); });
+      Unroll<4>([&](auto z) ALWAYS_INLINE { MulAddInPlace(sum[z], _mm512_load_si512(w + z * 64), four); });
     }
     int32_t* c = b.c + i * kBlockN;
     Unroll<4>([&](auto z) ALWAYS_INLINE {
@@ -115,10 +119,8 @@ void Dots(const Block& b, const Part& part) {
           fetch += N * 64;
         }
         Unroll<M>([&](auto i) ALWAYS_INLINE {
-          __m512i codes = _mm512_load_si512(x + i * stride + t);
-          // Once into a register: each multiplication would load it by itself.
-          if constexpr (N == 2) asm("" : "+v"(codes));
-          Unroll<N>([&](auto j) ALWAYS_INLINE { acc[j][i] = _mm512_dpbusd_epi32(acc[j][i], weights[j], codes); });
+          const __m512i codes = _mm512_load_si512(x + i * stride + t);
+          Unroll<N>([&](auto j) ALWAYS_INLINE { MulAddInPlace(acc[j][i], weights[j], codes); });
         });
       };
       const auto load = [](const int8_t* from) ALWAYS_INLINE { return _mm512_loadu_si512(from); };
@@ -186,11 +188,32 @@ void MultiplyDots(const Block& b) {
         part.i += size;
         part.fetches = false;  // the first team has
       }
-      if (gathers && end == b.k) GatherGroups(b, j, part.j_end - j, panel);
+      if (gathers && end == b.k) GatherGroups(b, 0, b.plan->groups, j, part.j_end - j, panel);
     }
     begin = end;
   } while (begin < b.k);
   if (gathers) AddHiGroups(b, panel, 0, b.m, b.plan->slot);
+  if (b.epilogue) Finish(*b.epilogue, 0, b.m);
+}
+
+// Pairs, a team's codes so many bytes. High parts, if there are any, by the weights of their groups, which are gathered
+// once for all rows.
+void MultiplyPairsOf(const Block& b, int64_t bytes) {
+  auto* const scratch = reinterpret_cast<TileScratch*>(b.scratch);
+  int64_t first = 0, stop = 0, from = -1;  // the groups in these columns
+  const auto gather = [&](int64_t j, int64_t j_end, int64_t begin, int64_t end) {
+    if (from != begin) {
+      from = begin;
+      for (first = stop; stop < b.plan->groups && b.plan->group[stop] * 4 < end;) ++stop;
+    }
+    GatherGroups(b, first, stop, j, j_end - j, scratch->panels[0]);
+  };
+  const bool gathers = b.plan && b.plan->groups > 0;
+  MultiplyPairs(b, bytes, gathers ? &gather : nullptr);
+  if (gathers) {
+    scratch->job = 0;  // other things are kept in its panels here
+    AddHiGroups(b, scratch->panels[0], 0, b.m, b.plan->slot);
+  }
   if (b.epilogue) Finish(*b.epilogue, 0, b.m);
 }
 
@@ -262,7 +285,7 @@ void MultiplyLanes(const Block& b) {
   uint8_t* const panel = scratch->panels[0];
   if (octets * kLanesN < b.n) {
     MultiplyLastOutputs(b, octets * kLanesN);
-    if (groups > 0) GatherGroups(b, octets * kLanesN, b.n % kLanesN, panel);
+    if (groups > 0) GatherGroups(b, 0, groups, octets * kLanesN, b.n % kLanesN, panel);
   }
   int32_t at[HiPlan::kMaxGroups];
   int64_t first = 0, stop = 0;  // the groups in these columns
@@ -323,6 +346,25 @@ void Multiply(const Block& b) {
   MultiplyTiled(b);
 }
 
+// The same with pairs and strips (measured on a Cascade Lake): pairs for up to ten rows, strips beyond and if there are
+// many groups of high parts to gather (8 x 768 x 3072 by top 8: 0.78 of the time), and tiles where codes would be read
+// too often from the L2 cache.
+void MultiplyWithStrips(const Block& b) {
+  if (Planned(b) && b.m <= 3) return MultiplyFewRows(b);
+  if (b.k == 0) return MultiplyDots(b);
+  const int64_t groups = b.plan ? b.plan->groups : 0;
+  if (Planned(b) && b.m <= kPairsM && 94 * groups <= 3 * b.k) return MultiplyPairsOf(b, kDotsBytes);
+  const int64_t most = b.k <= kPanelK ? kStripsMost : 2 * kStripsMost;
+  if (b.m <= most) {
+    uint8_t* const panel = reinterpret_cast<TileScratch*>(b.scratch)->panels[1];
+    MultiplyStrips(b, panel);
+    if (groups > 0) AddHiGroups(b, panel, 0, b.m, b.plan->slot);
+    if (b.epilogue) Finish(*b.epilogue, 0, b.m);
+    return;
+  }
+  MultiplyTiled(b);
+}
+
 // Whether tiles are faster than lanes for up to kSmallM rows: where packing hides behind the multiplications, below
 // 1,024 columns. 64 rows take 0.95 of the time at 576 columns, 0.97 at 768, 0.7 to 0.8 from memory (64 x 576 x 65536).
 bool PacksAhead(const Block& b) {
@@ -330,6 +372,12 @@ bool PacksAhead(const Block& b) {
   if (b.m <= kLanesMost || b.k >= kPanelK || b.k % 64 != 0 || b.n != kBlockN) return false;
   const auto* scratch = reinterpret_cast<const TileScratch*>(b.scratch);
   return (b.ahead && b.ahead_n == kBlockN) || (scratch->job == b.job && scratch->w == b.w);
+}
+
+// Pairs whose high parts are added row by row.
+void MultiplyPairsAlone(const Block& b) {
+  MultiplyPairs<NoGather>(b, kPairsBytes, nullptr);
+  if (b.epilogue) Finish(*b.epilogue, 0, b.m);
 }
 
 // Whether pairs of rows of weights are faster than lanes, or for four rows than single ones (measured on Zen 5). From
@@ -348,7 +396,7 @@ bool TakesPairs(const Block& b) {
 // half the speed of a stream (2 x 1536 x 65536 by the relative rule: 2.0 ms and 1.2), so few rows are one, though from
 // the second-level cache high parts cost them more (3 x 768 x 3072: 15 us and 20).
 void MultiplyWithLanes(const Block& b) {
-  if (Planned(b) && TakesPairs(b)) return MultiplyPairs(b);
+  if (Planned(b) && TakesPairs(b)) return MultiplyPairsAlone(b);
   if (Planned(b) && b.m <= kFewM) return MultiplyFewRows(b);
   if (b.k == 0) return MultiplyDots(b);
   if (b.m > kSmallM || PacksAhead(b)) return MultiplyTiled(b);
@@ -368,9 +416,11 @@ void MultiplyWithLanes(const Block& b) {
 
 }  // namespace
 
-extern const Rung kAvx512VnniLanes, kAvx512Vnni;
+extern const Rung kAvx512VnniLanes, kAvx512VnniStrips, kAvx512Vnni;
 const Rung kAvx512VnniLanes = {"avx512_vnni_lanes", SupportedLanes, EnterRowWide,         MarkRow, QuantizeRow,
                                MultiplyWithLanes,   kChunkM,        sizeof(LanesScratch), kPanelK};
+const Rung kAvx512VnniStrips = {"avx512_vnni_strips", SupportedStrips, EnterRowWide,        MarkRow, QuantizeRow,
+                                MultiplyWithStrips,   kChunkM,         sizeof(TileScratch), kPanelK};
 const Rung kAvx512Vnni = {"avx512_vnni", Supported, EnterRowWide,        MarkRow, QuantizeRow,
                           Multiply,      kChunkM,   sizeof(TileScratch), kPanelK};
 

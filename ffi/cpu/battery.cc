@@ -19,7 +19,7 @@
 
 namespace jaxint8::cpu {
 
-extern const Rung kAmxInt8Emulated, kAvxVnniEvex;
+extern const Rung kAmxInt8Emulated, kAvxVnniEvex, kAvx512VnniStrips, kAvx512Vnni;
 
 namespace {
 
@@ -28,7 +28,14 @@ std::vector<const Rung*> AllRungs() {
   const Rung* const* rungs = Rungs(&count);
   std::vector<const Rung*> all(rungs, rungs + count);
 #if defined(JAXINT8_STAND_INS)
-  all.insert(all.begin(), {&kAmxInt8Emulated, &kAvxVnniEvex});
+  // Chosen on Intel's processors only; all that have the instructions can run it.
+  static const Rung strips = [] {
+    Rung rung = kAvx512VnniStrips;
+    rung.name = "strips anywhere";
+    rung.supported = kAvx512Vnni.supported;
+    return rung;
+  }();
+  all.insert(all.begin(), {&kAmxInt8Emulated, &kAvxVnniEvex, &strips});
 #endif
   return all;
 }

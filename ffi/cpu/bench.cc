@@ -28,11 +28,10 @@ namespace jaxint8::cpu {
 namespace {
 
 const Rung* rung = nullptr;
-bool thread_time = false;  // with one thread: its processor time, which other programs lengthen less
 
 double Now() {
   timespec t;
-  clock_gettime(thread_time ? CLOCK_THREAD_CPUTIME_ID : CLOCK_MONOTONIC, &t);
+  clock_gettime(CLOCK_MONOTONIC, &t);
   return 1e9 * static_cast<double>(t.tv_sec) + static_cast<double>(t.tv_nsec);
 }
 
@@ -162,7 +161,6 @@ void Run(const Shape& s, int threads, Pool* pool, double peak, const int8_t* wei
 int main(int argc, char** argv) {
   using namespace jaxint8::cpu;
   const int threads = argc > 1 ? std::atoi(argv[1]) : 1;
-  thread_time = threads == 1;
   std::vector<Shape> shapes;
   rung = FindRung(-1);
   for (int i = 2; i < argc; ++i) {

@@ -58,11 +58,17 @@ struct Instruction {
 
 JAXINT8_TARGET("avx512f,avx512vnni") int64_t Avx512Vnni() {
   __m512i sum[kChains] = {}, a = _mm512_set1_epi8(1), b = _mm512_set1_epi8(2);
+#pragma GCC unroll 16
   for (auto& s : sum) asm volatile("" : "+v"(s));
   for (int step = 0; step < kSteps; ++step) {
     asm volatile("" : "+v"(a));
-    for (auto& s : sum) s = _mm512_dpbusd_epi32(s, a, b);
+#pragma GCC unroll 16
+    for (auto& s : sum) {
+      s = _mm512_dpbusd_epi32(s, a, b);
+      asm("" : "+v"(s));
+    }
   }
+#pragma GCC unroll 16
   for (auto& s : sum) asm volatile("" : "+v"(s));
   return int64_t{64} * kChains * kSteps;
 }
@@ -70,11 +76,17 @@ JAXINT8_TARGET("avx512f,avx512vnni") int64_t Avx512Vnni() {
 #if defined(JAXINT8_AVX_VNNI)
 JAXINT8_TARGET("avx2,avxvnni") int64_t AvxVnni() {
   __m256i sum[kChains] = {}, a = _mm256_set1_epi8(1), b = _mm256_set1_epi8(2);
+#pragma GCC unroll 16
   for (auto& s : sum) asm volatile("" : "+x"(s));
   for (int step = 0; step < kSteps; ++step) {
     asm volatile("" : "+x"(a));
-    for (auto& s : sum) s = _mm256_dpbusd_avx_epi32(s, a, b);
+#pragma GCC unroll 16
+    for (auto& s : sum) {
+      s = _mm256_dpbusd_avx_epi32(s, a, b);
+      asm("" : "+x"(s));
+    }
   }
+#pragma GCC unroll 16
   for (auto& s : sum) asm volatile("" : "+x"(s));
   return int64_t{32} * kChains * kSteps;
 }
@@ -99,6 +111,7 @@ JAXINT8_TARGET("avx2") int64_t Avx2() {
 // The same on 128 bits, which every x86-64 has.
 int64_t Sse2() {
   __m128i sum[kChains] = {}, a = _mm_set1_epi16(1), b = _mm_set1_epi16(2);
+#pragma GCC unroll 16
   for (auto& s : sum) asm volatile("" : "+x"(s));
   for (int step = 0; step < kSteps; ++step) {
     for (auto& s : sum) {
@@ -106,6 +119,7 @@ int64_t Sse2() {
       s = _mm_add_epi32(s, _mm_madd_epi16(a, b));
     }
   }
+#pragma GCC unroll 16
   for (auto& s : sum) asm volatile("" : "+x"(s));
   return int64_t{8} * kChains * kSteps;
 }
@@ -241,6 +255,7 @@ JAXINT8_TARGET("avx2") void ReadAvx2(const char* data, int64_t bytes) {
       sum[j % 8] = _mm256_xor_si256(sum[j % 8], _mm256_loadu_si256(here));
     }
   }
+#pragma GCC unroll 16
   for (auto& s : sum) asm volatile("" : "+x"(s));
 }
 
@@ -249,6 +264,7 @@ JAXINT8_TARGET("avx512f") void ReadAvx512(const char* data, int64_t bytes) {
   for (int64_t i = 0; i + kBlock <= bytes; i += kBlock) {
     for (int j = 0; j < 8; ++j) sum[j] = _mm512_xor_si512(sum[j], _mm512_loadu_si512(data + i + j * 64));
   }
+#pragma GCC unroll 16
   for (auto& s : sum) asm volatile("" : "+v"(s));
 }
 #endif

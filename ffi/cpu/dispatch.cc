@@ -4,7 +4,8 @@
 namespace jaxint8::cpu {
 
 // Which rungs the compiler could build is told by CMakeLists.txt.
-extern const Rung kAmxInt8, kAvx512VnniLanes, kAvx512Vnni, kAvxVnni, kAvx2, kNeonI8mm, kNeonDotprod, kScalar;
+extern const Rung kAmxInt8, kAvx512VnniLanes, kAvx512VnniStrips, kAvx512Vnni, kAvxVnni, kAvx2, kNeonI8mm, kNeonDotprod,
+    kScalar;
 
 namespace {
 
@@ -14,6 +15,7 @@ const Rung* const kRungs[] = {
 #endif
 #if defined(JAXINT8_AVX512_VNNI)
     &kAvx512VnniLanes,
+    &kAvx512VnniStrips,
     &kAvx512Vnni,
 #endif
 #if defined(JAXINT8_AVX_VNNI)

@@ -34,6 +34,8 @@ bool HasFreeShuffles() {
   return has;
 }
 
+bool HasDearShuffles() { return __builtin_cpu_is("intel") != 0; }
+
 #if defined(JAXINT8_AMX_INT8) && defined(__linux__)
 bool HasAmxInt8() {
   constexpr int kRequestPermission = 0x1023, kTileData = 18;

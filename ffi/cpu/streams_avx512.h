@@ -235,6 +235,8 @@ constexpr int kPairsLeastM = 4, kPairsM = 10;
 // Codes that stay in the L1 cache while weights stream by. Rows of up to so many columns are fetched as one stream,
 // longer ones as two, those of the next pair.
 constexpr int64_t kPairsBytes = 40 << 10, kOneStream = 1536;
+// Weights that stay there while teams take turns.
+constexpr int64_t kTurnBytes = 8 << 10;
 
 template <int M>
 void Pairs(const Block& b, const PairsPart& part) {
@@ -247,23 +249,49 @@ constexpr std::array<void (*)(const Block&, const PairsPart&), sizeof...(kMore)>
 }
 constexpr auto kPairs = PairsFrom(std::make_integer_sequence<int, kPairsM - kPairsLeastM + 1>{});
 
-// kPairsLeastM to kPairsM rows of activations.
-inline void MultiplyPairs(const Block& b) {
-  const int64_t width = PieceOf(b.k, kPairsBytes / b.m);
+// Where high parts are added row by row.
+struct NoGather {
+  void operator()(int64_t, int64_t, int64_t, int64_t) const {}
+};
+
+// So many rows of a block, from i on.
+inline Block TeamOf(const Block& b, int64_t i, int64_t rows) {
+  Block team = b;
+  team.m = rows;
+  team.lo += i * b.stride;
+  team.rows += i;
+  team.c += i * kBlockN;
+  return team;
+}
+
+// From kPairsLeastM rows of activations on, in teams of up to kPairsM that take turns over a few rows of weights, which
+// stay in the L1 cache. `bytes` is what the codes of a team may take of it. `gather(j, j_end, begin, end)` is to move
+// what high parts need of these rows and columns while they are there; without one high parts are added here.
+template <typename Gather>
+void MultiplyPairs(const Block& b, int64_t bytes, const Gather* gather) {
+  const int64_t teams = (b.m + kPairsM - 1) / kPairsM, most = (b.m + teams - 1) / teams;
+  const int64_t width = PieceOf(b.k, bytes / most);
   // High parts are added after so many rows of weights: short rows are still in the L1 cache then; of long ones only a
   // few would be, and interrupting the stream for them costs more (4 x 4096 x 4096 by the relative rule: 4 %).
-  const int64_t turn = b.k <= kOneStream ? 8 : kBlockN;
+  const bool several = teams > 1 || gather != nullptr;
+  const int64_t turn = several ? (kTurnBytes / (width + 1) / 8 + 1) * 8 : b.k <= kOneStream ? 8 : kBlockN;
   for (int64_t begin = 0; begin < b.k; begin += width) {
     PairsPart part{0, 0, begin, begin + width < b.k ? begin + width : b.k, 12 << 10, 64, 128};
     if (b.k > kOneStream) part.fetch = 2 * b.k, part.gap = b.k, part.advance = 64;
-    const bool adds_hi = b.with_hi && part.end == b.k;
     for (; part.j < b.n; part.j = part.j_end) {
       part.j_end = part.j + turn < b.n ? part.j + turn : b.n;
-      kPairs[b.m - kPairsLeastM](b, part);
-      for (int64_t j = part.j; adds_hi && j < part.j_end; j += 4) AddHiOfRows(b, j);
+      for (int64_t team = 0, i = 0; team < teams; ++team) {
+        const int64_t rows = b.m / teams + (team < b.m % teams);
+        kPairs[rows - kPairsLeastM](TeamOf(b, i, rows), part);
+        i += rows;
+      }
+      if (gather != nullptr) {
+        (*gather)(part.j, part.j_end, begin, part.end);
+      } else if (b.with_hi && part.end == b.k) {
+        for (int64_t j = part.j; j < part.j_end; j += 4) AddHiOfRows(b, j);
+      }
     }
   }
-  if (b.epilogue) Finish(*b.epilogue, 0, b.m);
 }
 
 }  // namespace
