@@ -17,7 +17,8 @@ struct Peak {
 Peak MeasurePeak(int threads, double seconds, const char* instruction = nullptr);
 
 // Bytes per second that all threads together read from `data`, over and over, each its own part; at least one pass,
-// however short `seconds`. A set that fits a cache is read from there after the first pass, which is not counted.
+// however short `seconds`, in the faster of two ways. A set that fits a cache is read from there after the first pass,
+// which is not counted.
 double MeasureBandwidth(const void* data, int64_t bytes, int threads, double seconds);
 
 }  // namespace jaxint8::cpu
