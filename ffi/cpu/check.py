@@ -29,7 +29,7 @@ CODE = {
         "avx2": (r"vpmaddwd .*%ymm", rf"vpdp|{NEWER}"),
         "avx_vnni": (r"\{vex\} vpdpbusd .*%ymm", NEWER),
         "avx512_vnni": (r"vpdpbusd .*%zmm", r"vpdpbusd .*\{vex\}"),
-        "amx_int8": (r"tdpbsud\s+%tmm", r"tdpbu"),
+        "amx_int8": (r"tdpbssd\s+%tmm", r"tdpb[^s]|tdpbsu"),
     },
     "aarch64": {
         "scalar": (r"fmul", r"\b(sdot|smmla)\b"),
