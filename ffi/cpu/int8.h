@@ -169,10 +169,11 @@ struct Rung {
   int64_t scratch_bytes;  // per thread
   // Up to this k the high parts of large products are to be listed as quads, in the place of words.
   int64_t quads_k = 0;
-  // From arranged_m rows on, products take codes arranged: every 16 rows [16][stride] are rewritten, [columns /
-  // 4][16][4] in the same place, columns rounded up to 64. Chunks of rows are multiples of 16 then. Null: never.
+  // From arranged_m rows on, with high parts up to arranged_high_m, products take codes arranged: every 16 rows
+  // [16][stride] are rewritten, [columns / 4][16][4] in the same place, columns rounded up to 64. Chunks of rows are
+  // multiples of 16 then. Null: never.
   void (*arrange)(const int8_t* rows, int64_t stride, int64_t columns, int8_t* arranged) = nullptr;
-  int64_t arranged_m = 0;
+  int64_t arranged_m = 0, arranged_high_m = 0;
 };
 
 // Bit pattern of the count-th largest of n magnitudes (reorders them); 1 <= count <= n.

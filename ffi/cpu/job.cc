@@ -138,7 +138,9 @@ Job::Job(const Problem& problem) : p_(problem), ws_(Acquire()), id_(NextId()) {
   ws_->rows.resize(p_.m);
   // One cache line more than needed: rows at a stride of 4096 would all fall into the same set of the L1 cache.
   ws_->stride = RoundUp(p_.k, 64) + 64;
-  arranged_ = p_.rung->arrange != nullptr && p_.m >= p_.rung->arranged_m && p_.k > 0;
+  const bool high = quantizes && p_.options.rule != Rule::kNone && !p_.options.float_outliers;
+  arranged_ = p_.rung->arrange != nullptr && p_.m >= p_.rung->arranged_m && p_.k > 0 &&
+              (!high || p_.m <= p_.rung->arranged_high_m);
   const int64_t room = arranged_ ? RoundUp(p_.m, kArrangedRows) : p_.m;
   ws_->codes = HalfAPageFrom(p_.w, ws_->lo.Get<int8_t>(room * ws_->stride + kPage), p_.m);
   for (int64_t i = 0; arranged_ && i < p_.m; i += kArrangedRows) {
@@ -146,12 +148,11 @@ Job::Job(const Problem& problem) : p_(problem), ws_(Acquire()), id_(NextId()) {
     ws_->row_tiles[i / kArrangedRows].left = std::min(kArrangedRows, p_.m - i);
   }
   if (arranged_) ws_->high_tiles.assign(room / kArrangedRows, HighTiles{});
-  plans_ = !arranged_ && quantizes && p_.options.rule != Rule::kNone && !p_.options.float_outliers && p_.m <= kSmallM;
+  plans_ = high && !arranged_ && p_.m <= kSmallM;
   items_[2] = plans_ && row_items > 1;
-  const bool high = quantizes && p_.options.rule != Rule::kNone && !p_.options.float_outliers;
   quads_ = high && p_.m >= kLeastQuadRows && p_.k <= p_.rung->quads_k;
-  // Both halves of a gate and its sums are to stay in the second-level cache.
-  set_chunks(CeilDiv(p_.m, p_.gated ? p_.rung->chunk_m / 2 : p_.rung->chunk_m));
+  // Both halves of a gate and its sums are to stay in the second-level cache, and so are arranged codes.
+  set_chunks(CeilDiv(p_.m, p_.rung->chunk_m / (p_.gated ? 2 : 1) / (arranged_ ? 2 : 1)));
   // Weights at 15 bytes, products at 250 per nanosecond and thread.
   const int64_t bytes = p_.n * p_.k * (p_.gated ? 2 : 1);
   const bool guessed = p_.source == Problem::Source::kGuessed;
