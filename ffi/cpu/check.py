@@ -29,7 +29,7 @@ CODE = {
         "avx2": (r"vpmaddwd .*%ymm", rf"vpdp|{NEWER}"),
         "avx_vnni": (r"\{vex\} vpdpbusd .*%ymm", NEWER),
         "avx512_vnni": (r"vpdpbusd .*%zmm", r"vpdpbusd .*\{vex\}"),
-        "amx_int8": (r"tdpbsud\s+%tmm", r"tdpbu"),
+        "amx_int8": (r"(?s)tdpbssd\s+%tmm.*tdpbsud|tdpbsud.*tdpbssd\s+%tmm", r"tdpbu|tdpbf|tdpfp"),
     },
     "aarch64": {
         "scalar": (r"fmul", r"\b(sdot|smmla)\b"),

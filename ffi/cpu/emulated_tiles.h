@@ -67,10 +67,16 @@ inline void EmulatedStore(int tile, void* base, int64_t stride) {
   }
 }
 
-// Signed codes by unsigned weights.
-inline void EmulatedDpbsud(int sums, int codes, int weights) {
+inline void EmulatedZero(int tile) {
+  EmulatedTile& t = ConfiguredTile(tile);
+  std::memset(t.data, 0, sizeof t.data);
+}
+
+// Signed bytes by signed or unsigned ones.
+template <typename T>
+void EmulatedProduct(int sums, int rows, int columns) {
   EmulatedTile& c = ConfiguredTile(sums);
-  const EmulatedTile &a = ConfiguredTile(codes), &b = ConfiguredTile(weights);
+  const EmulatedTile &a = ConfiguredTile(rows), &b = ConfiguredTile(columns);
   RequireTiles(a.rows == c.rows && a.bytes == 4 * b.rows && b.bytes == c.bytes, "shapes of a product do not fit");
   static const int left_out = std::getenv("JAXINT8_PLANTED_FAULT") ? 1 : 0;
   for (int i = 0; i < c.rows; ++i) {
@@ -78,7 +84,7 @@ inline void EmulatedDpbsud(int sums, int codes, int weights) {
       uint32_t sum;
       std::memcpy(&sum, c.data[i] + 4 * j, 4);
       for (int t = 0; t < a.bytes - left_out; ++t) {
-        sum += static_cast<uint32_t>(static_cast<int8_t>(a.data[i][t]) * b.data[t / 4][4 * j + t % 4]);
+        sum += static_cast<uint32_t>(static_cast<int8_t>(a.data[i][t]) * static_cast<T>(b.data[t / 4][4 * j + t % 4]));
       }
       std::memcpy(c.data[i] + 4 * j, &sum, 4);
     }
@@ -90,11 +96,15 @@ inline void EmulatedDpbsud(int sums, int codes, int weights) {
 
 #undef _tile_loadd
 #undef _tile_stored
+#undef _tile_zero
+#undef _tile_dpbssd
 #undef _tile_dpbsud
 #define _tile_loadconfig ::jaxint8::cpu::EmulatedLoadConfig
 #define _tile_release ::jaxint8::cpu::EmulatedRelease
 #define _tile_loadd ::jaxint8::cpu::EmulatedLoad
 #define _tile_stored ::jaxint8::cpu::EmulatedStore
-#define _tile_dpbsud ::jaxint8::cpu::EmulatedDpbsud
+#define _tile_zero ::jaxint8::cpu::EmulatedZero
+#define _tile_dpbssd ::jaxint8::cpu::EmulatedProduct<int8_t>
+#define _tile_dpbsud ::jaxint8::cpu::EmulatedProduct<uint8_t>
 
 #endif  // JAXINT8_FFI_CPU_EMULATED_TILES_H_

@@ -88,6 +88,14 @@ struct HiPlan {
   const int8_t* hi = {};        // dense: [k rounded up to 64], zero where not an outlier
 };
 
+// The high parts of 16 rows of activations whose codes are arranged (Rung::arrange): of every 64 columns that hold any,
+// all of the rows' high parts there, arranged like the codes.
+struct HighTiles {
+  int64_t count = 0;
+  const int32_t* step = {};  // [count], ascending: which 64 columns
+  const int8_t* data = {};   // [count][1024]
+};
+
 // y[i][j] = round((float(c[i][j]) * rows[i].scale) * w_scale[j] (+ extra[i][j]) (+ bias[j])) for j < n; with a residual
 // round(residual[i][j] + that).
 struct Epilogue {
@@ -106,7 +114,7 @@ struct Epilogue {
 // One block of integer product: c[i][j] = sum over k of (128 * hi + lo)[i] * w[j], for m rows and at most 64 outputs;
 // then its epilogue, behind which c holds anything.
 struct Block {
-  const int8_t* lo;    // [m][stride]
+  const int8_t* lo;    // [m][stride]; arranged, 16 rows after 16
   int64_t stride;      // bytes, a multiple of 64, at least k rounded up to 64
   const Row* rows;     // [m]
   bool with_hi;        // some row may hold outliers that are carried as 128 * hi + lo
@@ -114,6 +122,8 @@ struct Block {
   const HiPlan* plan;  // set when with_hi and m <= kSmallM, unless there would be too many groups
   // Set where high parts are quads: of every four columns a bit that says whether some row may have one there.
   const uint64_t* groups;
+  bool arranged;          // codes are, by Rung::arrange
+  const HighTiles* high;  // set when with_hi and codes are arranged: [m / 16, rounded up]
   int64_t m;
   const int8_t* w;  // [n][k]
   int64_t n;        // 1..kBlockN
@@ -159,6 +169,11 @@ struct Rung {
   int64_t scratch_bytes;  // per thread
   // Up to this k the high parts of large products are to be listed as quads, in the place of words.
   int64_t quads_k = 0;
+  // From arranged_m rows on, with high parts up to arranged_high_m, products take codes arranged: every 16 rows
+  // [16][stride] are rewritten, [columns / 4][16][4] in the same place, columns rounded up to 64. Chunks of rows are
+  // multiples of 16 then. Null: never.
+  void (*arrange)(const int8_t* rows, int64_t stride, int64_t columns, int8_t* arranged) = nullptr;
+  int64_t arranged_m = 0, arranged_high_m = 0;
 };
 
 // Bit pattern of the count-th largest of n magnitudes (reorders them); 1 <= count <= n.
@@ -230,8 +245,15 @@ class Job {
   void UnionOfGroups();
   Columns ListColumns() const;
   const float* FloatOutliers(const Block& block, const float* w_scale);
+  void Arrange(int64_t begin, int64_t end);
+  void set_chunks(int64_t chunks);
   bool BeginsLane(int64_t item) const;
   const uint64_t* GroupsOf(int64_t begin, int64_t end) const;
+  // The first row and the first output of an item of the last phase.
+  struct Place {
+    int64_t i, j;
+  };
+  Place PlaceOf(int64_t item) const;
   Block BlockOf(int64_t item) const;
   Epilogue EpilogueOf(const Block& block, int64_t first_output);
   void Multiply(int64_t item);
@@ -244,6 +266,7 @@ class Job {
   int64_t rows_per_item_ = 1;
   bool plans_ = false;  // whether high parts are planned: in a phase of their own, or with the one item that quantises
   bool quads_ = false;  // whether high parts are listed as quads, not as words
+  bool arranged_ = false;             // whether codes are arranged, by whoever quantises the last of 16 rows
   int64_t chunk_m_ = 0, chunks_ = 0;  // rows of an item of the last phase, items of a block; 0 if there are none
   int64_t threads_ = 1;
   bool from_memory_ = false;

@@ -27,6 +27,7 @@ constexpr int64_t kLeastChunk = 128;
 // Quads take columns that are made ready once for each block, which pays from so many rows on.
 constexpr int64_t kLeastQuadRows = 96;
 static_assert(kLeastQuadRows > kSmallM);
+constexpr int64_t kArrangedRows = 16;  // see Rung::arrange
 
 // Standard rounding, subnormals kept: XLA may run its threads otherwise. Restored on leaving.
 class ScopedFloatState {
@@ -86,6 +87,31 @@ uint32_t SelectLargest(uint32_t* magnitudes, int64_t n, int64_t count) {
   return magnitudes[count - 1];
 }
 
+HighTiles Workspace::RowTile::ArrangeHigh(const Row* first, int64_t m, int64_t k) {
+  constexpr int64_t kTileBytes = 1024;
+  steps.assign(CeilDiv(k, 64), 0);
+  for (int64_t i = 0; i < m; ++i) {
+    for (int32_t j = 0; j < first[i].words; ++j) steps[first[i].hi[j].group / 16] = 1;
+  }
+  int32_t* const place = Scratch().index.Get<int32_t>(static_cast<int64_t>(steps.size()));
+  int32_t count = 0;
+  for (size_t step = 0; step < steps.size(); ++step) {
+    if (steps[step] == 0) continue;
+    place[step] = count;
+    steps[count++] = static_cast<int32_t>(step);
+  }
+  int8_t* const data = high.Get<int8_t>(count * kTileBytes);
+  std::memset(data, 0, static_cast<size_t>(count * kTileBytes));
+  for (int64_t i = 0; i < m; ++i) {
+    for (int32_t j = 0; j < first[i].words; ++j) {
+      const HiWord word = first[i].hi[j];
+      const int64_t tile = place[word.group / 16];
+      std::memcpy(data + tile * kTileBytes + word.group % 16 * 64 + i * 4, &word.four, sizeof word.four);
+    }
+  }
+  return {count, steps.data(), data};
+}
+
 Job::Job(const Problem& problem) : p_(problem), ws_(Acquire()), id_(NextId()) {
   const bool multiplies = p_.kind == Problem::Kind::kProduct || p_.kind == Problem::Kind::kLinear;
   const bool quantizes = p_.kind == Problem::Kind::kQuantize || p_.kind == Problem::Kind::kLinear;
@@ -112,16 +138,21 @@ Job::Job(const Problem& problem) : p_(problem), ws_(Acquire()), id_(NextId()) {
   ws_->rows.resize(p_.m);
   // One cache line more than needed: rows at a stride of 4096 would all fall into the same set of the L1 cache.
   ws_->stride = RoundUp(p_.k, 64) + 64;
-  ws_->codes = HalfAPageFrom(p_.w, ws_->lo.Get<int8_t>(p_.m * ws_->stride + kPage), p_.m);
-  plans_ = quantizes && p_.options.rule != Rule::kNone && !p_.options.float_outliers && p_.m <= kSmallM;
-  items_[2] = plans_ && row_items > 1;
   const bool high = quantizes && p_.options.rule != Rule::kNone && !p_.options.float_outliers;
+  arranged_ = p_.rung->arrange != nullptr && p_.m >= p_.rung->arranged_m && p_.k > 0 &&
+              (!high || p_.m <= p_.rung->arranged_high_m);
+  const int64_t room = arranged_ ? RoundUp(p_.m, kArrangedRows) : p_.m;
+  ws_->codes = HalfAPageFrom(p_.w, ws_->lo.Get<int8_t>(room * ws_->stride + kPage), p_.m);
+  for (int64_t i = 0; arranged_ && i < p_.m; i += kArrangedRows) {
+    if (static_cast<int64_t>(ws_->row_tiles.size()) == i / kArrangedRows) ws_->row_tiles.emplace_back();
+    ws_->row_tiles[i / kArrangedRows].left = std::min(kArrangedRows, p_.m - i);
+  }
+  if (arranged_) ws_->high_tiles.assign(room / kArrangedRows, HighTiles{});
+  plans_ = high && !arranged_ && p_.m <= kSmallM;
+  items_[2] = plans_ && row_items > 1;
   quads_ = high && p_.m >= kLeastQuadRows && p_.k <= p_.rung->quads_k;
-  const int64_t blocks = CeilDiv(p_.n, kBlockN);
-  // Both halves of a gate and its sums are to stay in the second-level cache.
-  chunks_ = CeilDiv(p_.m, p_.gated ? p_.rung->chunk_m / 2 : p_.rung->chunk_m);
-  chunk_m_ = CeilDiv(p_.m, chunks_);
-  items_[3] = blocks * chunks_;
+  // Both halves of a gate and its sums are to stay in the second-level cache, and so are arranged codes.
+  set_chunks(CeilDiv(p_.m, p_.rung->chunk_m / (p_.gated ? 2 : 1) / (arranged_ ? 2 : 1)));
   // Weights at 15 bytes, products at 250 per nanosecond and thread.
   const int64_t bytes = p_.n * p_.k * (p_.gated ? 2 : 1);
   const bool guessed = p_.source == Problem::Source::kGuessed;
@@ -144,9 +175,14 @@ void Job::set_threads(int64_t threads) {
   for (int64_t chunks = chunks_; chunks <= most && idle(best) > kLeastIdle; ++chunks) {
     if (idle(chunks) < idle(best)) best = chunks;
   }
-  chunks_ = best;
-  chunk_m_ = CeilDiv(p_.m, chunks_);
-  items_[kPhases - 1] = blocks * chunks_;
+  set_chunks(best);
+}
+
+void Job::set_chunks(int64_t chunks) {
+  chunk_m_ = CeilDiv(p_.m, chunks);
+  if (arranged_) chunk_m_ = RoundUp(chunk_m_, kArrangedRows);
+  chunks_ = CeilDiv(p_.m, chunk_m_);
+  items_[kPhases - 1] = CeilDiv(p_.n, kBlockN) * chunks_;
 }
 
 const int8_t* Job::WeightsOf(int64_t thread, int64_t* bytes) const {
@@ -275,6 +311,22 @@ void Job::QuantizeRows(int64_t item) {
     quad += row.quads;
   }
   if (plans_ && items_[1] == 1) PlanHi();
+  if (arranged_) Arrange(begin, end);
+}
+
+// Arranges the codes of every 16 rows whose last one is among these, just quantised.
+void Job::Arrange(int64_t begin, int64_t end) {
+  const auto bytes = static_cast<size_t>(ws_->stride * kArrangedRows);
+  for (int64_t tile = begin / kArrangedRows; tile * kArrangedRows < end; ++tile) {
+    const int64_t first = tile * kArrangedRows, m = std::min(kArrangedRows, p_.m - first);
+    const int64_t now = std::min(end, first + m) - std::max(begin, first);
+    if (ws_->row_tiles[tile].left.fetch_sub(now, std::memory_order_acq_rel) != now) continue;
+    int8_t *const codes = ws_->codes + first * ws_->stride, *const rows = Scratch().rows.Get<int8_t>(bytes);
+    std::memcpy(rows, codes, static_cast<size_t>(m * ws_->stride));
+    std::memset(rows + m * ws_->stride, 0, static_cast<size_t>((kArrangedRows - m) * ws_->stride));
+    p_.rung->arrange(rows, ws_->stride, RoundUp(p_.k, 64), codes);
+    ws_->high_tiles[tile] = ws_->row_tiles[tile].ArrangeHigh(ws_->rows.data() + first, m, p_.k);
+  }
 }
 
 void Job::CopyRows(int64_t item) {
@@ -287,6 +339,7 @@ void Job::CopyRows(int64_t item) {
     for (int64_t j = 0; j < p_.k; ++j) row.sum += lo[j];
     ws_->rows[i] = row;
   }
+  if (arranged_) Arrange(begin, end);
 }
 
 void Job::PlanHi() {
@@ -364,9 +417,16 @@ const uint64_t* Job::GroupsOf(int64_t begin, int64_t end) const {
   return groups;
 }
 
+Job::Place Job::PlaceOf(int64_t item) const {
+  // Arranged codes of one chunk are to stay in the second-level cache, and weights are read again for the next.
+  const int64_t blocks = items_[kPhases - 1] / chunks_;
+  if (arranged_) return {item / blocks * chunk_m_, item % blocks * kBlockN};
+  return {item % chunks_ * chunk_m_, item / chunks_ * kBlockN};
+}
+
 // The product of an item, of the gate if there is one: all but its epilogue.
 Block Job::BlockOf(int64_t item) const {
-  const int64_t j0 = item / chunks_ * kBlockN, i0 = item % chunks_ * chunk_m_;
+  const auto [i0, j0] = PlaceOf(item);
   ThreadScratch& scratch = Scratch();
   Block b{};
   b.m = std::min(chunk_m_, p_.m - i0);
@@ -379,10 +439,12 @@ Block Job::BlockOf(int64_t item) const {
   b.with_hi = p_.kind == Problem::Kind::kLinear && p_.options.rule != Rule::kNone && !p_.options.float_outliers;
   b.plan = plans_ && ws_->plan.groups <= HiPlan::kMaxGroups ? &ws_->plan : nullptr;
   b.groups = quads_ ? GroupsOf(i0, i0 + b.m) : nullptr;
+  b.arranged = arranged_;
+  b.high = arranged_ && b.with_hi ? ws_->high_tiles.data() + i0 / kArrangedRows : nullptr;
   b.w = p_.w + j0 * p_.k;
   b.job = id_;
   b.from_memory = from_memory_;
-  const int64_t j_next = (item + 1) / chunks_ * kBlockN;
+  const int64_t j_next = PlaceOf(item + 1).j;
   b.ahead = BeginsLane(item + 1) ? nullptr : p_.w + j_next * p_.k;
   b.ahead_n = std::min(kBlockN, p_.n - j_next);
   b.c = scratch.c.Get<int32_t>(b.m * kBlockN);
@@ -407,7 +469,7 @@ void Job::Multiply(int64_t item) {
   Block b = BlockOf(item);
   if (b.m <= 0) return;
   if (p_.gated) return MultiplyGated(b, item);
-  const int64_t j0 = item / chunks_ * kBlockN, i0 = item % chunks_ * chunk_m_;
+  const auto [i0, j0] = PlaceOf(item);
   if (p_.kind == Problem::Kind::kLinear) {
     Epilogue e = EpilogueOf(b, j0);
     const int64_t at = (i0 * p_.n + j0) * TypeSize(p_.type);
@@ -427,7 +489,8 @@ void Job::Multiply(int64_t item) {
 
 // Both halves into a buffer in the second-level cache, row by row one behind the other, then the gate.
 void Job::MultiplyGated(const Block& gate, int64_t item) {
-  const int64_t j0 = item / chunks_ * kBlockN, i0 = item % chunks_ * chunk_m_, size = TypeSize(p_.type);
+  const auto [i0, j0] = PlaceOf(item);
+  const int64_t size = TypeSize(p_.type);
   char* halves = Scratch().halves.Get<char>(gate.m * 2 * gate.n * size);
   const auto half = [&](Block b, int64_t which) {
     b.w += which * p_.n * p_.k;

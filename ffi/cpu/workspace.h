@@ -5,9 +5,11 @@
 #define JAXINT8_FFI_CPU_WORKSPACE_H_
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <memory>
 #include <mutex>
 #include <new>
@@ -67,7 +69,7 @@ inline int8_t* HalfAPageFrom(const int8_t* w, int8_t* buffer, int64_t m) {
 // Buffers of one thread; used within one item, never across.
 struct ThreadScratch {
   Buffer values, index, codes, outliers, magnitude, columns, mask, entered;
-  Buffer rung, c, extra, gathered, halves, groups;
+  Buffer rung, c, extra, gathered, halves, groups, rows;
   std::vector<int32_t> slots;
   uint64_t columns_job = 0;  // whose columns and mask these are
   int64_t columns_count = 0;
@@ -146,6 +148,15 @@ struct Workspace {
   std::vector<Lists> lists;
   int8_t* codes = nullptr;  // low ones, in lo, so many bytes from one row to the next
   int64_t stride = 0;
+  // Where codes are arranged: of every 16 rows how many are not quantised yet, and their high parts.
+  struct RowTile {
+    std::atomic<int64_t> left{0};
+    std::vector<int32_t> steps;
+    Buffer high;
+    HighTiles ArrangeHigh(const Row* first, int64_t m, int64_t k);
+  };
+  std::deque<RowTile> row_tiles;
+  std::vector<HighTiles> high_tiles;
   // The plan of a small product; see HiPlan.
   HiPlan plan;
   Buffer hi;
@@ -157,6 +168,7 @@ struct Workspace {
     for (const Lists& list : lists) {
       total += list.outliers.bytes() + list.words.bytes() + list.quads.bytes();
     }
+    for (const RowTile& tile : row_tiles) total += tile.high.size();
     return total;
   }
 };
