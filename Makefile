@@ -36,12 +36,13 @@ demo: setup
 	$(BIN)/jaxint8-generate --model=demo --method=topk --max_new_tokens=48 \
 		--prompt="The best thing about a small language model is"
 
+TESTS ?=
 test: setup
-	$(BIN)/python -m pytest --numprocesses=$(WORKERS)
+	$(BIN)/python -m pytest --numprocesses=$(WORKERS) $(TESTS)
 
-# The oldest JAX that is supported; also the version that GPU hosts have.
+# The oldest JAX that is supported; also the version that GPU hosts have. CUDA kernels on a CPU know nothing of JAX.
 test-oldest-jax:
-	$(MAKE) test VENV=.venv-jax-0.11.2 JAX=0.11.2
+	$(MAKE) test VENV=.venv-jax-0.11.2 JAX=0.11.2 TESTS='--ignore-glob=*/test_cuda_*.py'
 
 check: setup
 	$(BIN)/ruff format --check .
@@ -63,6 +64,7 @@ CUDA_BUILD := build/cuda
 # JAX's CUDA compiler, 143 MB: beside the build and not in the virtual environment, where it would look for a GPU.
 CUDA_PLUGIN := $(CUDA_BUILD)/plugin-$(JAX)
 .PHONY: cuda-check gpu-check
+CUDA_TESTS ?= tests/test_cuda_*.py
 cuda-check: setup
 	@command -v nvcc >/dev/null || { echo "make: cuda-check needs nvcc on the PATH" >&2; exit 1; }
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
@@ -74,7 +76,7 @@ cuda-check: setup
 	@[ -d $(CUDA_PLUGIN) ] || $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
 		--target=$(CUDA_PLUGIN) jax-cuda13-pjrt==$(JAX) jax-cuda13-plugin==$(JAX) || \
 		echo "make: jax-cuda13-plugin cannot be had: tests/test_cuda_target.py will be skipped" >&2
-	PYTHONPATH=$(CUDA_PLUGIN) $(BIN)/python -m pytest -rs tests/test_cuda_*.py
+	PYTHONPATH=$(CUDA_PLUGIN) $(BIN)/python -m pytest -rs $(CUDA_TESTS)
 
 # The CPU kernels for other processors, emulated: needs g++-aarch64-linux-gnu and qemu-user, and says so if they lack.
 .PHONY: cross-check
