@@ -129,6 +129,17 @@ JAXINT8_DEVICE void CopyToBlock(int block, uint32_t to, uint32_t from, uint32_t 
       : "memory");
 }
 
+// Stores four words in another block of the cluster, or in this one; they arrive at that one's barrier.
+JAXINT8_DEVICE void SendToBlock(int block, uint32_t to, const Word4& words, uint32_t barrier) {
+  asm volatile(
+      "{\n.reg .b32 there, arrival;\nmapa.shared::cluster.u32 there, %0, %6;\nmapa.shared::cluster.u32 arrival, %5, "
+      "%6;\n"
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [there], {%1, %2, %3, %4}, [arrival];\n}" ::
+          "r"(to),
+      "r"(words.x), "r"(words.y), "r"(words.z), "r"(words.w), "r"(barrier), "r"(block)
+      : "memory");
+}
+
 // --- Products of a warpgroup.
 
 // Describes a tile of rows of 128 or 64 bytes, K-major and swizzled by as many bytes. The address is a multiple of
