@@ -26,6 +26,7 @@ class ClusterTeam {
   static JAXINT8_DEVICE int IndexHere() { return ThreadIndex(); }
   static JAXINT8_DEVICE int SizeHere() { return BlockThreads(); }
   static JAXINT8_DEVICE int Warps() { return static_cast<int>(static_cast<unsigned>(Size()) / 32); }
+  static JAXINT8_DEVICE int Warp() { return static_cast<int>(static_cast<unsigned>(Index()) / 32); }
   static JAXINT8_DEVICE int Lane() { return static_cast<int>(static_cast<unsigned>(ThreadIndex()) % 32); }
   static JAXINT8_DEVICE void Sync() { Barrier(); }
 
@@ -42,10 +43,13 @@ class ClusterTeam {
 
   // May be made before the kernel ahead has ended.
   JAXINT8_DEVICE explicit ClusterTeam(Ptr<uint32_t> words)
-      : buffers_(SharedAddress(Cast<uint8_t>(words))), words_(KeepShared(words)) {
+      : barriers_(KeepShared(words + 2 * kBuffer)),
+        words_(KeepShared(words)),
+        of_warp_(KeepShared(words + 4 * Warp())),
+        of_lane_(KeepShared(words + 4 * Lane())) {
     if (ThreadIndex() == 0) {
-      InitBarrier(buffers_ + 4 * 2 * kBuffer, 1);
-      InitBarrier(buffers_ + 4 * 2 * kBuffer + 8, 1);
+      InitBarrier(SharedAddress(barriers_), 1);
+      InitBarrier(SharedAddress(barriers_) + 8, 1);
       FenceBarrierInit();
     }
     ClusterArrive();
@@ -93,7 +97,8 @@ class ClusterTeam {
   }
 
   JAXINT8_DEVICE int Collect(int count, Word2* item) {
-    const SharedWords all = Gather(Word4{item->x, item->y, static_cast<uint32_t>(count), 0});
+    const uint32_t first = Lane() == 0 ? static_cast<uint32_t>(count) : 0;  // which is said once
+    const SharedWords all = Gather(Word4{item->x, item->y, first, 0});
     int sum = 0, at = 0;
 #pragma unroll
     for (int block = 0; block < kBlocks; ++block) {
@@ -121,12 +126,12 @@ class ClusterTeam {
  private:
   // Afterwards each lane has the values of the warp of its number, and of the one 32 further; 0 if there is none.
   JAXINT8_DEVICE void Exchange(uint32_t (&v)[4], uint32_t (&more)[4]) {
-    const int at = Expect(16 * Warps()), lane = Lane(), warp = Index() / 32;
-    if (lane < kBlocks) Send(lane, at + 4 * warp, Word4{v[0], v[1], v[2], v[3]});
+    const int at = Expect(16 * Warps()), lane = Lane();
+    if (lane < kBlocks) Send(lane, of_warp_ + at, Word4{v[0], v[1], v[2], v[3]});
     Await();
     Word4 a{0, 0, 0, 0}, b = a;
-    if (lane < Warps()) a = LoadShared<0>(words_ + (at + 4 * lane));
-    if (lane + 32 < Warps()) b = LoadShared<0>(words_ + (at + 4 * (lane + 32)));
+    if (lane < Warps()) a = LoadShared<0>(of_lane_ + at);
+    if (lane + 32 < Warps()) b = LoadShared<4 * 32>(of_lane_ + at);
     v[0] = a.x;
     v[1] = a.y;
     v[2] = a.z;
@@ -140,9 +145,9 @@ class ClusterTeam {
   // Four words of each lane of a warp, the same in all warps of a block, for all blocks: [kBlocks][32][4]. Since the
   // last words were waited for there has been a barrier of the block, as not all warps send.
   JAXINT8_DEVICE SharedWords Gather(const Word4& word) {
-    const int at = Expect(4 * kBuffer), lane = Lane();
+    const int at = Expect(4 * kBuffer);
     const int to = static_cast<int>(static_cast<unsigned>(ThreadIndex()) / 32);
-    if (to < kBlocks) Send(to, at + 4 * (32 * Block() + lane), word);
+    if (to < kBlocks) Send(to, of_lane_ + (at + 4 * 32 * Block()), word);
     Await();
     return words_ + at;
   }
@@ -152,19 +157,18 @@ class ClusterTeam {
     if (ThreadIndex() == 0) ArriveExpecting(BarrierOfTurn(), static_cast<uint32_t>(bytes));
     return turn_ % 2 * kBuffer;
   }
-  JAXINT8_DEVICE void Send(int block, int at, const Word4& words) const {
-    SendToBlock(block, buffers_ + static_cast<uint32_t>(4 * at), words, BarrierOfTurn());
+  JAXINT8_DEVICE void Send(int block, SharedWords to, const Word4& word) const {
+    SendToBlock(block, SharedAddress(to), word, BarrierOfTurn());
   }
   JAXINT8_DEVICE void Await() {
     WaitBarrier(BarrierOfTurn(), static_cast<uint32_t>(turn_ / 2 % 2));
     ++turn_;
   }
   JAXINT8_DEVICE uint32_t BarrierOfTurn() const {
-    return buffers_ + static_cast<uint32_t>(4 * 2 * kBuffer + turn_ % 2 * 8);
+    return SharedAddress(barriers_) + static_cast<uint32_t>(turn_ % 2 * 8);
   }
 
-  const uint32_t buffers_;
-  const SharedWords words_;
+  const SharedWords barriers_, words_, of_warp_, of_lane_;
   int turn_ = 0;
 #endif  // JAXINT8_HOPPER
 };

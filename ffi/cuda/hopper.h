@@ -19,6 +19,7 @@ using TileMap = CUtensorMap;
 
 // An address in shared memory, of this block and, with the same value, of its own place in the cluster's window.
 JAXINT8_DEVICE uint32_t SharedAddress(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
+JAXINT8_DEVICE uint32_t SharedAddress(SharedWords words) { return words.address; }
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #define JAXINT8_HOPPER

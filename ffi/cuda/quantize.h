@@ -130,11 +130,11 @@ struct QuantizeKernel {
     AskForParameters(p);
     const Ptr<uint32_t> scratch = Cast<uint32_t>(SharedMemory());
     RowTeam team(scratch + kScratchWords);
+    const int64_t i = BlockIndex() / kWideBlocks;
+    const Ptr<const uint8_t> x = Keep(p.x + i * RowsOf(p.prologue.kind) * p.k * kBytes);
+    const int k = static_cast<int>(p.k);
     WaitForPreviousKernel();
     AllowNextKernel();
-    const int64_t i = BlockIndex() / kWideBlocks;
-    const Ptr<const uint8_t> x = p.x + i * RowsOf(p.prologue.kind) * p.k * kBytes;
-    const int k = static_cast<int>(p.k);
     HeldGroups<kType, RowTeam> row(x, k);
     Before(p, i);
     team.Meet();

@@ -18,6 +18,7 @@
 namespace jaxint8::cuda {
 
 inline uint32_t SharedAddress(Ptr<uint8_t> p) { return static_cast<uint32_t>(p.offset); }
+inline uint32_t SharedAddress(SharedWords p) { return static_cast<uint32_t>(p.offset); }
 
 // --- Barriers.
 
