@@ -99,7 +99,7 @@ def test_topk_ties(executor: Executor, k: int) -> None:
         some,
         across,
         np.where(np.arange(columns) >= columns - 30, -5.0, some),  # in the last one
-        np.where(np.arange(columns) // 13 == 176, 5.0, some),  # on both sides of two blocks
+        np.where(abs(np.arange(columns) - 2304) < 7, 5.0, some),  # where the second block begins
         np.where(np.arange(columns) == 4100, 5.0, 0),
     ]
     expect_codes(executor, np.stack(rows).astype(np.float32), TopK(k))
