@@ -131,7 +131,7 @@ struct QuantizeKernel {
     const Ptr<uint32_t> scratch = Cast<uint32_t>(SharedMemory());
     RowTeam team(scratch + kScratchWords);
     const int64_t i = BlockIndex() / kWideBlocks;
-    const Ptr<const uint8_t> x = Keep(p.x + i * RowsOf(p.prologue.kind) * p.k * kBytes);
+    const Ptr<const uint8_t> x = p.x + i * RowsOf(p.prologue.kind) * p.k * kBytes;
     const int k = static_cast<int>(p.k);
     WaitForPreviousKernel();
     AllowNextKernel();
