@@ -39,7 +39,7 @@ HOPPER = (
 )
 FORBIDDEN = {"": r"\b(LDL|STL)\b"}  # local memory: registers that did not fit
 TYPES = {"0": "f32", "1": "bf16", "2": "f16"}
-PLACES = {"0": "memory", "1": "shared", "2": "registers"}  # RowPlace
+PLACES = {"0": "memory", "1": "shared", "2": "registers", "3": "cluster"}  # RowPlace
 
 
 def find_tool(name: str) -> str:

@@ -95,6 +95,9 @@ JAXINT8_DEVICE SharedWords KeepShared(uint32_t* p) {
   asm volatile("" : "+r"(words.address));
   return words;
 }
+JAXINT8_DEVICE SharedWords operator+(SharedWords words, int count) {
+  return {words.address + static_cast<uint32_t>(4 * count)};
+}
 // Four of them from kAt on.
 template <int kAt>
 JAXINT8_DEVICE Word4 LoadShared(SharedWords words) {

@@ -73,6 +73,7 @@ class Call {
     q.whole = p_.kind == Problem::Kind::kLinear;
     const bool narrow = plan_.narrow && p_.m <= kSwappedM;  // these blocks do little
     if (wgmma_ && !plan_.stream && !narrow) q.spread = static_cast<int>(multiprocessors_);
+    q.wide = plan_.wide;
     q.parts = plan_.marking.parts;
     q.mark_blocks = plan_.marking.blocks;
     if (q.parts > 0) q.marks = Scratch<uint32_t>(plan_.bits, plan_.bits_bytes);

@@ -226,7 +226,7 @@ class GemvKernel {
       if constexpr (kRows > 1) Barrier();  // one row's codes take the place of what the other is made with
     }
     const MemoryGroups<kType, true, kRows> groups(x, p_.k);
-    Row<MemoryGroups<kType, true, kRows>, kRule, kRows> row(groups, p_.rows.options, scratch, team);
+    Row<MemoryGroups<kType, true, kRows>, kRule, Team<kRows>> row(groups, p_.rows.options, scratch, team);
     RowOutput out{Cast<int8_t>(shared + layout_.lo) + mine * p_.k, {}, p_.k, {}, {}, {}};
     if constexpr (kHigh) out.hi = Cast<int8_t>(shared + layout_.hi) + mine * p_.k;
     row_scale_[0] = row.Quantize(out);

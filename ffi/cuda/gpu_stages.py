@@ -40,7 +40,7 @@ def gpu_executor() -> tests.Executor:
 def _cases(quick: bool) -> Iterator[tuple[tuple[int, int, int], type, str, Any]]:
     """Yields (shape, dtype, kind, rule)."""
     shapes = battery.SHAPES[-4:] if quick else battery.SHAPES
-    for shape in [*shapes, (130, 528, 132), (4, 1040, 150)]:
+    for shape in [*shapes, (130, 528, 132), (4, 1040, 150), (3, 8208, 18)]:
         for number, rule in enumerate(battery.RULES):
             for dtype in [battery.DTYPES[number % 3]] if quick else battery.DTYPES:
                 yield shape, dtype, "outliers", rule
@@ -53,6 +53,8 @@ def _cases(quick: bool) -> Iterator[tuple[tuple[int, int, int], type, str, Any]]
                 yield shape, dtype, kind, rule
     large = [(1, 4096, 4096), (3, 4096, 1000), (8, 14336, 512), (16, 4096, 4096), (17, 4096, 1024)]
     large += [
+        (33, 8328, 130),
+        (64, 16384, 64),
         (64, 768, 3072),
         (65, 4096, 4096),
         (256, 4096, 4090),

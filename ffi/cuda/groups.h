@@ -63,9 +63,9 @@ class MemoryGroups {
   const Ptr<uint8_t> to_;
 };
 
-// In registers: one group a thread, of a row whose k is a multiple of 8 and no more than eight a thread, of a block
-// that is one team.
-template <Type kElements>
+// In registers: one group a thread, of a row whose k is a multiple of 8 and no more than eight a thread, of a team that
+// is a block or a cluster.
+template <Type kElements, typename AnyTeam = Team<>>
 class HeldGroups {
  public:
   static constexpr Type kType = kElements;
@@ -73,14 +73,14 @@ class HeldGroups {
   using Reader = RowReader<kElements, true>;
   using Group = typename Reader::Group;
 
-  JAXINT8_DEVICE HeldGroups(Ptr<const uint8_t> data, int k) : k_(k), column_(8 * Team<>::Index()), group_{} {
+  JAXINT8_DEVICE HeldGroups(Ptr<const uint8_t> data, int k) : k_(k), column_(8 * AnyTeam::Index()), group_{} {
     if (column_ < k) group_ = Reader{data, k}.ReadGroup(column_);
   }
 
   JAXINT8_DEVICE int k() const { return k_; }
   JAXINT8_DEVICE uint32_t Valid(int) const { return 0xff; }
   template <Type kOther>
-  JAXINT8_DEVICE HeldGroups<kOther> Beside(Ptr<const uint8_t> data) const {
+  JAXINT8_DEVICE HeldGroups<kOther, AnyTeam> Beside(Ptr<const uint8_t> data) const {
     return {data, k_};
   }
 

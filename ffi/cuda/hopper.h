@@ -19,6 +19,7 @@ using TileMap = CUtensorMap;
 
 // An address in shared memory, of this block and, with the same value, of its own place in the cluster's window.
 JAXINT8_DEVICE uint32_t SharedAddress(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
+JAXINT8_DEVICE uint32_t SharedAddress(SharedWords words) { return words.address; }
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #define JAXINT8_HOPPER
@@ -126,6 +127,17 @@ JAXINT8_DEVICE void CopyToBlock(int block, uint32_t to, uint32_t from, uint32_t 
       "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [there], [%1], %2, [arrival];\n}" ::"r"(
           to),
       "r"(from), "r"(bytes), "r"(barrier), "r"(block)
+      : "memory");
+}
+
+// Stores four words in another block of the cluster, or in this one; they arrive at that one's barrier.
+JAXINT8_DEVICE void SendToBlock(int block, uint32_t to, const Word4& words, uint32_t barrier) {
+  asm volatile(
+      "{\n.reg .b32 there, arrival;\nmapa.shared::cluster.u32 there, %0, %6;\nmapa.shared::cluster.u32 arrival, %5, "
+      "%6;\n"
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [there], {%1, %2, %3, %4}, [arrival];\n}" ::
+          "r"(to),
+      "r"(words.x), "r"(words.y), "r"(words.z), "r"(words.w), "r"(barrier), "r"(block)
       : "memory");
 }
 

@@ -272,6 +272,7 @@ struct Plan {
   bool sparse = false;   // high parts are compressed, and multiplied by sparse.h
   bool swapped = false;  // Hopper's kernel for some tens of rows of wide weights
   bool gather = false;   // the columns that hold high parts are gathered
+  bool wide = false;     // a cluster quantises each row
   bool has_rule = false, by_column = false;
   bool apart = false;                     // what stands before the layer is done by a kernel of its own
   bool align_a = false, align_w = false;  // copy to a stride that is a multiple of 16
@@ -352,6 +353,8 @@ inline Plan MakePlan(const Problem& p, bool hopper) {
     const bool prologue = linear && p.prologue != Prologue::kNone && !plan.apart;  // of the quantiser
     plan.marking = ChooseMarking(p, plan.stride, hopper, plan.gather, prologue);
   }
+  plan.wide = hopper && (quantize || prepared) && !plan.stream && !plan.by_column && !plan.sparse &&
+              p.path != Path::kTiled && p.k % 8 == 0 && p.k > kWideColumns && p.k <= kWideMost && p.m <= kWideRows;
   plan.clear = marks ? plan.marking.parts == 1 : plan.gather;
   plan.bits_bytes = (marks ? plan.marking.parts : plan.gather ? 1 : 0) * 4 * MarkWords(p.k);
   if (plan.bits_bytes > 0) plan.bits = take(plan.bits_bytes);

@@ -63,8 +63,8 @@ JAXINT8_DEVICE void SiluGate(float (&gate)[kCount], const float (&up)[kCount]) {
 
 // Does the prologue, which is not kNone, to a row; `up` is the row beside it that its gate is for. All threads of the
 // team call it, and each touches its own elements only.
-template <typename Groups, int kTeams>
-JAXINT8_DEVICE void ApplyPrologue(Groups& groups, Ptr<const uint8_t> up, const PrologueParams& p, Team<kTeams>& team) {
+template <typename Groups, typename AnyTeam>
+JAXINT8_DEVICE void ApplyPrologue(Groups& groups, Ptr<const uint8_t> up, const PrologueParams& p, AnyTeam& team) {
   using Group = typename Groups::Group;
   if (p.kind == Prologue::kSiluGate) {
     groups.Update(groups.template Beside<Groups::kType>(up),

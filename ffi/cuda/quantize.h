@@ -2,6 +2,9 @@
 #ifndef JAXINT8_FFI_CUDA_QUANTIZE_H_
 #define JAXINT8_FFI_CUDA_QUANTIZE_H_
 
+#include <type_traits>
+
+#include "cluster.h"
 #include "device.h"
 #include "hopper.h"
 #include "int8.h"
@@ -30,6 +33,7 @@ struct QuantizeParams {
   SparseCodes<uint8_t> sparse;  // beside hi; or null
   int sparse_at;                // where in shared memory the bits of its flags are, kSparseWords; or 0
   bool whole;                   // see RowOutput
+  bool wide;                    // a cluster for each row
   int spread;                   // over so many multiprocessors, see SpreadBytes; or 0
 };
 
@@ -72,8 +76,17 @@ inline int MarkThreads(int64_t rows, int64_t columns) {
   return static_cast<int>(wanted < least ? least : wanted < kQuantizeThreads ? wanted : kQuantizeThreads);
 }
 
-// Where a row lies while a kernel looks at it: where it is, in shared memory, or in registers.
-enum class RowPlace { kMemory, kShared, kRegisters };
+// A long row is sooner quantised by a cluster of blocks, in registers, if all of them have multiprocessors.
+inline constexpr int kWideBlocks = 4;
+inline constexpr int64_t kWideRows = 64, kWideColumns = 8192, kWideMost = kWideBlocks * 8 * kQuantizeThreads;
+inline int WideThreads(int64_t columns) {
+  return static_cast<int>((columns + 256 * kWideBlocks - 1) / (256 * kWideBlocks) * 32);
+}
+// Where these are spread: their multiprocessors come in groups, of which clusters leave some over.
+inline int64_t WideSpread(int64_t multiprocessors) { return multiprocessors * 7 / 8; }
+
+// Where a row lies while a kernel looks at it: where it is, in shared memory, or in registers of a block or a cluster.
+enum class RowPlace { kMemory, kShared, kRegisters, kCluster };
 // Threads that hold a row in registers, or 0. That is sooner done, with eight values a thread, where there are not so
 // many rows that what every thread does once takes longer (or for the largest values, where more threads wait).
 inline int HoldingThreads(int64_t rows, int64_t columns, Rule rule) {
@@ -81,7 +94,7 @@ inline int HoldingThreads(int64_t rows, int64_t columns, Rule rule) {
   return threads <= kQuantizeThreads && rows * columns <= most ? static_cast<int>(threads) : 0;
 }
 
-// One block per row. Short rows have blocks of one warp. kSparse: with compressed high parts.
+// One block per row, or a cluster. Short rows have blocks of one warp. kSparse: with compressed high parts.
 template <Type kType, bool kVector, RowPlace kPlace, int kRule, bool kSparse = false>
 struct QuantizeKernel {
   using Params = QuantizeParams;
@@ -92,10 +105,45 @@ struct QuantizeKernel {
 #else
   static constexpr int kMinBlocks = 2;
 #endif
+  static constexpr bool kWide = kPlace == RowPlace::kCluster;
+  static_assert(!kWide || (kRule >= 0 && kRule != kMarked && !kSparse));
+  using RowTeam = std::conditional_t<kWide, ClusterTeam<kWideBlocks>, Team<>>;
   // Without a staged row, which lies behind this: x, and the row beside it or the weights of a norm.
-  static constexpr int64_t kShared = 4 * kScratchWords;
+  static constexpr int64_t kShared = 4 * (kScratchWords + (kWide ? ClusterTeam<kWideBlocks>::kWords : 0));
 
   static JAXINT8_DEVICE void Run(const Params& p) {
+    if constexpr (kWide) {
+#ifdef JAXINT8_HOPPER
+      RunWide(p);
+#endif
+    } else {
+      RunAlone(p);
+    }
+  }
+
+ private:
+  static constexpr int kBytes = RowReader<kType, kVector>::kBytes;
+  static constexpr bool kStaged = kPlace == RowPlace::kShared;
+
+#ifdef JAXINT8_HOPPER
+  static JAXINT8_DEVICE void RunWide(const Params& p) {
+    AskForParameters(p);
+    const Ptr<uint32_t> scratch = Cast<uint32_t>(SharedMemory());
+    RowTeam team(scratch + kScratchWords);
+    const int64_t i = BlockIndex() / kWideBlocks;
+    const Ptr<const uint8_t> x = p.x + i * RowsOf(p.prologue.kind) * p.k * kBytes;
+    const int k = static_cast<int>(p.k);
+    WaitForPreviousKernel();
+    AllowNextKernel();
+    HeldGroups<kType, RowTeam> row(x, k);
+    Before(p, i);
+    team.Meet();
+    if (p.prologue.kind != Prologue::kNone) ApplyPrologue(row, x + k * kBytes, p.prologue, team);
+    Write(p, i, row, scratch, team);
+  }
+#endif
+
+  static JAXINT8_DEVICE void RunAlone(const Params& p) {
     AskForParameters(p);
     WaitForPreviousKernel();
     AllowNextKernel();
@@ -123,10 +171,6 @@ struct QuantizeKernel {
     }
   }
 
- private:
-  static constexpr int kBytes = RowReader<kType, kVector>::kBytes;
-  static constexpr bool kStaged = kPlace == RowPlace::kShared;
-
   static JAXINT8_DEVICE bool OnlyMarks(const Params& p) { return kRule < 0 && (kStaged || p.marking); }
   static JAXINT8_DEVICE Ptr<uint32_t> Marks(const Params& p) { return Cast<uint32_t>(SharedMemory() + p.marks_at); }
 
@@ -139,8 +183,8 @@ struct QuantizeKernel {
   // Writes the codes of a row, or its marks.
   template <typename Groups>
   static JAXINT8_DEVICE void Write(const Params& p, int64_t i, const Groups& groups, Ptr<uint32_t> scratch,
-                                   Team<>& team) {
-    Row<Groups, kRule> row(groups, p.options, scratch, team);
+                                   RowTeam& team) {
+    Row<Groups, kRule, RowTeam> row(groups, p.options, scratch, team);
     const Ptr<uint32_t> marks = Marks(p);
     if constexpr (kRule < 0) {
       if (OnlyMarks(p)) return Mark(p, i, row, marks);
@@ -148,12 +192,14 @@ struct QuantizeKernel {
     RowOutput out{Keep(p.lo + i * p.stride), p.hi, p.stride, p.parts == 1 ? p.marks : marks, p.used, {}, p.whole};
     if (p.hi) out.hi = Keep(p.hi + i * p.stride);
     float scale;
-    if constexpr (kSparse) {
+    if constexpr (kWide) {
+      scale = row.Quantize(out);
+    } else if constexpr (kSparse) {
       scale = QuantizeSparse(p, i, row, out);
     } else {
       scale = Quantize(p, i, row, out, scratch + RowScratch::kPieces);
     }
-    if (ThreadIndex() == 0) Store(p.row_scale + i, scale);
+    if (RowTeam::Index() == 0) Store(p.row_scale + i, scale);
   }
 
   // Leaves the marks of one row.
@@ -209,11 +255,11 @@ struct QuantizeKernel {
     return scale;
   }
 
-  // Zeros for this block's share of the rows of codes that are none of x.
+  // Zeros for this row's share of the rows of codes that are none of x.
   static JAXINT8_DEVICE void WriteRowsBeyond(const Params& p, int64_t i) {
     if (i >= p.m) return;
     for (int64_t row = p.m + i; row < p.code_rows; row += p.m) {
-      for (int64_t j = 16 * ThreadIndex(); j < p.stride; j += 16 * BlockThreads()) {
+      for (int64_t j = 16 * RowTeam::Index(); j < p.stride; j += 16 * RowTeam::Size()) {
         StoreAs<Word4>(p.lo + (row * p.stride + j), Word4{});
         if (p.hi) StoreAs<Word4>(p.hi + (row * p.stride + j), Word4{});
       }

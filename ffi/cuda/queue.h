@@ -70,8 +70,11 @@ inline const char* QueuePrologue(LaunchQueue& queue, Type type, const QuantizePa
 
 template <Type kType, bool kVector, RowPlace kPlace, int kRule>
 const char* QueueQuantizer(LaunchQueue& queue, QuantizeParams q, int64_t staged) {
+  constexpr bool kWide = kPlace == RowPlace::kCluster;
 #ifdef __CUDACC__
-  const int64_t apart = q.spread > 0 ? SpreadBytes(q.m, q.options.rule != Rule::kNone, q.spread) : 0;
+  const int64_t over = kWide ? WideSpread(q.spread) : q.spread;
+  const int64_t apart =
+      over > 0 ? SpreadBytes(kWide ? kWideBlocks * q.m : q.m, q.options.rule != Rule::kNone, over) : 0;
 #else
   const int64_t apart = 0;  // the executor sees who goes beyond what he needs
 #endif
@@ -80,14 +83,15 @@ const char* QueueQuantizer(LaunchQueue& queue, QuantizeParams q, int64_t staged)
   constexpr bool kPicks = kRule == static_cast<int>(Rule::kTopK) || kRule == kMarked;
   const bool alone = q.spread > 0 && q.m <= q.spread && !kPicks;
   const int held = HoldingThreads(q.m, q.k, q.options.rule);
-  const int threads = kPlace == RowPlace::kRegisters ? held
-                      : finds                        ? MarkThreads(q.m, q.stride)
-                                                     : RowThreads(q.m, q.stride, alone);
-  const int cluster = finds ? q.mark_blocks : 1;
-  const int64_t blocks = (q.m + cluster - 1) / cluster * cluster;
+  const int threads = kWide                            ? WideThreads(q.k)
+                      : kPlace == RowPlace::kRegisters ? held
+                      : finds                          ? MarkThreads(q.m, q.stride)
+                                                       : RowThreads(q.m, q.stride, alone);
+  const int cluster = kWide ? kWideBlocks : finds ? q.mark_blocks : 1;
+  const int64_t blocks = kWide ? kWideBlocks * q.m : (q.m + cluster - 1) / cluster * cluster;
   const int marks = q.options.column_scope && q.parts != 1 ? static_cast<int>(MarkBytes(q.k)) : 0;
   constexpr bool kMarks = kPlace == RowPlace::kShared && kRule < 0;
-  if constexpr (kRule != 0 && !kMarks) {
+  if constexpr (kRule != 0 && !kMarks && !kWide) {
     if (q.sparse.codes && !q.marking) {
       using Kernel = QuantizeKernel<kType, kVector, kPlace, kRule, true>;
       q.marks_at = static_cast<int>(Kernel::kShared + staged);
@@ -106,6 +110,11 @@ const char* QueueQuantizer(LaunchQueue& queue, QuantizeParams q, int64_t staged)
 template <Type kType, int kRule>
 const char* QueueQuantizerOfRule(LaunchQueue& queue, const QuantizeParams& q, int64_t staged) {
   const bool finds = q.options.column_scope && q.parts == 0;
+#if !defined(__CUDACC__) || defined(JAXINT8_WGMMA)
+  if constexpr (kRule != kMarked) {
+    if (q.wide) return QueueQuantizer<kType, true, RowPlace::kCluster, kRule>(queue, q, 0);
+  }
+#endif
   return HoldingThreads(q.m, q.k, q.options.rule) > 0 && !finds
              ? QueueQuantizer<kType, true, RowPlace::kRegisters, kRule>(queue, q, 0)
              : QueueQuantizer<kType, true, RowPlace::kShared, kRule>(queue, q, staged);

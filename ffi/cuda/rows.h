@@ -1,5 +1,5 @@
-// Quantises one row of activations with a block or half of one: statistics, outlier rule, codes. The row is looked at
-// two to four times where its groups are (groups.h): registers, or memory, which had better be shared.
+// Quantises one row of activations with a block, half of one or a cluster of them: statistics, outlier rule, codes. The
+// row is looked at two to four times where its groups are (groups.h): registers, or memory, which had better be shared.
 //
 // Every statistic is a maximum, a count or an integer sum, so the codes do not depend on the number of threads. What
 // takes the time is the instructions, and where blocks are few, fetching them: loops are not unrolled.
@@ -73,10 +73,10 @@ inline constexpr int kMarked = 4;
 // All threads of the team call every function, with the same arguments. Between two rows with the same scratch there
 // must be a barrier. kRule: the rule, of token scope; or kMarked; or -1, if it is not known to the compiler: a kernel
 // of one rule is smaller.
-template <typename Groups, int kRule = -1, int kTeams = 1>
+template <typename Groups, int kRule = -1, typename AnyTeam = Team<>>
 class Row {
  public:
-  JAXINT8_DEVICE Row(const Groups& groups, const Options& options, Ptr<uint32_t> scratch, Team<kTeams>& team)
+  JAXINT8_DEVICE Row(const Groups& groups, const Options& options, Ptr<uint32_t> scratch, AnyTeam& team)
       : row_(groups), options_(options), scratch_(scratch), team_(team) {}
 
   // Sets the bits of this row's outliers in the marks; rows that are not finite have no say.
@@ -255,19 +255,14 @@ class Row {
     return {threshold > 0 ? Bits(threshold) : 0, row_.k()};
   }
 
-  // The count largest are among the candidates that reach the (count + 1)-th largest maximum of 32 parts of the row,
-  // one of a lane each; and so is the largest of the rest.
+  // The count largest are among the candidates that reach the (count + 1)-th largest maximum of 32 parts of the row;
+  // and so is the largest of the rest.
   JAXINT8_DEVICE Tally SelectTopK(Selection* selection) {
     const int count = options_.topk < row_.k() ? static_cast<int>(options_.topk) : row_.k();
     const int lane = team_.Lane();
     const Ptr<uint32_t> candidates = scratch_ + Scratch::kCount, list = scratch_ + Scratch::kList;
-    uint32_t own = OwnLargest();
-    if (team_.Index() == 0) Store(candidates, 0u);
-    Store(scratch_ + (Scratch::kMaxima + team_.Index()), own);
-    team_.Sync();
-#pragma unroll 1
-    for (int w = 0; w < team_.Warps(); ++w) own = Max(own, Load(scratch_ + (Scratch::kMaxima + 32 * w + lane)));
-    const uint32_t absmax = WarpMax(own);
+    if (team_.IndexHere() == 0) Store(candidates, 0u);
+    const uint32_t own = team_.MaxOfParts(OwnLargest(), scratch_ + Scratch::kMaxima), absmax = WarpMax(own);
     if (absmax >= kInfinity || absmax == 0) return {absmax, absmax, 0, 0};
     if (count < row_.k() && count <= kQuickTopK) {
       const uint32_t bound = RankedLane(own, static_cast<uint32_t>(count));
@@ -284,13 +279,19 @@ class Row {
         }
       });
       team_.Sync();
-      const auto found = static_cast<int>(Load(candidates));
+      const auto here = static_cast<int>(Load(candidates));
+      Word2 mine = lane < here ? LoadAs<Word2>(list + 2 * lane) : Word2{0, kNothing};
+      const int found = team_.Collect(here, &mine);
       if (found <= kCandidates) {
-        const Word2 mine = lane < found ? LoadAs<Word2>(list + 2 * lane) : Word2{0, kNothing};
         int rank = 0;
 #pragma unroll 4
         for (int other = 0; other < found; ++other) {
-          const Word2 a = LoadAs<Word2>(list + 2 * other);
+          Word2 a;
+          if constexpr (AnyTeam::kSpread) {
+            a = {Shuffle(mine.x, other), Shuffle(mine.y, other)};
+          } else {
+            a = LoadAs<Word2>(list + 2 * other);
+          }
           rank += a.x > mine.x || (a.x == mine.x && a.y < mine.y);
         }
         const bool last = lane < found && rank == count - 1, next = lane < found && rank == count;
@@ -321,7 +322,7 @@ class Row {
     uint64_t prefix = 0;
     uint32_t remaining = static_cast<uint32_t>(count);
     for (int shift = 42; shift >= 0; shift -= 7) {
-      for (int b = team_.Index(); b < kBins; b += team_.Size()) Store(bins + b, 0u);
+      for (int b = team_.IndexHere(); b < kBins; b += team_.SizeHere()) Store(bins + b, 0u);
       team_.Sync();
       row_.ForEach([&](int i, const Group& group) {
         const Values e = Widen(group);
@@ -334,10 +335,9 @@ class Row {
       });
       team_.Sync();
       uint32_t h[4], sum = 0;
-      for (int j = 0; j < 4; ++j) {
-        h[j] = Load(bins + 4 * lane + j);
-        sum += h[j];
-      }
+      for (int j = 0; j < 4; ++j) h[j] = Load(bins + 4 * lane + j);
+      team_.SumOfLanes(h);
+      for (int j = 0; j < 4; ++j) sum += h[j];
       uint32_t above = sum;  // of this lane's bins and all higher ones
       for (int d = 1; d < 32; d *= 2) {
         const uint32_t other = Shuffle(above, lane + d < 32 ? lane + d : lane);
@@ -442,7 +442,7 @@ class Row {
   const Groups& row_;
   const Options& options_;
   const Ptr<uint32_t> scratch_;
-  Team<kTeams>& team_;
+  AnyTeam& team_;
 };
 
 }  // namespace jaxint8::cuda

@@ -1,4 +1,5 @@
-// The threads that work on one row: a block, or half of one. Maxima and exact sums over them.
+// The threads that work on one row: a block, or half of one (or a cluster of blocks: cluster.h). Maxima and exact sums
+// over them.
 #ifndef JAXINT8_FFI_CUDA_TEAM_H_
 #define JAXINT8_FFI_CUDA_TEAM_H_
 
@@ -10,18 +11,40 @@ namespace jaxint8::cuda {
 inline constexpr int kTeamMostWarps = 16;
 inline constexpr int kTeamWords = 2 * 4 * kTeamMostWarps;
 
+// Over a warp: the first kMaxima values become maxima, the others sums.
+template <int kMaxima, int kSize>
+JAXINT8_DEVICE void ReduceWarp(uint32_t (&v)[kSize]) {
+#pragma unroll
+  for (int i = 0; i < kSize; ++i) v[i] = i < kMaxima ? WarpMax(v[i]) : WarpSum(v[i]);
+}
+
+// The sum over a warp, which fits in so many bits, in parts whose sums fit a word.
+template <int kBits>
+JAXINT8_DEVICE uint64_t SumWarp(uint64_t v) {
+  constexpr uint32_t kMask = (1u << 27) - 1;
+  uint64_t sum = WarpSum(static_cast<uint32_t>(v) & kMask);
+  sum += static_cast<uint64_t>(WarpSum(static_cast<uint32_t>(v >> 27) & kMask)) << 27;
+  if constexpr (kBits > 54) sum += static_cast<uint64_t>(WarpSum(static_cast<uint32_t>(v >> 54))) << 54;
+  return sum;
+}
+
 // All threads of the team call every function. Those that return something shared have at most one barrier. There is a
 // buffer for Reduce and Max and one for Sum: between two calls that use the same one there must be one that uses the
 // other, or a barrier. kTeams: of the block, one or two, which do not wait for each other.
 template <int kTeams = 1>
 class Team {
  public:
+  static constexpr bool kSpread = false;  // over several blocks
+
   JAXINT8_DEVICE explicit Team(Ptr<uint32_t> words)
       : mine_(KeepShared(words + 4 * Warp())), others_(KeepShared(words + 4 * Lane())) {}
 
   static JAXINT8_DEVICE int Number() { return kTeams > 1 && ThreadIndex() >= Size() ? 1 : 0; }
   static JAXINT8_DEVICE int Index() { return ThreadIndex() - Number() * Size(); }
   static JAXINT8_DEVICE int Size() { return static_cast<int>(static_cast<unsigned>(BlockThreads()) / kTeams); }
+  // Among the threads of the team in this block, and how many these are: all.
+  static JAXINT8_DEVICE int IndexHere() { return Index(); }
+  static JAXINT8_DEVICE int SizeHere() { return Size(); }
   static JAXINT8_DEVICE int Warps() { return static_cast<int>(static_cast<unsigned>(Size()) / 32); }
   static JAXINT8_DEVICE int Warp() { return static_cast<int>(static_cast<unsigned>(Index()) / 32); }
   static JAXINT8_DEVICE int Lane() { return static_cast<int>(static_cast<unsigned>(ThreadIndex()) % 32); }
@@ -64,6 +87,26 @@ class Team {
     return SumWarp<kBits>(all[0] | static_cast<uint64_t>(all[1]) << 32);
   }
 
+  // Lane by lane, in all warps: the largest of one of 32 parts of the team, which are all of it. words: one a thread.
+  // Has a barrier of the block.
+  JAXINT8_DEVICE uint32_t MaxOfParts(uint32_t v, Ptr<uint32_t> words) {
+    Store(words + Index(), v);
+    Sync();
+#pragma unroll 1
+    for (int w = 0; w < Warps(); ++w) {
+      const uint32_t other = Load(words + (32 * w + Lane()));
+      v = other > v ? other : v;
+    }
+    return v;
+  }
+
+  // The lanes of each warp have the first items of their block's list of `count`: puts the lists of all blocks
+  // together, one behind the other, as far as lanes have them, and returns how many items there are.
+  JAXINT8_DEVICE int Collect(int count, Word2*) { return count; }
+
+  // Adds, lane by lane, what the warps of each block have, which is the same in all of them.
+  JAXINT8_DEVICE void SumOfLanes(uint32_t (&)[4]) {}
+
  private:
   static_assert(kTeams == 1 || kTeams == 2);
 
@@ -78,22 +121,6 @@ class Team {
     v[1] = word.y;
     v[2] = word.z;
     v[3] = word.w;
-  }
-
-  template <int kMaxima, int kSize>
-  static JAXINT8_DEVICE void ReduceWarp(uint32_t (&v)[kSize]) {
-#pragma unroll
-    for (int i = 0; i < kSize; ++i) v[i] = i < kMaxima ? WarpMax(v[i]) : WarpSum(v[i]);
-  }
-
-  // In parts whose sums over 32 lanes fit a word.
-  template <int kBits>
-  static JAXINT8_DEVICE uint64_t SumWarp(uint64_t v) {
-    constexpr uint32_t kMask = (1u << 27) - 1;
-    uint64_t sum = WarpSum(static_cast<uint32_t>(v) & kMask);
-    sum += static_cast<uint64_t>(WarpSum(static_cast<uint32_t>(v >> 27) & kMask)) << 27;
-    if constexpr (kBits > 54) sum += static_cast<uint64_t>(WarpSum(static_cast<uint32_t>(v >> 54))) << 54;
-    return sum;
   }
 
   const SharedWords mine_, others_;

@@ -18,6 +18,7 @@
 namespace jaxint8::cuda {
 
 inline uint32_t SharedAddress(Ptr<uint8_t> p) { return static_cast<uint32_t>(p.offset); }
+inline uint32_t SharedAddress(SharedWords p) { return static_cast<uint32_t>(p.offset); }
 
 // --- Barriers.
 
@@ -229,6 +230,23 @@ inline void CopyToBlock(int block, uint32_t to, uint32_t from, uint32_t bytes, u
       shared->shadow[to + i].defined = true;
     }
     b.bytes -= bytes;
+    b.Settle();
+  });
+}
+
+inline void SendToBlock(int block, uint32_t to, const Word4& words, uint32_t barrier, Site site = Site::Here()) {
+  Machine& m = TheMachine();
+  if (block < 0 || block >= m.cluster()) m.Fail(site, "no such block in the cluster");
+  Buffer* shared = m.shared_buffer(block);
+  if (m.Planted(site, Fault::kShiftIndex)) to += 16;
+  if (to % 16 != 0 || to + 16 > shared->bytes) m.Fail(site, "bad place for words");
+  for (uint32_t i = 0; i < 16; ++i) Undefine(shared, to + i);
+  MemoryBarrier& b = BarrierAt(barrier, block, site);
+  m.Postpone([=, &b, &m] {
+    if (m.Ended(block)) throw Failure(site.Name() + ": a block ended before what was sent to it came");
+    std::memcpy(shared->data + to, &words, 16);
+    for (uint32_t i = 0; i < 16; ++i) shared->shadow[to + i].defined = true;
+    b.bytes -= 16;
     b.Settle();
   });
 }
