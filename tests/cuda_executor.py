@@ -241,7 +241,7 @@ def wanted_linear(case: battery.Case, rule: Any, around: Around) -> np.ndarray:
 
 
 def wanted_largest(x: np.ndarray, count: int) -> np.ndarray:
-    """Returns the columns of the largest of each row, in falling order: NaNs first, of equal values the lower column."""
+    """Returns the columns of the largest of each row, falling: NaNs first, of equal values the lower column."""
     nan = np.isnan(x)
     # Stable: rows that are equal in both keys stay in order. A zero of either sign is equal to the other.
     order = np.lexsort((-np.where(nan, np.float32(0), x), ~nan), axis=-1)

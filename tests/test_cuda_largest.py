@@ -1,10 +1,17 @@
-"""The CUDA kernels that find the largest logits (ffi/cuda/largest.h) on the CPU, as the others in test_cuda_executor."""
+"""The CUDA kernels that find the largest logits (ffi/cuda/largest.h) on the CPU, as in test_cuda_executor.py."""
 
 import numpy as np
 import pytest
 from test_cuda_faults import unnoticed
 
-from cuda_executor import SHIFT_INDEX, SKIP_BARRIER, Executor, ExecutorError, wanted_largest
+from cuda_executor import (
+    SHIFT_INDEX,
+    SKIP_BARRIER,
+    SOURCE,
+    Executor,
+    ExecutorError,
+    wanted_largest,
+)
 
 # Rows shorter than a vector, than a part and than a block's threads; of several parts, and of longer ones (m = 300).
 SHAPES = [
@@ -44,6 +51,19 @@ def test_no_rows(executor: Executor) -> None:
     assert executor.largest(np.zeros((0, 9), np.float32), 3).shape == (0, 3)
 
 
+@pytest.mark.parametrize("m", [1, 20])
+def test_usual_rows_need_no_histogram(executor: Executor, m: int) -> None:
+    """Of logits in no order so few reach the bound that there is room for all: the slow way is for others."""
+    lines = (SOURCE.parents[1] / "largest.h").read_text().split("\n")
+    slow = f"largest.h:{1 + next(i for i, line in enumerate(lines) if 'Store(bins' in line)}"
+    rng = np.random.default_rng(m)
+    x = rng.gumbel(scale=3, size=(m, 128256 if m == 1 else 30000)).astype(np.float32)
+    expect_largest(executor, x, 64)
+    assert slow not in {place for place, _ in executor.sites()}
+    expect_largest(executor, np.zeros((1, 500), np.float32), 64)
+    assert slow in {place for place, _ in executor.sites()}
+
+
 def special(kind: str, n: int) -> np.ndarray:
     """Rows in which it is not plain which values are the largest, or where they stand."""
     rng = np.random.default_rng(n)
@@ -78,7 +98,9 @@ def special(kind: str, n: int) -> np.ndarray:
             x[1, places[:200]] = np.nan
             x[2] = np.nan
             bits = x.view(np.uint32)
-            bits[:, ::2] |= np.isnan(x)[:, ::2] * np.uint32(0x80000007)  # of either sign, and other payloads
+            bits[:, ::2] |= np.isnan(x)[:, ::2] * np.uint32(
+                0x80000007
+            )  # of either sign, and other payloads
         case "negative":
             return -np.abs(x) - 1
         case "giant":
@@ -89,17 +111,28 @@ def special(kind: str, n: int) -> np.ndarray:
             x[1, n - 64 :] += 40
             x[2, : n // 2] += 40
         case "close":  # equal in all but the lowest bits
-            bits = np.float32(7).view(np.uint32) + rng.permutation(3 * n).reshape(3, n).astype(np.uint32)
+            bits = np.float32(7).view(np.uint32) + rng.permutation(3 * n).reshape(3, n).astype(
+                np.uint32
+            )
             return bits.view(np.float32)
     return x
 
 
-KINDS = ("rising", "falling", "equal", "few values", "ties at the boundary", "zeros", "infinities", "nan")
+KINDS = (
+    "rising",
+    "falling",
+    "equal",
+    "few values",
+    "ties at the boundary",
+    "zeros",
+    "infinities",
+    "nan",
+)
 KINDS += ("negative", "giant", "one part", "close")
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("n", [999, 9002])
+@pytest.mark.parametrize("n", [999, 5003])
 def test_special_values(executor: Executor, kind: str, n: int) -> None:
     x = special(kind, n)
     for executor.order, count in enumerate((64, 1, 8)):
@@ -122,7 +155,9 @@ def test_planted_faults_are_noticed(executor: Executor) -> None:
         expect_largest(executor, *call)
         for place in executor.sites():
             places.setdefault(place, []).append(call)
-    missed = unnoticed(executor, places, lambda call: expect_largest(executor, *call), lambda _: True)
+    missed = unnoticed(
+        executor, places, lambda call: expect_largest(executor, *call), lambda _: True
+    )
     assert not missed, "\n".join(missed)
     kinds = [fault for _, fault in places]
     assert kinds.count(SKIP_BARRIER) > 5 and kinds.count(SHIFT_INDEX) > 10

@@ -36,8 +36,8 @@ JAXINT8_HOST_DEVICE constexpr LargestShape ChooseLargest(int64_t m, int64_t n) {
   return {parts, (vectors + parts - 1) / parts};
 }
 
-// A value as an integer of its place among values: zeros are equal; NaNs are equal, and above all numbers, as in
-// NumPy's and JAX's sorts. 0 is no value's.
+// A value as an integer of its place among values: zeros are equal; NaNs are equal, and above all numbers, as they are
+// sorted by NumPy and JAX (jax.lax.top_k goes by the signs of both). 0 is no value's.
 JAXINT8_DEVICE uint32_t OrderOf(float x) {
   const uint32_t bits = Bits(Add(x, 0.0f));  // not -0
   const uint32_t order = bits ^ (static_cast<uint32_t>(static_cast<int32_t>(bits) >> 31) | 0x80000000u);
