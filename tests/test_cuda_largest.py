@@ -13,7 +13,8 @@ from cuda_executor import (
     wanted_largest,
 )
 
-# Rows shorter than a vector, than a part and than a block's threads; of several parts, and of longer ones (m = 300).
+# Rows shorter than a vector, than a part and than a block's threads; of several parts; and of so many rows that the
+# parts are longer than what a block asks for at once.
 SHAPES = [
     ((1, 1), 1),
     ((3, 5), 3),
@@ -26,7 +27,7 @@ SHAPES = [
     ((3, 8190), 8),
     ((1, 20011), 64),
     ((2, 20032), 40),
-    ((300, 4099), 2),
+    ((130, 17003), 2),
 ]
 
 

@@ -21,16 +21,18 @@ inline constexpr int kLargestThreads = 512, kLargestGroups = 128, kLargestKept =
 static_assert(kLargestMost <= kLargestGroups && kLargestMost <= kLargestKept);
 inline constexpr int kLargestBins = 256;
 
-// How rows are cut: into so many parts of so many vectors of four values. Short parts where there are few blocks, and
-// not too many, for one block reads what is left of all.
+// How rows are cut: into so many parts of so many vectors of four values. Of many rows into longer ones, that all
+// blocks run at once; and into not too many, for one block reads what is left of all.
 struct LargestShape {
   int64_t parts, vectors;
 };
 JAXINT8_HOST_DEVICE constexpr LargestShape ChooseLargest(int64_t m, int64_t n) {
-  constexpr int64_t kShort = 1024, kLong = 2048, kFewBlocks = 512, kMostParts = 256;
+  constexpr int64_t kShort = 1024, kLong = 4096, kBlocks = 3 * 128, kMostParts = 256;
   const int64_t vectors = n % 4 == 0 ? n / 4 : (n + 6) / 4;  // a row may begin and end within one
-  int64_t parts = (vectors + kShort - 1) / kShort;
-  if (m * parts > kFewBlocks) parts = (vectors + kLong - 1) / kLong;
+  const int64_t least = (vectors + kLong - 1) / kLong, most = (vectors + kShort - 1) / kShort;
+  int64_t parts = m > 0 ? kBlocks / m : 1;
+  if (parts < least) parts = least;
+  if (parts > most) parts = most;
   if (parts > kMostParts) parts = kMostParts;
   if (parts < 1) parts = 1;
   return {parts, (vectors + parts - 1) / parts};
@@ -189,7 +191,7 @@ class LargestChooser {
 
   // Adds this thread's values from `least` on to those kept, as far as there is room, and counts all.
   JAXINT8_DEVICE void Keep(uint64_t least) const {
-    source_.template ForEach<1>([&](uint32_t order, uint32_t column) {
+    source_.template ForEach<2>([&](uint32_t order, uint32_t column) {
       if (Ranked(order, column) < least) return;
       const uint32_t at = AtomicAdd(found_, 1);
       if (at < kLargestKept) StoreAs<Word2>(kept_ + 2 * static_cast<int>(at), Word2{column, order});
@@ -263,7 +265,7 @@ template <bool kFirst, bool kLast>
 struct LargestKernel {
   using Params = LargestParams;
   static constexpr int kMaxThreads = kLargestThreads;
-  static constexpr int kMinBlocks = kFirst ? 4 : 1;
+  static constexpr int kMinBlocks = kFirst ? 3 : 1;
   static constexpr int64_t kShared = LargestChooser<LargestOfParts>::kShared;
 
   static JAXINT8_DEVICE void Run(const Params& p) {

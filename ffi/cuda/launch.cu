@@ -90,11 +90,21 @@ const char* Run(const Largest& p, CUstream_st* stream) {
   params.count = static_cast<int>(p.count);
   params.parts = static_cast<int>(shape.parts);
   params.vectors = static_cast<int>(shape.vectors);
+  int64_t multiprocessors = 0;
+  bool hopper = false;
+  JAXINT8_TRY(Multiprocessors(&multiprocessors));
+  JAXINT8_TRY(HasWgmma(&hopper));
   LaunchQueue queue(stream, false);
   queue.StartEarly();
   const auto launch = [&](auto kernel, int64_t blocks) {
     using Kernel = decltype(kernel);
-    return queue.Launch<Kernel>(blocks, Kernel::kMaxThreads, Kernel::kShared, params);
+#ifdef __CUDACC__
+    const int64_t apart = hopper ? SpreadBytes(blocks, true, multiprocessors) : 0;
+#else
+    const int64_t apart = 0;  // the executor sees who goes beyond what he needs
+#endif
+    const int64_t shared = apart > Kernel::kShared ? apart : Kernel::kShared;
+    return queue.Launch<Kernel>(blocks, Kernel::kMaxThreads, shared, params);
   };
   if (shape.parts == 1) return launch(LargestKernel<true, true>(), p.m);
   JAXINT8_TRY(launch(LargestKernel<true, false>(), p.m * shape.parts));
