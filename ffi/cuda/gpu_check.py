@@ -23,7 +23,7 @@ BUILD = ROOT / "build" / "gpu-check"
 SITE = BUILD / "site"
 # Stage -> seconds it may take at most.
 STAGES = {
-    "build": 240,
+    "build": 420,
     "native": 120,
     "probe": 60,
     "jax": 120,
