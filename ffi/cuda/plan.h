@@ -354,7 +354,7 @@ inline Plan MakePlan(const Problem& p, bool hopper) {
     plan.marking = ChooseMarking(p, plan.stride, hopper, plan.gather, prologue);
   }
   plan.wide = hopper && (quantize || prepared) && !plan.stream && !plan.by_column && !plan.sparse &&
-              p.path != Path::kTiled && p.k % 8 == 0 && p.k >= kWideColumns && p.k <= kWideMost &&
+              p.path != Path::kTiled && p.k % 8 == 0 && p.k > kWideColumns && p.k <= kWideMost &&
               p.m <= WideRows(plan.has_rule);
   plan.clear = marks ? plan.marking.parts == 1 : plan.gather;
   plan.bits_bytes = (marks ? plan.marking.parts : plan.gather ? 1 : 0) * 4 * MarkWords(p.k);

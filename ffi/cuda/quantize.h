@@ -76,10 +76,10 @@ inline int MarkThreads(int64_t rows, int64_t columns) {
   return static_cast<int>(wanted < least ? least : wanted < kQuantizeThreads ? wanted : kQuantizeThreads);
 }
 
-// A row of so many columns is sooner quantised by a cluster of blocks, in registers, while there are few rows: their
-// blocks stand where those of the product would ask for weights, and without a rule they have little to do.
+// A longer row is sooner quantised by a cluster of blocks, in registers, while there are few rows: their blocks stand
+// where those of the product would ask for weights, and without a rule they have little to do.
 inline constexpr int kWideBlocks = 4;
-inline constexpr int64_t kWideColumns = 4096, kWideMost = kWideBlocks * 8 * kQuantizeThreads;
+inline constexpr int64_t kWideColumns = 8192, kWideMost = kWideBlocks * 8 * kQuantizeThreads;
 inline int64_t WideRows(bool has_rule) { return has_rule ? 32 : 16; }
 inline int WideThreads(int64_t columns) {
   return static_cast<int>((columns + 256 * kWideBlocks - 1) / (256 * kWideBlocks) * 32);
