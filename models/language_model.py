@@ -154,7 +154,7 @@ class LanguageModel:
             prompt: a text.
             max_new_tokens: most tokens to add.
             **options: ``temperature``, ``top_k``, ``top_p`` and ``seed`` as for `generate`, and
-                ``chunk``, the steps between two pieces.
+                ``chunk``, the steps between two pieces (see `stream_tokens`).
 
         """
         tokenizer = self._tokenizer()

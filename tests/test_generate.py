@@ -97,8 +97,8 @@ def test_stops_at_the_end_token() -> None:
     assert [len(row) for row in generate_tokens(first, params, prompts, 8)] <= [2, 2]
 
 
-@pytest.mark.parametrize("chunk", [1, 3, 256])
-def test_streaming_gives_the_same_tokens(chunk: int) -> None:
+@pytest.mark.parametrize("chunk", [1, 3, 256, None])
+def test_streaming_gives_the_same_tokens(chunk: int | None) -> None:
     config, params, _ = load_case(CASE)
     prompts = prompts_of(CASE, 5, 9)
     whole = generate_tokens(config, params, prompts, 12, sampling=SAMPLED, seed=1)
@@ -109,7 +109,7 @@ def test_streaming_gives_the_same_tokens(chunk: int) -> None:
         for row, new in zip(rows, gained, strict=True):
             row.extend(new)
     assert rows == whole
-    assert pieces == 1 + -(-11 // chunk)
+    assert pieces == 1 + -(-11 // (chunk or generate.PIECE))
 
 
 def test_seeds() -> None:
@@ -248,6 +248,9 @@ def test_an_accelerator_takes_whole_turns(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     elsewhere = {"embedding": np.asarray(params["embedding"])}
     assert [generate.steps_of_a_turn(elsewhere, n) for n in (1, 8, generate.CHUNK)] == [1, 4, 4]
+    piece = generate.steps_of_a_piece(elsewhere)
+    assert piece > generate.steps_of_a_piece(params)
+    assert generate.steps_of_a_turn(elsewhere, piece) == generate.BURST
 
 
 @pytest.mark.parametrize("known", [True, False])

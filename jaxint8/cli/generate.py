@@ -21,9 +21,6 @@ from jaxint8.models import LanguageModel, load
 from jaxint8.models.generate import stream_tokens
 from jaxint8.models.sampling import Sampling
 
-# Steps between two pieces of text: a fifth of a second at forty tokens a second.
-STEPS = 8
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The console script; returns the exit status."""
@@ -100,7 +97,6 @@ def _generate(options: app.Options, mesh: Mesh | None) -> None:
         placement=model.placement,
         sampling=sampling,
         seed=options["seed"],
-        chunk=STEPS,
     )
     with app.input_errors():  # the prompts are checked at the first step
         first = next(steps)
