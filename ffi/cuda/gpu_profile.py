@@ -8,11 +8,12 @@ import tempfile
 from typing import Any
 
 import jax
-from gpu_decode import BATCHES, CONFIG, METHODS, STEPS, Decoding, make_params, with_head
+from gpu_decode import BATCHES, CONFIG, METHODS, Decoding, make_params, with_head
 from jax.profiler import ProfileData
 
 # Beside them a step has one embedding and one head.
 LAYERS = 4
+STEPS = 16
 SHOWN = 16
 
 
@@ -24,7 +25,7 @@ def stage_profile() -> dict[str, Any]:
         quantization = METHODS[method]
         params = with_head(make_params(quantization is not None, config), quantization)
         for batch in BATCHES:
-            steps = Decoding(params, quantization, batch, config)
+            steps = Decoding(params, quantization, batch, config, STEPS)
             jax.block_until_ready(steps())
             with tempfile.TemporaryDirectory() as folder:
                 with jax.profiler.trace(folder):
