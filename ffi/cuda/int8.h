@@ -79,6 +79,20 @@ const char* RunAll(const Problem* problems, int count, CUstream_st* stream);
 // third behind a gate. As RunAll, but what is left in the y of the second is not said.
 const char* RunBlock(const Problem (&layers)[3], CUstream_st* stream);
 
+// The columns of the largest values of each row of x, in falling order, of equal ones the lower first. Zeros are equal,
+// whatever their signs; NaNs are equal, and above all numbers.
+struct Largest {
+  int64_t m = 0, n = 0, count = 0;  // count: from 1 to n and kLargestMost
+  const float* x = nullptr;         // [m][n]
+  int32_t* y = nullptr;             // [m][count]
+  uint8_t* workspace = nullptr;     // WorkspaceBytes, aligned to 128
+};
+inline constexpr int kLargestMost = 64;
+
+// As of a Problem.
+int64_t WorkspaceBytes(const Largest& largest);
+const char* Run(const Largest& largest, CUstream_st* stream);
+
 }  // namespace jaxint8::cuda
 
 #endif  // JAXINT8_FFI_CUDA_INT8_H_

@@ -6,7 +6,7 @@
 
 #include "../int8.h"
 
-// Mirrored by Call in tests/cuda_executor.py.
+// Mirrored by Call in tests/cuda_executor.py. kind: a Problem's, or 4 for Largest: of k float32 a row the n largest.
 struct ExecutorCall {
   int32_t kind, rule, column_scope, path, type, planted_fault;
   float value;
@@ -53,6 +53,18 @@ inline Problem ProblemOf(const ExecutorCall& c) {
   p.row_scale = c.row_scale;
   p.workspace = c.workspace;
   return p;
+}
+
+inline bool IsLargest(const ExecutorCall& c) { return c.kind == 4; }
+inline Largest LargestOf(const ExecutorCall& c) {
+  return {c.m, c.k, c.n, static_cast<const float*>(c.x), static_cast<int32_t*>(c.y), c.workspace};
+}
+
+inline int64_t WorkspaceBytesOf(const ExecutorCall& c) {
+  return IsLargest(c) ? WorkspaceBytes(LargestOf(c)) : WorkspaceBytes(ProblemOf(c));
+}
+inline const char* QueueCall(const ExecutorCall& c, CUstream_st* stream) {
+  return IsLargest(c) ? Run(LargestOf(c), stream) : Run(ProblemOf(c), stream);
 }
 
 // Bytes of each buffer of a call.
