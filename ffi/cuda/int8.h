@@ -79,6 +79,8 @@ const char* RunAll(const Problem* problems, int count, CUstream_st* stream);
 // third behind a gate. As RunAll, but what is left in the y of the second is not said.
 const char* RunBlock(const Problem (&layers)[3], CUstream_st* stream);
 
+inline bool Aligned(const void* p, uintptr_t to) { return reinterpret_cast<uintptr_t>(p) % to == 0; }
+
 // The columns of the largest values of each row of x, in falling order, of equal ones the lower first. Zeros are equal,
 // whatever their signs; NaNs are equal, and above all numbers.
 struct Largest {

@@ -17,16 +17,16 @@
 namespace jaxint8::cuda {
 
 // Of 128 groups of values in no order the 64th largest maximum is reached by some 90 values, seldom by more than 110.
-inline constexpr int kLargestThreads = 512, kLargestGroups = 128, kLargestKept = 128;
+inline constexpr int kLargestThreads = 512, kLargestGroups = 128, kLargestKept = 128, kLargestBins = 256;
+static_assert(kLargestThreads == 4 * kLargestGroups && kLargestThreads >= kLargestBins);
 static_assert(kLargestMost <= kLargestGroups && kLargestMost <= kLargestKept);
-inline constexpr int kLargestBins = 256;
 
 // How rows are cut: into so many parts of so many vectors of four values. Of many rows into longer ones, that all
 // blocks run at once; and into not too many, for one block reads what is left of all.
 struct LargestShape {
   int64_t parts, vectors;
 };
-JAXINT8_HOST_DEVICE constexpr LargestShape ChooseLargest(int64_t m, int64_t n) {
+inline LargestShape ChooseLargest(int64_t m, int64_t n) {
   constexpr int64_t kShort = 1024, kLong = 4096, kBlocks = 3 * 128, kMostParts = 256;
   const int64_t vectors = n % 4 == 0 ? n / 4 : (n + 6) / 4;  // a row may begin and end within one
   const int64_t least = (vectors + kLong - 1) / kLong, most = (vectors + kShort - 1) / kShort;
@@ -49,6 +49,14 @@ JAXINT8_DEVICE uint32_t OrderOf(float x) {
 // A value with its column, so that all differ: the order above, and the lower the column the larger.
 JAXINT8_DEVICE uint64_t Ranked(uint32_t order, uint32_t column) { return uint64_t{order} << 32 | column; }
 
+// Which of what all threads look at in turn is this thread's: the number of its group is the rest by kLargestGroups, so
+// that neighbours belong to different ones (they may be the largest of all), and the four threads of a group are lanes
+// of one warp.
+JAXINT8_DEVICE int LargestPlace() {
+  const auto t = static_cast<unsigned>(ThreadIndex());
+  return static_cast<int>(t / 8 % 4 * kLargestGroups + t / 32 * 8 + t % 8);
+}
+
 // The values of one part of a row. A row may begin at any float: positions are counted from the vector that it begins
 // in.
 class LargestOfRow {
@@ -63,7 +71,7 @@ class LargestOfRow {
   JAXINT8_DEVICE void ForEach(F f) const {
     const int first = (begin_ + 3) / 4, last = end_ / 4;
 #pragma unroll 1
-    for (int v = first + ThreadIndex(); v < last; v += kAhead * kLargestThreads) {
+    for (int v = first + LargestPlace(); v < last; v += kAhead * kLargestThreads) {
       Word4 words[kAhead];
 #pragma unroll
       for (int j = 0; j < kAhead; ++j) {
@@ -100,12 +108,11 @@ class LargestOfParts {
  public:
   JAXINT8_DEVICE LargestOfParts(Ptr<const uint32_t> pairs, int count) : from_(pairs), count_(count) {}
 
-  // Neighbours belong to different groups: they may be of the same part, and the largest of all.
   static constexpr int kMostAhead = 8;
   template <int kAhead, typename F>
   JAXINT8_DEVICE void ForEach(F f) const {
 #pragma unroll 1
-    for (int first = ThreadIndex(); first < count_; first += kAhead * kLargestThreads) {
+    for (int first = LargestPlace(); first < count_; first += kAhead * kLargestThreads) {
       Word2 pairs[kAhead];
 #pragma unroll
       for (int j = 0; j < kAhead; ++j) {
@@ -127,14 +134,14 @@ class LargestOfParts {
 template <typename Source>
 class LargestChooser {
  public:
-  static constexpr int64_t kShared = 4 * (kLargestThreads + kLargestGroups + 2 * kLargestKept + 8);
+  static constexpr int64_t kShared = 4 * (kLargestBins + 2 * kLargestKept + 8);
 
   JAXINT8_DEVICE LargestChooser(const Source& source, int count, Ptr<uint32_t> shared)
       : source_(source),
         count_(count),
-        maxima_(shared),
-        groups_(shared + kLargestThreads),
-        kept_(groups_ + kLargestGroups),
+        groups_(shared),
+        bins_(shared),
+        kept_(shared + kLargestBins),
         found_(kept_ + 2 * kLargestKept),
         bound_(found_ + 1) {}
 
@@ -145,7 +152,11 @@ class LargestChooser {
     uint32_t largest = 0;
     source_.template ForEach<Source::kMostAhead>(
         [&](uint32_t order, uint32_t) { largest = order > largest ? order : largest; });
-    Store(maxima_ + t, largest);
+    const uint32_t other = ShuffleXor(largest, 8), two = other > largest ? other : largest;
+    const uint32_t others = ShuffleXor(two, 16), four = others > two ? others : two;
+    // The lowest bits make way for the group's number, so that no two are equal.
+    const int group = LargestPlace() % kLargestGroups;
+    if (t % 32 < 8) Store(groups_ + group, (four & ~(kLargestGroups - 1u)) | static_cast<uint32_t>(group));
     Forget();
     Barrier();
     if (t < kLargestGroups) FindBound();
@@ -160,26 +171,14 @@ class LargestChooser {
   JAXINT8_DEVICE Ptr<uint32_t> kept() const { return kept_; }
 
  private:
-  static_assert(kLargestBins <= kLargestThreads);
-
   JAXINT8_DEVICE void Forget() const {
     if (ThreadIndex() < kLargestKept) StoreAs<Word2>(kept_ + 2 * ThreadIndex(), Word2{0, 0});
     if (ThreadIndex() == 0) Store(found_, 0u);
   }
 
-  // By the threads of one number each, of all groups: a group's largest value is the largest of four threads. Its
-  // lowest bits make way for the group's number, so that no two are equal.
+  // By a thread for each group.
   JAXINT8_DEVICE void FindBound() const {
-    const int t = ThreadIndex();
-    uint32_t largest = 0;
-#pragma unroll
-    for (int i = t; i < kLargestThreads; i += kLargestGroups) {
-      const uint32_t other = Load(maxima_ + i);
-      largest = other > largest ? other : largest;
-    }
-    const uint32_t rounded = largest & ~(kLargestGroups - 1u), mine = rounded | static_cast<uint32_t>(t);
-    Store(groups_ + t, mine);
-    PartBarrier(1, kLargestGroups);
+    const uint32_t mine = Load(groups_ + ThreadIndex()), rounded = mine & ~(kLargestGroups - 1u);
     int above = 0;
 #pragma unroll 8
     for (int i = 0; i < kLargestGroups; i += 4) {
@@ -202,22 +201,22 @@ class LargestChooser {
   // it. No two are equal, so there will be few enough by the last.
   JAXINT8_DEVICE int Refine(uint32_t bound) const {
     const int t = ThreadIndex();
-    const Ptr<uint32_t> bins = maxima_, chosen = bound_ + 1;
+    const Ptr<uint32_t> chosen = bound_ + 1;
     uint64_t least = 0;
     int above = 0, reach = 0;
     int shift = 64;
     do {
       shift -= 8;
-      if (t < kLargestBins) Store(bins + t, 0u);
+      if (t < kLargestBins) Store(bins_ + t, 0u);
       Barrier();
       source_.template ForEach<1>([&](uint32_t order, uint32_t column) {
         const uint64_t ranked = Ranked(order, column);
         if (order < bound || ranked < least) return;
         const uint64_t bin = (ranked - least) >> shift;
-        if (bin < kLargestBins) AtomicAdd(bins + static_cast<int>(bin), 1);
+        if (bin < kLargestBins) AtomicAdd(bins_ + static_cast<int>(bin), 1);
       });
       Barrier();
-      if (t < kLargestBins) ChooseDigit(bins, above, chosen);
+      if (t < kLargestBins) ChooseDigit(above, chosen);
       Forget();
       Barrier();
       least += uint64_t{Load(chosen)} << shift;
@@ -231,16 +230,16 @@ class LargestChooser {
 
   // Of each bin a thread: that of the last value asked for says which it is, how many values are above it, and how many
   // with those in it.
-  JAXINT8_DEVICE void ChooseDigit(Ptr<uint32_t> bins, int above, Ptr<uint32_t> chosen) const {
+  JAXINT8_DEVICE void ChooseDigit(int above, Ptr<uint32_t> chosen) const {
     const int t = ThreadIndex();
 #pragma unroll 4
     for (int i = 0; i < kLargestBins; i += 4) {
-      const Word4 b = LoadAs<Word4>(bins + i);
+      const Word4 b = LoadAs<Word4>(bins_ + i);
       const uint32_t four[4] = {b.x, b.y, b.z, b.w};
 #pragma unroll
       for (int j = 0; j < 4; ++j) above += i + j > t ? static_cast<int>(four[j]) : 0;
     }
-    const int reach = above + static_cast<int>(Load(bins + t));
+    const int reach = above + static_cast<int>(Load(bins_ + t));
     if (above >= count_ || reach < count_) return;
     Store(chosen, static_cast<uint32_t>(t));
     Store(chosen + 1, static_cast<uint32_t>(above));
@@ -249,7 +248,8 @@ class LargestChooser {
 
   Source source_;
   int count_;
-  Ptr<uint32_t> maxima_, groups_, kept_, found_, bound_;  // in shared memory
+  // In shared memory; the bins are counted where the groups were.
+  Ptr<uint32_t> groups_, bins_, kept_, found_, bound_;
 };
 
 struct LargestParams {
