@@ -10,6 +10,7 @@ import importlib.util
 import math
 import pathlib
 import re
+import subprocess
 from collections.abc import Iterator
 from typing import Any
 
@@ -124,6 +125,19 @@ def product_call(text: str) -> tuple[str, list[tuple[str, int]]]:
     }
     assert len(calls) == 1 and not results(text, "dot")
     return calls.popitem()
+
+
+@pytest.mark.parametrize("name", ["_cuda*.so", "libjaxint8_gpu_executor.so"])
+def test_what_a_library_knows_of_its_kernels_is_its_own(name: str) -> None:
+    """Exported, a template's static variable is one for all libraries of a process, though each has its kernels."""
+    path = next(BUILD.glob(name), None)
+    if path is None:
+        pytest.skip("no CUDA kernels have been built: make cuda-check")
+    exported = subprocess.run(
+        ["nm", "--dynamic", "--defined-only", path], capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    assert any(re.search("T (PyInit__cuda|executor_run)$", line) for line in exported)
+    assert not [line for line in exported if re.search("u .*jaxint8", line)]
 
 
 def mesh_of(devices: np.ndarray, shape: tuple[int, int]) -> Mesh:

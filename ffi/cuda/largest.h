@@ -143,7 +143,8 @@ class LargestChooser {
         bins_(shared),
         kept_(shared + kLargestBins),
         found_(kept_ + 2 * kLargestKept),
-        bound_(found_ + 1) {}
+        bound_(found_ + 1),
+        chosen_(bound_ + 1) {}
 
   // Puts them into kept(), in no order, zeros behind them. Returns how many there are: all if they are fewer than
   // count.
@@ -152,11 +153,15 @@ class LargestChooser {
     uint32_t largest = 0;
     source_.template ForEach<Source::kMostAhead>(
         [&](uint32_t order, uint32_t) { largest = order > largest ? order : largest; });
-    const uint32_t other = ShuffleXor(largest, 8), two = other > largest ? other : largest;
-    const uint32_t others = ShuffleXor(two, 16), four = others > two ? others : two;
+    uint32_t of_group = largest;
+#pragma unroll
+    for (int lanes = 8; lanes < 32; lanes *= 2) {
+      const uint32_t other = ShuffleXor(of_group, lanes);
+      of_group = other > of_group ? other : of_group;
+    }
     // The lowest bits make way for the group's number, so that no two are equal.
     const int group = LargestPlace() % kLargestGroups;
-    if (t % 32 < 8) Store(groups_ + group, (four & ~(kLargestGroups - 1u)) | static_cast<uint32_t>(group));
+    if (t % 32 < 8) Store(groups_ + group, (of_group & ~(kLargestGroups - 1u)) | static_cast<uint32_t>(group));
     Forget();
     Barrier();
     if (t < kLargestGroups) FindBound();
@@ -201,7 +206,6 @@ class LargestChooser {
   // it. No two are equal, so there will be few enough by the last.
   JAXINT8_DEVICE int Refine(uint32_t bound) const {
     const int t = ThreadIndex();
-    const Ptr<uint32_t> chosen = bound_ + 1;
     uint64_t least = 0;
     int above = 0, reach = 0;
     int shift = 64;
@@ -216,12 +220,12 @@ class LargestChooser {
         if (bin < kLargestBins) AtomicAdd(bins_ + static_cast<int>(bin), 1);
       });
       Barrier();
-      if (t < kLargestBins) ChooseDigit(above, chosen);
+      if (t < kLargestBins) ChooseDigit(above);
       Forget();
       Barrier();
-      least += uint64_t{Load(chosen)} << shift;
-      above = static_cast<int>(Load(chosen + 1));
-      reach = static_cast<int>(Load(chosen + 2));
+      least += uint64_t{Load(chosen_)} << shift;
+      above = static_cast<int>(Load(chosen_ + 1));
+      reach = static_cast<int>(Load(chosen_ + 2));
     } while (shift > 0 && reach > kLargestKept);
     Keep(least);
     Barrier();
@@ -230,7 +234,7 @@ class LargestChooser {
 
   // Of each bin a thread: that of the last value asked for says which it is, how many values are above it, and how many
   // with those in it.
-  JAXINT8_DEVICE void ChooseDigit(int above, Ptr<uint32_t> chosen) const {
+  JAXINT8_DEVICE void ChooseDigit(int above) const {
     const int t = ThreadIndex();
 #pragma unroll 4
     for (int i = 0; i < kLargestBins; i += 4) {
@@ -241,15 +245,15 @@ class LargestChooser {
     }
     const int reach = above + static_cast<int>(Load(bins_ + t));
     if (above >= count_ || reach < count_) return;
-    Store(chosen, static_cast<uint32_t>(t));
-    Store(chosen + 1, static_cast<uint32_t>(above));
-    Store(chosen + 2, static_cast<uint32_t>(reach));
+    Store(chosen_, static_cast<uint32_t>(t));
+    Store(chosen_ + 1, static_cast<uint32_t>(above));
+    Store(chosen_ + 2, static_cast<uint32_t>(reach));
   }
 
   Source source_;
   int count_;
   // In shared memory; the bins are counted where the groups were.
-  Ptr<uint32_t> groups_, bins_, kept_, found_, bound_;
+  Ptr<uint32_t> groups_, bins_, kept_, found_, bound_, chosen_;
 };
 
 struct LargestParams {
