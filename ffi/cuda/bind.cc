@@ -79,8 +79,7 @@ ffi::Error DecodeRows(const ffi::AnyBuffer& x, Problem* p) {
   return ffi::Error::Success();
 }
 
-template <typename AnyProblem>
-ffi::Error GiveWorkspace(AnyProblem* problems, int count, Workspace& workspace) {
+ffi::Error GiveWorkspace(Problem* problems, int count, Workspace& workspace) {
   const int64_t bytes = workspace->dimensions()[0];
   for (int i = 0; i < count; ++i) {
     const int64_t needed = WorkspaceBytes(problems[i]);
@@ -237,15 +236,15 @@ ffi::Error MlpBlock(CUstream_st* stream, ffi::AnyBuffer x, ffi::AnyBuffer residu
 
 ffi::Error ChooseOfRows(CUstream_st* stream, ffi::BufferR2<ffi::F32> x, ffi::Result<ffi::BufferR2<ffi::S32>> y,
                         Workspace workspace) {
-  Largest p{};
+  Problem p{};
+  p.kind = Problem::Kind::kLargest;
   p.m = x.dimensions()[0];
-  p.n = x.dimensions()[1];
-  p.count = y->dimensions()[1];
+  p.k = x.dimensions()[1];
+  p.n = y->dimensions()[1];
   if (y->dimensions()[0] != p.m) return Invalid("y: expected int32[m, count]");
   p.x = x.typed_data();
   p.y = y->typed_data();
-  if (ffi::Error e = GiveWorkspace(&p, 1, workspace); e.failure()) return e;
-  return Result(Run(p, stream));
+  return Queue(p, workspace, stream);
 }
 
 XLA_FFI_DEFINE_HANDLER(kQuantize, Quantize,
@@ -369,11 +368,11 @@ py::tuple Paths() {
 // Of jaxint8_largest k values a row, of which n are chosen.
 int64_t Bytes(const std::string& target, int64_t m, int64_t k, int64_t n, int64_t rule, int64_t column_scope,
               int64_t rung, int64_t prologue, int64_t itemsize) {
-  if (target == "jaxint8_largest") return WorkspaceBytes(Largest{m, k, n});
   Problem p{};
   p.kind = target == "jaxint8_quantize"   ? Problem::Kind::kQuantize
            : target == "jaxint8_product"  ? Problem::Kind::kProduct
            : target == "jaxint8_prologue" ? Problem::Kind::kPrologue
+           : target == "jaxint8_largest"  ? Problem::Kind::kLargest
                                           : Problem::Kind::kLinear;
   p.prologue = static_cast<Prologue>(prologue);
   p.type = itemsize == 2 ? Type::kBF16 : Type::kF32;

@@ -41,8 +41,12 @@ enum class Prologue : int32_t { kNone, kRmsNorm, kSiluGate };
 // kNarrow: by narrow.h, whatever the number of rows.
 enum class Path : int32_t { kAuto = -1, kStream = 0, kTiled = 1, kWgmma = 2, kSparse = 3, kNarrow = 4 };
 
+// kLargest: the columns of the n largest values of each row of float32, n from 1 to k and kLargestMost, in falling
+// order, of equal ones the lower first. Zeros are equal, whatever their signs; NaNs are equal, and above all numbers.
+inline constexpr int kLargestMost = 64;
+
 struct Problem {
-  enum class Kind { kQuantize, kProduct, kLinear, kPrologue } kind;
+  enum class Kind { kQuantize, kProduct, kLinear, kPrologue, kLargest } kind;
   Options options;
   Prologue prologue = Prologue::kNone;  // not in kProduct
   Path path = Path::kAuto;
@@ -58,7 +62,7 @@ struct Problem {
   bool gated = false;
   // [m][n] of the type of x, or null; kLinear. Added to y once that is rounded; may be y itself.
   const void* residual = nullptr;
-  void* y = nullptr;             // [m][n]; int32 in kProduct; [m][k] in kPrologue
+  void* y = nullptr;             // [m][n]; int32 in kProduct and kLargest; [m][k] in kPrologue
   int8_t* lo = nullptr;          // [m][k]; kQuantize
   int8_t* hi = nullptr;          // [m][k]; kQuantize
   float* row_scale = nullptr;    // [m]; kQuantize
@@ -78,22 +82,6 @@ const char* RunAll(const Problem* problems, int count, CUstream_st* stream);
 // What a decoder layer does behind its attention: three layers, of which each reads what the one before it writes, the
 // third behind a gate. As RunAll, but what is left in the y of the second is not said.
 const char* RunBlock(const Problem (&layers)[3], CUstream_st* stream);
-
-inline bool Aligned(const void* p, uintptr_t to) { return reinterpret_cast<uintptr_t>(p) % to == 0; }
-
-// The columns of the largest values of each row of x, in falling order, of equal ones the lower first. Zeros are equal,
-// whatever their signs; NaNs are equal, and above all numbers.
-struct Largest {
-  int64_t m = 0, n = 0, count = 0;  // count: from 1 to n and kLargestMost
-  const float* x = nullptr;         // [m][n]
-  int32_t* y = nullptr;             // [m][count]
-  uint8_t* workspace = nullptr;     // WorkspaceBytes, aligned to 128
-};
-inline constexpr int kLargestMost = 64;
-
-// As of a Problem.
-int64_t WorkspaceBytes(const Largest& largest);
-const char* Run(const Largest& largest, CUstream_st* stream);
 
 }  // namespace jaxint8::cuda
 

@@ -37,7 +37,6 @@ inline LargestShape ChooseLargest(int64_t m, int64_t n) {
   if (parts < 1) parts = 1;
   return {parts, (vectors + parts - 1) / parts};
 }
-
 // A value as an integer of its place among values: zeros are equal; NaNs are equal, and above all numbers, as they are
 // sorted by NumPy and JAX (jax.lax.top_k goes by the signs of both). 0 is no value's.
 JAXINT8_DEVICE uint32_t OrderOf(float x) {
@@ -257,10 +256,10 @@ class LargestChooser {
 };
 
 struct LargestParams {
-  Ptr<const float> x;   // [m][n]
+  Ptr<const float> x;   // [m][k]
   Ptr<uint32_t> pairs;  // [m][parts][kLargestKept][2], what the first kernel leaves
   Ptr<int32_t> y;       // [m][count]
-  int64_t n;
+  int64_t k;
   int count, parts, vectors;
 };
 
@@ -279,8 +278,8 @@ struct LargestKernel {
     if constexpr (kFirst) {
       const unsigned row = block / static_cast<unsigned>(p.parts);
       const int part = static_cast<int>(block - row * static_cast<unsigned>(p.parts));
-      const int64_t start = row * p.n;
-      const int skip = static_cast<int>(start % 4), all = skip + static_cast<int>(p.n);
+      const int64_t start = row * p.k;
+      const int skip = static_cast<int>(start % 4), all = skip + static_cast<int>(p.k);
       const int from = 4 * part * p.vectors, to = from + 4 * p.vectors;
       const LargestOfRow values(p.x + (start - skip), skip, from > skip ? from : skip, to < all ? to : all);
       Finish(p, block, values);
@@ -313,6 +312,9 @@ struct LargestKernel {
     }
   }
 };
+
+// Queues what a plan has found to be right; in largest.cu.
+const char* RunLargest(const Problem& p, bool hopper, CUstream_st* stream);
 
 }  // namespace jaxint8::cuda
 

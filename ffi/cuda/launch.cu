@@ -11,6 +11,8 @@
 namespace jaxint8::cuda {
 namespace {
 
+bool Aligned(const void* p, uintptr_t to) { return reinterpret_cast<uintptr_t>(p) % to == 0; }
+
 const char* RunOne(const Problem& p, CUstream_st* stream, bool follows) {
   bool hopper = false;
   if (const char* error = HasWgmma(&hopper)) return error;
@@ -25,7 +27,7 @@ const char* RunOne(const Problem& p, CUstream_st* stream, bool follows) {
   if (plan.bytes > 0 && (p.workspace == nullptr || !Aligned(p.workspace, 128))) {
     return "workspace: expected an alignment of 128 bytes";
   }
-  return Call(p, plan, stream, follows).Run();
+  return p.kind == Problem::Kind::kLargest ? RunLargest(p, hopper, stream) : Call(p, plan, stream, follows).Run();
 }
 
 }  // namespace

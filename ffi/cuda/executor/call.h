@@ -6,7 +6,7 @@
 
 #include "../int8.h"
 
-// Mirrored by Call in tests/cuda_executor.py. kind: a Problem's, or 4 for Largest: of k float32 a row the n largest.
+// Mirrored by Call in tests/cuda_executor.py.
 struct ExecutorCall {
   int32_t kind, rule, column_scope, path, type, planted_fault;
   float value;
@@ -55,25 +55,13 @@ inline Problem ProblemOf(const ExecutorCall& c) {
   return p;
 }
 
-inline bool IsLargest(const ExecutorCall& c) { return c.kind == 4; }
-inline Largest LargestOf(const ExecutorCall& c) {
-  return {c.m, c.k, c.n, static_cast<const float*>(c.x), static_cast<int32_t*>(c.y), c.workspace};
-}
-
-inline int64_t WorkspaceBytesOf(const ExecutorCall& c) {
-  return IsLargest(c) ? WorkspaceBytes(LargestOf(c)) : WorkspaceBytes(ProblemOf(c));
-}
-inline const char* QueueCall(const ExecutorCall& c, CUstream_st* stream) {
-  return IsLargest(c) ? Run(LargestOf(c), stream) : Run(ProblemOf(c), stream);
-}
-
 // Bytes of each buffer of a call.
 inline int64_t ElementBytes(int32_t type) { return type == 0 || type == 3 ? 4 : 2; }
 inline int64_t InputBytes(const ExecutorCall& c) {
   return c.m * c.k * (c.kind == 1 ? 1 : ElementBytes(c.type) * (c.prologue == 2 ? 2 : 1));
 }
 inline int64_t OutputBytes(const ExecutorCall& c) {
-  return c.m * (c.kind == 3 ? c.k : c.n) * (c.kind == 1 ? 4 : ElementBytes(c.type));
+  return c.m * (c.kind == 3 ? c.k : c.n) * (c.kind == 1 || c.kind == 4 ? 4 : ElementBytes(c.type));
 }
 
 }  // namespace jaxint8::cuda

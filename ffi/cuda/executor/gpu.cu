@@ -55,8 +55,7 @@ struct Layers {
   jaxint8::cuda::Problem problems[3];
 };
 
-// The same call with its buffers on the device.
-ExecutorCall OnDevice(const ExecutorCall& c, Memory& memory) {
+jaxint8::cuda::Problem OnDevice(const ExecutorCall& c, Memory& memory) {
   using namespace jaxint8::cuda;
   ExecutorCall d = c;
   d.x = memory.Copy(static_cast<const char*>(c.x), InputBytes(c));
@@ -72,8 +71,8 @@ ExecutorCall OnDevice(const ExecutorCall& c, Memory& memory) {
   if (c.lo) d.lo = memory.Poisoned<int8_t>(c.m * c.k);
   if (c.hi) d.hi = memory.Poisoned<int8_t>(c.m * c.k);
   if (c.row_scale) d.row_scale = memory.Poisoned<float>(4 * c.m);
-  d.workspace = memory.Poisoned<uint8_t>(WorkspaceBytesOf(c));
-  return d;
+  d.workspace = memory.Poisoned<uint8_t>(WorkspaceBytes(ProblemOf(c)));
+  return ProblemOf(d);
 }
 
 Layers OnDevice(const ExecutorCall* calls, Memory& memory) {
@@ -160,11 +159,11 @@ std::vector<const int8_t*> CopiesOfWeights(const jaxint8::cuda::Problem& p, int3
 double TimeOne(const ExecutorCall& c, int32_t copies, int32_t calls, int32_t repeats) {
   using namespace jaxint8::cuda;
   Memory memory;
-  ExecutorCall d = OnDevice(c, memory);
-  const std::vector<const int8_t*> weights = CopiesOfWeights(ProblemOf(d), copies, memory);
+  Problem p = OnDevice(c, memory);
+  const std::vector<const int8_t*> weights = CopiesOfWeights(p, copies, memory);
   return Time(copies, calls, repeats, [&](int32_t i, cudaStream_t stream) {
-    d.w = weights[static_cast<size_t>(i)];
-    return QueueCall(d, stream);
+    p.w = weights[static_cast<size_t>(i)];
+    return Run(p, stream);
   });
 }
 
@@ -185,19 +184,21 @@ double TimeBlock(const ExecutorCall* c, bool joined, int32_t copies, int32_t cal
 
 extern "C" {
 
-int64_t executor_workspace_bytes(const ExecutorCall* c) { return jaxint8::cuda::WorkspaceBytesOf(*c); }
+int64_t executor_workspace_bytes(const ExecutorCall* c) {
+  return jaxint8::cuda::WorkspaceBytes(jaxint8::cuda::ProblemOf(*c));
+}
 
 const char* executor_run(const ExecutorCall* c) {
   using namespace jaxint8::cuda;
   try {
     Memory memory;
-    const ExecutorCall d = OnDevice(*c, memory);
-    if (const char* error = QueueCall(d, nullptr)) throw Failure{error};
+    const Problem p = OnDevice(*c, memory);
+    if (const char* error = Run(p, nullptr)) throw Failure{error};
     Must(cudaDeviceSynchronize(), "kernels");
-    Back(c->y, d.y, OutputBytes(*c));
-    Back(c->lo, d.lo, c->m * c->k);
-    Back(c->hi, d.hi, c->m * c->k);
-    Back(c->row_scale, d.row_scale, 4 * c->m);
+    Back(c->y, p.y, OutputBytes(*c));
+    Back(c->lo, p.lo, c->m * c->k);
+    Back(c->hi, p.hi, c->m * c->k);
+    Back(c->row_scale, p.row_scale, 4 * c->m);
     return nullptr;
   } catch (const Failure& failure) {
     text = failure.what;

@@ -57,11 +57,13 @@ static const char* RunChecked(const ExecutorCall* calls, int count, Body run) {
 
 extern "C" {
 
-int64_t executor_workspace_bytes(const ExecutorCall* c) { return jaxint8::cuda::WorkspaceBytesOf(*c); }
+int64_t executor_workspace_bytes(const ExecutorCall* c) {
+  return jaxint8::cuda::WorkspaceBytes(jaxint8::cuda::ProblemOf(*c));
+}
 
 // Returns null or what was found wrong.
 const char* executor_run(const ExecutorCall* c) {
-  return RunChecked(c, 1, [&] { return jaxint8::cuda::QueueCall(*c, nullptr); });
+  return RunChecked(c, 1, [&] { return jaxint8::cuda::Run(jaxint8::cuda::ProblemOf(*c), nullptr); });
 }
 
 // The same for the three layers of a block, a pointer in several of them being one buffer.
