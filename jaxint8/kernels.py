@@ -27,6 +27,8 @@ Platform = Literal["cpu", "cuda"]
 _AUTOMATIC = -1
 _RULES = {type(None): 0, Threshold: 1, RelativeThreshold: 2, TopK: 3}
 _PROLOGUES = {type(None): 0, RMSNorm: 1, SiluGate: 2}
+LARGEST_MOST = 64
+"""As many of the largest values of a row can be asked for of `largest`."""
 _BUILD_HINT = "build it with `make setup` or `pip install --no-build-isolation .`"
 
 
@@ -317,6 +319,27 @@ def linear(
     attributes = _attributes(rule, arithmetic, rung, platform) | _prologue_attributes(prologue)
     operands = (x, codes, scale, bias, norm, residual)
     return _call("jaxint8_linear", results, operands, (m, k, n), attributes, platform)[0]
+
+
+def largest(x: jax.Array, count: int) -> jax.Array:
+    """The columns of the largest values of each row, in falling order, of equal ones the lower first; on CUDA only.
+
+    Zeros are equal whatever their signs, NaNs are equal and above all numbers: as NumPy and JAX sort them.
+
+    Args:
+      x: float32[m, n].
+      count: how many, from 1 to n and `LARGEST_MOST`.
+
+    Returns:
+      int32[m, count].
+    """
+    if x.ndim != 2 or x.dtype != jnp.float32:
+        raise ValueError(f"x: expected float32[m, n], got {x.dtype}{list(x.shape)}")
+    m, n = x.shape
+    if not 1 <= count <= min(n, LARGEST_MOST):
+        raise ValueError(f"count: expected 1 to {min(n, LARGEST_MOST)}, got {count}")
+    results = (jax.ShapeDtypeStruct((m, count), jnp.int32),)
+    return _call("jaxint8_largest", results, (x,), (m, n, count), {}, "cuda")[0]
 
 
 def mlp_block(

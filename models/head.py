@@ -7,10 +7,15 @@ logit by a few percent of their spread, and 64 exact products cost less than fin
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+
+from jaxint8 import kernels
+from jaxint8.shards import vary_like
 
 # Logits computed once more. At 4,096 places of the demo text the float head's first choice is always
 # among the first 4 by int8 logits, and its first 40, a usual top_k, among the first 58.
@@ -72,10 +77,40 @@ def _candidates(
 def largest(x: jax.Array, count: int) -> jax.Array:
     """Indices of the ``count`` largest of each row, in falling order: int32[..., count].
 
-    As jax.lax.top_k of finite x[..., n], but of equal ones any may be taken: then XLA:GPU selects,
-    where it would sort all. Finding them is most of what an int8 head costs beside its product. No
-    element of a block whose largest is not among the ``count`` largest of blocks can be among the
-    ``count`` largest of all, so they are found among two short rows instead.
+    As jax.lax.top_k of finite x[..., n], but of equal ones any may be taken. Finding them is most of
+    what an int8 head costs beside its product. On CUDA a kernel does, where there is one: XLA's are
+    no part of its CUDA graphs, and would cut a step of decoding in three.
+    """
+    if x.dtype != jnp.float32 or count > kernels.LARGEST_MOST or "cuda" not in kernels.platforms():
+        return _of_blocks(x, count)
+    portable = functools.partial(_of_blocks, count=count)
+    x = jax.lax.stop_gradient(x)  # indices have none, and a kernel would be asked for its own
+    return jax.lax.platform_dependent(x, default=portable, cuda=_compiled(count))
+
+
+@functools.cache
+def _compiled(count: int) -> Callable[[jax.Array], jax.Array]:
+    """The kernel as a function that vmap folds into rows."""
+
+    @jax.custom_batching.custom_vmap
+    def call(x: jax.Array) -> jax.Array:
+        rows = math.prod(x.shape[:-1])
+        found = kernels.largest(x.reshape(rows, x.shape[-1]), count)
+        return vary_like(found.reshape(*x.shape[:-1], count), x)
+
+    @call.def_vmap
+    def _(size: int, batched: list[bool], x: jax.Array) -> tuple[jax.Array, bool]:
+        del size, batched  # of one argument, that is mapped
+        return call(x), True
+
+    return call
+
+
+def _of_blocks(x: jax.Array, count: int) -> jax.Array:
+    """`largest` in two selections, which XLA:GPU makes without sorting where equal values may come in any order.
+
+    No element of a block whose largest is not among the ``count`` largest of blocks can be among the
+    ``count`` largest of all, so they are found among two short rows.
     """
     n = x.shape[-1]
     if n < 4 * count * BLOCK:

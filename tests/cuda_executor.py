@@ -16,7 +16,7 @@ from jaxint8 import RelativeThreshold, Threshold, TopK, reference
 SOURCE = pathlib.Path(__file__).parents[1] / "ffi" / "cuda" / "executor" / "module.cc"
 TYPES = {np.dtype(np.float32): 0, np.dtype(ml_dtypes.bfloat16): 1, np.dtype(np.float16): 2}
 RULES = {type(None): 0, Threshold: 1, RelativeThreshold: 2, TopK: 3}
-QUANTIZE, PRODUCT, LINEAR, PROLOGUE = range(4)
+QUANTIZE, PRODUCT, LINEAR, PROLOGUE, LARGEST = range(5)
 RMS_NORM, SILU_GATE = 1, 2
 AUTO, STREAM, TILED, WGMMA, SPARSE, NARROW = -1, 0, 1, 2, 3, 4
 SKIP_BARRIER, SHIFT_INDEX, SWAP_FRAGMENT, SKIP_WAIT = range(1, 5)
@@ -180,6 +180,13 @@ class Executor:
         self._run_around(Call(kind=PROLOGUE, m=len(x), k=k, path=AUTO), x, around, norm=norm, y=y)
         return y
 
+    def largest(self, x: np.ndarray, count: int) -> np.ndarray:
+        """Returns the columns of the largest of each row of float32 x: int32[m, count]."""
+        m, n = x.shape
+        y = aligned((m, count), np.int32)
+        self._run(Call(kind=LARGEST, m=m, k=n, n=count), x=copy(x), y=y)
+        return y
+
     def _run_around(
         self, call: Call, x: np.ndarray, around: Around, **arrays: np.ndarray | None
     ) -> None:
@@ -231,6 +238,14 @@ def wanted_linear(case: battery.Case, rule: Any, around: Around) -> np.ndarray:
             sums = around.residual.astype(np.float32) + wanted.astype(np.float32)
             wanted = sums.astype(case.x.dtype)
     return wanted
+
+
+def wanted_largest(x: np.ndarray, count: int) -> np.ndarray:
+    """Returns the columns of the largest of each row, falling: NaNs first, of equal values the lower column."""
+    nan = np.isnan(x)
+    # Stable: rows that are equal in both keys stay in order. A zero of either sign is equal to the other.
+    order = np.lexsort((-np.where(nan, np.float32(0), x), ~nan), axis=-1)
+    return order[:, :count].astype(np.int32)
 
 
 def make_around(

@@ -10,6 +10,7 @@ import importlib.util
 import math
 import pathlib
 import re
+import subprocess
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental import topologies
-from jax.sharding import AxisType, Mesh, NamedSharding, SingleDeviceSharding
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from jaxint8 import (
     Partition,
@@ -29,8 +30,12 @@ from jaxint8 import (
     int8_linear,
     kernels,
 )
+from jaxint8.models import generate
 from jaxint8.models.attention import attend_one, store
-from jaxint8.models.head import CANDIDATES, largest
+from jaxint8.models.cache import init_cache
+from jaxint8.models.config import DecoderConfig, QuantizationConfig
+from jaxint8.models.head import CANDIDATES, _of_blocks, largest
+from jaxint8.models.sampling import Draw, Sampling
 
 BUILD = pathlib.Path(__file__).parents[1] / "build" / "cuda" / "cuda"
 # An H200 by its data sheet and the limits of compute capability 9.0; the compiler asks for no more.
@@ -105,16 +110,34 @@ def results(text: str, operation: str) -> list[tuple[str, list[tuple[str, int]]]
     return found
 
 
+def targets(text: str) -> list[str]:
+    """The targets of all foreign calls of a compiled program."""
+    return re.findall(r'custom_call_target="([^"]+)"', text)
+
+
 def product_call(text: str) -> tuple[str, list[tuple[str, int]]]:
     """(target, result) of the call of our kernel, beside which nothing may multiply."""
     calls = {
         target: result
         for line, result in results(text, "custom-call")
-        for target in re.findall(r'custom_call_target="([^"]+)"', line)
+        for target in targets(line)
         if target != "__gpu$TopK"
     }
     assert len(calls) == 1 and not results(text, "dot")
     return calls.popitem()
+
+
+@pytest.mark.parametrize("name", ["_cuda*.so", "libjaxint8_gpu_executor.so"])
+def test_what_a_library_knows_of_its_kernels_is_its_own(name: str) -> None:
+    """Exported, a template's static variable is one for all libraries of a process, though each has its kernels."""
+    path = next(BUILD.glob(name), None)
+    if path is None:
+        pytest.skip("no CUDA kernels have been built: make cuda-check")
+    exported = subprocess.run(
+        ["nm", "--dynamic", "--defined-only", path], capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    assert any(re.search("T (PyInit__cuda|executor_run)$", line) for line in exported)
+    assert not [line for line in exported if re.search("u .*jaxint8", line)]
 
 
 def mesh_of(devices: np.ndarray, shape: tuple[int, int]) -> Mesh:
@@ -235,10 +258,140 @@ def test_attention_to_a_cache_copies_none_of_it(devices: np.ndarray) -> None:
 
 
 @pytest.mark.parametrize("n", [2000, 128256])
-def test_the_largest_logits_are_selected_without_sorting(devices: np.ndarray, n: int) -> None:
+def test_without_a_kernel_the_largest_logits_are_selected_without_sorting(
+    devices: np.ndarray, n: int
+) -> None:
     sharding = SingleDeviceSharding(devices[0])
     logits = jax.ShapeDtypeStruct((8, 1, n), jnp.float32, sharding=sharding)
-    text = jax.jit(largest, static_argnums=1).lower(logits, CANDIDATES).compile().as_text()
+    text = jax.jit(_of_blocks, static_argnums=1).lower(logits, CANDIDATES).compile().as_text()
     assert text is not None
     assert " sort(" not in text
-    assert text.count('custom_call_target="__gpu$TopK"') == (1 if n == 2000 else 2)
+    assert targets(text).count("__gpu$TopK") == (1 if n == 2000 else 2)
+
+
+@pytest.mark.parametrize("n", [2000, 128256])
+def test_the_largest_logits_are_one_call_of_a_kernel(devices: np.ndarray, n: int) -> None:
+    sharding = SingleDeviceSharding(devices[0])
+    choose = functools.partial(largest, count=CANDIDATES)
+    for m, function in ((8, choose), (33, choose), (8, jax.vmap(choose)), (8, jax.grad(of_least))):
+        logits = jax.ShapeDtypeStruct((m, 1, n), jnp.float32, sharding=sharding)
+        compiled = jax.jit(function).lower(logits).compile()
+        text, memory = compiled.as_text(), compiled.memory_analysis()
+        assert targets(text) == ["jaxint8_largest"] and " sort(" not in text
+        assert kernels._cuda is not None
+        workspace = kernels._cuda.workspace_bytes("jaxint8_largest", m, n, CANDIDATES)
+        assert ("u8", workspace) in results(text, "custom-call")[0][1]
+        if function is choose:
+            assert memory.temp_size_in_bytes <= workspace + 2 * 256
+
+
+def of_least(logits: jax.Array) -> jax.Array:
+    """A number of the largest logits alone, which has a gradient."""
+    chosen = jnp.take_along_axis(logits, largest(logits, CANDIDATES)[..., -1:], axis=-1)
+    return jnp.sum(chosen)
+
+
+def test_each_device_chooses_among_its_own_rows(devices: np.ndarray) -> None:
+    mesh = mesh_of(devices, (2, 2))
+    spec = PartitionSpec("data")
+    logits = jax.ShapeDtypeStruct(
+        (8, 1, 5000), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec("data"))
+    )
+    choose = functools.partial(largest, count=CANDIDATES)
+    function = jax.shard_map(choose, mesh=mesh, in_specs=spec, out_specs=spec)
+    text = jax.jit(function).lower(logits).compile().as_text()
+    assert text is not None
+    assert targets(text) == ["jaxint8_largest"] and not results(text, COLLECTIVES)
+    assert ("s32", 4 * CANDIDATES) in results(text, "custom-call")[0][1]
+
+
+@pytest.mark.parametrize("batch", [1, 8])
+def test_a_greedy_step_with_an_int8_head_selects_by_our_kernel(
+    devices: np.ndarray, batch: int
+) -> None:
+    """The whole loop of generation: no call but ours, so that nothing of a step stands outside of a CUDA graph."""
+    quantization = QuantizationConfig(outliers=RelativeThreshold(6.0), lm_head="int8")
+    where = SingleDeviceSharding(devices[0])
+    arguments = jax.eval_shape(lambda: step_arguments(batch))
+    params, state, steps = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where), arguments
+    )
+    text = (
+        jax.jit(
+            generate._steps,
+            static_argnames=("config", "quantization", "burst"),
+            donate_argnames="state",
+            compiler_options=generate.ACCELERATOR_OPTIONS,
+        )
+        .lower(
+            params,
+            state,
+            steps,
+            Draw.of(Sampling()),
+            config=SMALL,
+            quantization=quantization,
+            burst=generate.BURST,
+        )
+        .compile()
+        .as_text()
+    )
+    assert text is not None
+    found = targets(text)
+    assert found.count("jaxint8_largest") == 1
+    assert not [target for target in found if "TopK" in target or "sort" in target.lower()]
+    assert " sort(" not in text
+
+
+SMALL = DecoderConfig(
+    family="llama",
+    vocab_size=20000,
+    hidden_size=512,
+    layers=2,
+    heads=4,
+    kv_heads=2,
+    head_dim=128,
+    mlp_size=1024,
+    max_positions=512,
+    embedding_size=512,
+    norm="rms",
+    norm_epsilon=1e-5,
+    positions="rope",
+    rope_theta=500000.0,
+    activation="silu",
+    gated=True,
+)
+
+
+def step_arguments(batch: int) -> tuple[Any, generate._State, jax.Array]:
+    """Parameters with an int8 head beside the float one, and the state of a generation, for shapes alone."""
+
+    def matrix(n: int, k: int) -> dict[str, Any]:
+        codes, scale = jnp.zeros((n, k), jnp.int8), jnp.zeros((n,), jnp.float32)
+        return {"weight": QuantizedMatrix(codes, scale)}
+
+    hidden, mlp = SMALL.hidden_size, SMALL.mlp_size
+    norm = {"weight": jnp.zeros((hidden,), jnp.bfloat16)}
+    table = jnp.zeros((SMALL.vocab_size, hidden), jnp.bfloat16)
+    layer = {
+        "attention_norm": norm,
+        "mlp_norm": norm,
+        "qkv": matrix(SMALL.query_size + 2 * SMALL.key_value_size, hidden),
+        "out": matrix(hidden, SMALL.query_size),
+        "up": matrix(2 * mlp, hidden),
+        "down": matrix(hidden, mlp),
+    }
+    params = {
+        "embedding": table,
+        "lm_head": {"weight": table},
+        "int8_head": matrix(SMALL.vocab_size, hidden),
+        "final_norm": norm,
+        "layers": [layer] * SMALL.layers,
+    }
+    state = generate._State(
+        cache=init_cache(SMALL, 256, jnp.zeros((batch,), jnp.int32), jnp.bfloat16),
+        token=jnp.zeros((batch,), jnp.int32),
+        done=jnp.zeros((batch,), bool),
+        step=jnp.int32(1),
+        keys=jax.random.split(jax.random.key(0), batch),
+    )
+    return params, state, jnp.int32(16)

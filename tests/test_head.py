@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from test_decoder import load_case, quantized, run
 
-from jaxint8 import RelativeThreshold, TopK, int8_linear, quantize
+from jaxint8 import RelativeThreshold, TopK, int8_linear, kernels, quantize
 from jaxint8.models import load
 from jaxint8.models.config import QUANTIZATIONS, QuantizationConfig
 from jaxint8.models.generate import generate_tokens
@@ -183,6 +183,21 @@ def test_loading(case: str, tmp_path: pathlib.Path) -> None:
     model.save(tmp_path)
     again = load(tmp_path, quantization=how).params["int8_head"]["weight"]
     assert (again.codes == head.codes).all()
+
+
+@pytest.mark.parametrize(
+    ("x", "count", "argument"),
+    [
+        (jnp.zeros((2, 3, 4)), 2, "x"),
+        (jnp.zeros((2, 9), jnp.bfloat16), 2, "x"),
+        (jnp.zeros((2, 9)), 10, "count"),
+        (jnp.zeros((2, 99)), 65, "count"),
+        (jnp.zeros((2, 9)), 0, "count"),
+    ],
+)
+def test_the_kernel_refuses_what_it_cannot_do(x: jax.Array, count: int, argument: str) -> None:
+    with pytest.raises(ValueError, match=f"^{argument}: expected"):
+        kernels.largest(x, count)
 
 
 @pytest.mark.parametrize("n", [3000, 4 * CANDIDATES * BLOCK, 20011])

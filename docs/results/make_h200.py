@@ -16,7 +16,7 @@ from typing import Any
 HERE = Path(__file__).parent
 STAGES = (
     *("probe", "native", "jax", "model", "memcheck", "racecheck"),
-    *("sizes", "sweep", "block", "peers", "xla", "decode", "profile"),
+    *("sizes", "sweep", "block", "peers", "xla", "decode", "profile", "largest"),
 )
 RULES = {"none": "none", "column 6": "paper's rule", "relative 6": "relative 6", "top 8": "top 8"}
 PEERS = ("none", "relative 6", "bitsandbytes 0", "bitsandbytes 6")

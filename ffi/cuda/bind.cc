@@ -1,7 +1,8 @@
 // The Python extension jaxint8._cuda: decodes FFI calls into Problems and queues them on XLA's stream. No arithmetic.
 //
-// Targets and attributes are those of the CPU's bind.cc; each has one result more, the workspace, because an allocation
-// during the call could not be captured in a CUDA graph. `rung` is the path: -1 automatic, else the index in paths().
+// Targets and attributes are those of the CPU's bind.cc, and jaxint8_largest, which has no attributes; each has one
+// result more, the workspace, because an allocation during the call could not be captured in a CUDA graph. `rung` is
+// the path: -1 automatic, else the index in paths().
 #include <pybind11/pybind11.h>
 
 #include <string>
@@ -233,6 +234,19 @@ ffi::Error MlpBlock(CUstream_st* stream, ffi::AnyBuffer x, ffi::AnyBuffer residu
   return Result(RunBlock(layers, stream));
 }
 
+ffi::Error ChooseOfRows(CUstream_st* stream, ffi::BufferR2<ffi::F32> x, ffi::Result<ffi::BufferR2<ffi::S32>> y,
+                        Workspace workspace) {
+  Problem p{};
+  p.kind = Problem::Kind::kLargest;
+  p.m = x.dimensions()[0];
+  p.k = x.dimensions()[1];
+  p.n = y->dimensions()[1];
+  if (y->dimensions()[0] != p.m) return Invalid("y: expected int32[m, count]");
+  p.x = x.typed_data();
+  p.y = y->typed_data();
+  return Queue(p, workspace, stream);
+}
+
 XLA_FFI_DEFINE_HANDLER(kQuantize, Quantize,
                        ffi::Ffi::Bind()
                            .Ctx<Stream>()
@@ -320,6 +334,14 @@ XLA_FFI_DEFINE_HANDLER(kMlpBlock, MlpBlock,
                            .Attr<float>("epsilon"),
                        {ffi::Traits::kCmdBufferCompatible});
 
+XLA_FFI_DEFINE_HANDLER(kLargest, ChooseOfRows,
+                       ffi::Ffi::Bind()
+                           .Ctx<Stream>()
+                           .Arg<ffi::BufferR2<ffi::F32>>()
+                           .Ret<ffi::BufferR2<ffi::S32>>()
+                           .Ret<ffi::BufferR1<ffi::U8>>(),
+                       {ffi::Traits::kCmdBufferCompatible});
+
 template <typename Handler>
 py::capsule Capsule(Handler* handler) {
   return py::capsule(reinterpret_cast<void*>(handler));
@@ -332,6 +354,7 @@ py::dict Registrations() {
   targets["jaxint8_linear"] = Capsule(kLinear);
   targets["jaxint8_prologue"] = Capsule(kPrologue);
   targets["jaxint8_mlp_block"] = Capsule(kMlpBlock);
+  targets["jaxint8_largest"] = Capsule(kLargest);
   return targets;
 }
 
@@ -342,12 +365,14 @@ py::tuple Paths() {
 }
 
 // The size of the workspace result of a call of that target; k is the layer's, itemsize of x (the largest by default).
+// Of jaxint8_largest k values a row, of which n are chosen.
 int64_t Bytes(const std::string& target, int64_t m, int64_t k, int64_t n, int64_t rule, int64_t column_scope,
               int64_t rung, int64_t prologue, int64_t itemsize) {
   Problem p{};
   p.kind = target == "jaxint8_quantize"   ? Problem::Kind::kQuantize
            : target == "jaxint8_product"  ? Problem::Kind::kProduct
            : target == "jaxint8_prologue" ? Problem::Kind::kPrologue
+           : target == "jaxint8_largest"  ? Problem::Kind::kLargest
                                           : Problem::Kind::kLinear;
   p.prologue = static_cast<Prologue>(prologue);
   p.type = itemsize == 2 ? Type::kBF16 : Type::kF32;

@@ -50,6 +50,8 @@ class Call {
         return Linear();
       case Problem::Kind::kPrologue:
         return QueuePrologue(queue_, p_.type, Rows(), Memory<uint8_t>(p_.y, p_.m * p_.k * TypeBytes(p_.type)));
+      case Problem::Kind::kLargest:
+        break;  // queued by RunLargest
     }
     return "unknown kind";
   }

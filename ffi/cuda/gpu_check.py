@@ -36,6 +36,7 @@ STAGES = {
     "xla": 240,
     "decode": 280,
     "profile": 100,
+    "largest": 60,
     "memcheck": 100,
     "racecheck": 100,
 }
@@ -45,6 +46,7 @@ EXTRA = {
     "xla": "gpu_peers",
     "decode": "gpu_decode",
     "profile": "gpu_profile",
+    "largest": "gpu_profile",
 }
 
 
@@ -186,6 +188,7 @@ def summarise(report: dict[str, Any]) -> str:
         "layers": "layer through JAX",
         "peers": "bitsandbytes",
         "xla": "XLA under jit",
+        "largest": "64 largest of each row",
     }
     for stage, title in titles.items():
         rows = report.get(stage, {}).get("rows", [])

@@ -1,15 +1,28 @@
-"""Where the time of a decoding step goes on a GPU, for gpu_check.py: the kernels of a few layers of the 8B shape."""
+"""Where the time of a decoding step goes on a GPU, for gpu_check.py: the kernels of a few layers of the 8B shape.
+
+And of an int8 head the choice of logits alone, beside XLA's selection.
+"""
 
 import collections
+import ctypes
 import dataclasses
+import functools
 import pathlib
 import re
 import tempfile
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from gpu_decode import BATCHES, CONFIG, METHODS, Decoding, make_params, with_head
+from gpu_stages import gpu_executor
+from gpu_timing import REPEATS
 from jax.profiler import ProfileData
+
+import cuda_executor as tests
+from jaxint8.models.head import CANDIDATES, _of_blocks, largest
 
 # Beside them a step has one embedding and one head.
 LAYERS = 4
@@ -26,14 +39,59 @@ def stage_profile() -> dict[str, Any]:
         params = with_head(make_params(quantization is not None, config), quantization)
         for batch in BATCHES:
             steps = Decoding(params, quantization, batch, config, STEPS)
-            jax.block_until_ready(steps())
-            with tempfile.TemporaryDirectory() as folder:
-                with jax.profiler.trace(folder):
-                    jax.block_until_ready(steps())
-                events = _events(pathlib.Path(folder))
-            rows.append({"method": method, "batch": batch, "layers": LAYERS, **_by_kernel(events)})
+            found = _by_kernel(_traced(steps))
+            rows.append({"method": method, "batch": batch, "layers": LAYERS, **found})
         del params
     return {"rows": rows}
+
+
+def stage_largest() -> dict[str, Any]:
+    """Microseconds of choosing the candidates of an int8 head: our kernels in a CUDA graph, and what XLA runs.
+
+    Of what XLA runs the kernels' own time, without what lies between them.
+    """
+    executor = gpu_executor()
+    rows = []
+    for m in (1, 2, 8, 32, 256):
+        shape = (m, CONFIG.vocab_size)
+        x = np.random.default_rng(m).gumbel(scale=3, size=shape).astype(np.float32)
+        row: dict[str, Any] = {"size": f"{shape[1]}", "m": m, "in a graph": _time(executor, x)}
+        for name, function in (("by XLA", largest), ("XLA's own", _of_blocks)):
+            run = functools.partial(
+                jax.jit(function, static_argnums=1), jnp.asarray(x[:, None]), CANDIDATES
+            )
+            calls = _by_kernel(_traced(functools.partial(_repeat, run)))
+            row[name] = sum(kernel["us"] for kernel in calls["kernels"])
+        rows.append(row)
+    for name in ("rising", "equal"):
+        x = np.zeros((1, CONFIG.vocab_size), np.float32)
+        x += np.arange(CONFIG.vocab_size, dtype=np.float32) * np.float32(name == "rising")
+        rows.append({"size": f"all {name}", "m": 1, "in a graph": _time(executor, x)})
+    return {"rows": rows, "unit": "microseconds"}
+
+
+def _repeat(run: Callable[[], jax.Array]) -> list[jax.Array]:
+    return [run() for _ in range(STEPS)]
+
+
+def _time(executor: tests.Executor, x: np.ndarray) -> float:
+    """Returns microseconds of our kernels, calls one behind the other in a CUDA graph."""
+    y = np.empty((len(x), CANDIDATES), np.int32)
+    call = tests.Call(kind=tests.LARGEST, m=len(x), k=x.shape[1], n=CANDIDATES)
+    call.x, call.y = x.ctypes.data, y.ctypes.data
+    microseconds = executor.library.executor_time(ctypes.byref(call), 1, 30, REPEATS)
+    if microseconds < 0:
+        raise RuntimeError(executor.library.executor_error().decode())
+    return microseconds
+
+
+def _traced(run: Callable[[], Any]) -> list[tuple[float, float, str]]:
+    """Returns the kernels of a run, as `_events` does, after one that compiles."""
+    jax.block_until_ready(run())
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            jax.block_until_ready(run())
+        return _events(pathlib.Path(folder))
 
 
 def _events(folder: pathlib.Path) -> list[tuple[float, float, str]]:

@@ -1,6 +1,7 @@
 """Correctness on a GPU, for gpu_check.py: the battery without XLA, under the sanitizer, and through jit."""
 
 import ctypes
+import functools
 import json
 import os
 import pathlib
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import test_cuda_block
+import test_cuda_largest
 from gpu_check import BUILD, ROOT, SITE, run
 
 import battery
@@ -23,6 +25,7 @@ import jaxint8
 from jaxint8 import RelativeThreshold, Threshold, TopK, kernels, reference
 from jaxint8.block import Block, Weights, mlp_block
 from jaxint8.dispatch import Layer
+from jaxint8.models.head import CANDIDATES, largest
 from jaxint8.prologue import RMSNorm
 
 PATHS = ("stream", "tiled", "wgmma", "sparse", "narrow")  # by their numbers in int8.h
@@ -157,8 +160,10 @@ def stage_native(quick: bool = False) -> dict[str, Any]:
             got = executor.prologue(x.x, shape[1], around).astype(np.float32)
             if not np.array_equal(got, around.rows(x.x).astype(np.float32), equal_nan=True):
                 failures.append(f"prologue {prologue} {shape}")
-    of_blocks, wrong = native_blocks(executor, quick)
-    return {"cases": count + of_blocks, "failures": failures + wrong}
+    for native in (native_blocks, native_largest):
+        of_it, wrong = native(executor, quick)
+        count, failures = count + of_it, failures + wrong
+    return {"cases": count, "failures": failures}
 
 
 def native_blocks(executor: Any, quick: bool) -> tuple[int, list[str]]:
@@ -180,6 +185,32 @@ def native_blocks(executor: Any, quick: bool) -> tuple[int, list[str]]:
                 wrong = int((got != wanted).sum())
                 if wrong:
                     failures.append(f"block {shape} {rule} run {attempt}: {wrong} differ")
+    return count, failures
+
+
+def native_largest(executor: Any, quick: bool) -> tuple[int, list[str]]:
+    """Chooses the largest of rows of many shapes and kinds; returns how many and which differ from NumPy's."""
+    made = [
+        (f"{shape}", test_cuda_largest.random(shape), count)
+        for shape, count in test_cuda_largest.SHAPES
+    ]
+    made += [
+        (f"{kind} {n}", test_cuda_largest.special(kind, n), count)
+        for kind in test_cuda_largest.KINDS
+        for n in ((5003,) if quick else (999, 5003, 128256, 128257))
+        for count in (1, 64)
+    ]
+    if not quick:
+        shapes = [(1, 128256), (8, 128256), (32, 128256), (256, 128256), (3, 262147), (1, 5000011)]
+        made += [(f"{shape}", test_cuda_largest.random(shape), 64) for shape in shapes]
+    failures, count = [], 0
+    for label, x, wanted in made:
+        for attempt in range(1 if quick else 3):
+            count += 1
+            got = executor.largest(x, wanted)
+            wrong = int((got != tests.wanted_largest(x, wanted)).sum())
+            if wrong:
+                failures.append(f"largest {wanted} of {label} run {attempt}: {wrong} differ")
     return count, failures
 
 
@@ -266,13 +297,33 @@ def stage_jax() -> dict[str, Any]:
     if not np.allclose(gradient, wanted, rtol=1e-4, atol=1e-4):
         failures.append("grad")
     text = jax.jit(linear).lower(x).compile().as_text()
-    blocks = check_blocks()
+    for check in (check_blocks(), check_largest()):
+        count, failures = count + check["cases"], failures + check["failures"]
     return {
-        "cases": count + blocks["cases"],
-        "failures": failures + blocks["failures"],
+        "cases": count,
+        "failures": failures,
         "chosen": "cuda" if "jaxint8_linear" in text else "not the kernel",
         "available": list(kernels.available()),
     }
+
+
+def check_largest() -> dict[str, Any]:
+    """The choice of an int8 head through jit, of runs that XLA replays as a CUDA graph too, and under vmap."""
+    failures: list[str] = []
+    count = 0
+    choose = functools.partial(largest, count=CANDIDATES)
+    for m, n in ((1, 128256), (8, 5003), (33, 128256)):
+        for jitted in (jax.jit(choose), jax.jit(jax.vmap(choose))):
+            for attempt in range(4):
+                x = np.random.default_rng([m, n, attempt]).standard_normal((m, n), np.float32)
+                found = np.asarray(jitted(jnp.asarray(x[:, None])))[:, 0]
+                count += 1
+                if not np.array_equal(found, tests.wanted_largest(x, CANDIDATES)):
+                    failures.append(f"largest of {(m, n)} run {attempt}")
+        text = jax.jit(choose).lower(jnp.zeros((m, 1, n))).compile().as_text()
+        if "jaxint8_largest" not in text:
+            failures.append(f"largest of {(m, n)}: not the kernel")
+    return {"cases": count, "failures": failures}
 
 
 def check_blocks() -> dict[str, Any]:

@@ -41,8 +41,12 @@ enum class Prologue : int32_t { kNone, kRmsNorm, kSiluGate };
 // kNarrow: by narrow.h, whatever the number of rows.
 enum class Path : int32_t { kAuto = -1, kStream = 0, kTiled = 1, kWgmma = 2, kSparse = 3, kNarrow = 4 };
 
+// kLargest: the columns of the n largest values of each row of float32, n from 1 to k and kLargestMost, in falling
+// order, of equal ones the lower first. Zeros are equal, whatever their signs; NaNs are equal, and above all numbers.
+inline constexpr int kLargestMost = 64;
+
 struct Problem {
-  enum class Kind { kQuantize, kProduct, kLinear, kPrologue } kind;
+  enum class Kind { kQuantize, kProduct, kLinear, kPrologue, kLargest } kind;
   Options options;
   Prologue prologue = Prologue::kNone;  // not in kProduct
   Path path = Path::kAuto;
@@ -58,7 +62,7 @@ struct Problem {
   bool gated = false;
   // [m][n] of the type of x, or null; kLinear. Added to y once that is rounded; may be y itself.
   const void* residual = nullptr;
-  void* y = nullptr;             // [m][n]; int32 in kProduct; [m][k] in kPrologue
+  void* y = nullptr;             // [m][n]; int32 in kProduct and kLargest; [m][k] in kPrologue
   int8_t* lo = nullptr;          // [m][k]; kQuantize
   int8_t* hi = nullptr;          // [m][k]; kQuantize
   float* row_scale = nullptr;    // [m]; kQuantize

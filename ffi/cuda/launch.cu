@@ -27,7 +27,7 @@ const char* RunOne(const Problem& p, CUstream_st* stream, bool follows) {
   if (plan.bytes > 0 && (p.workspace == nullptr || !Aligned(p.workspace, 128))) {
     return "workspace: expected an alignment of 128 bytes";
   }
-  return Call(p, plan, stream, follows).Run();
+  return p.kind == Problem::Kind::kLargest ? RunLargest(p, hopper, stream) : Call(p, plan, stream, follows).Run();
 }
 
 }  // namespace

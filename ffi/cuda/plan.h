@@ -7,6 +7,7 @@
 
 #include "gemv.h"
 #include "int8.h"
+#include "largest.h"
 #include "marks.h"
 #include "quantize.h"
 #include "skinny.h"
@@ -299,6 +300,13 @@ inline int64_t TileRows(const Problem& p, const Plan& plan) {
 
 inline Plan MakePlan(const Problem& p, bool hopper) {
   Plan plan;
+  if (p.kind == Problem::Kind::kLargest) {
+    if (p.k > int64_t{1} << 30) plan.error = "x: expected rows of at most 2^30 values";
+    if (p.n < 1 || p.n > kLargestMost || p.n > p.k) plan.error = "count: expected 1 to 64 of each row";
+    const int64_t parts = ChooseLargest(p.m, p.k).parts;
+    plan.bytes = parts > 1 ? 8 * p.m * parts * kLargestKept : 0;
+    return plan;
+  }
   const bool linear = p.kind == Problem::Kind::kLinear, quantize = p.kind == Problem::Kind::kQuantize;
   if (p.k > kMaxK) {
     plan.error = "k: int32 sums are exact up to k = 133144";

@@ -65,9 +65,13 @@ inline int RowThreads(int64_t rows, int64_t columns, bool alone = false) {
 // layers of eight rows took 70 us in the place of 62. With so much shared memory no more of them fit on a
 // multiprocessor than it takes, or two where they do little; 0 where each has many anyway.
 inline int64_t SpreadBytes(int64_t rows, bool rule, int64_t multiprocessors) {
+#ifdef __CUDACC__
   int64_t each = (rows + multiprocessors - 1) / multiprocessors;
   if (!rule && rows > 32 && each < 2) each = 2;
   return each <= kSpreadMost ? (228 * 1024 / (each + 1) / 128 + 1) * 128 : 0;
+#else
+  return (void)rows, (void)rule, (void)multiprocessors, 0;  // the executor sees who goes beyond what he needs
+#endif
 }
 
 // And where each block looks at all rows.

@@ -71,13 +71,9 @@ inline const char* QueuePrologue(LaunchQueue& queue, Type type, const QuantizePa
 template <Type kType, bool kVector, RowPlace kPlace, int kRule>
 const char* QueueQuantizer(LaunchQueue& queue, QuantizeParams q, int64_t staged) {
   constexpr bool kWide = kPlace == RowPlace::kCluster;
-#ifdef __CUDACC__
   const int64_t over = kWide ? WideSpread(q.spread) : q.spread;
   const int64_t apart =
       over > 0 ? SpreadBytes(kWide ? kWideBlocks * q.m : q.m, q.options.rule != Rule::kNone, over) : 0;
-#else
-  const int64_t apart = 0;  // the executor sees who goes beyond what he needs
-#endif
   const bool finds = q.options.column_scope && q.parts == 0;
   // With a multiprocessor for each row as many as a block may have; to choose the largest of them takes fewer less.
   constexpr bool kPicks = kRule == static_cast<int>(Rule::kTopK) || kRule == kMarked;

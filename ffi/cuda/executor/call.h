@@ -61,7 +61,7 @@ inline int64_t InputBytes(const ExecutorCall& c) {
   return c.m * c.k * (c.kind == 1 ? 1 : ElementBytes(c.type) * (c.prologue == 2 ? 2 : 1));
 }
 inline int64_t OutputBytes(const ExecutorCall& c) {
-  return c.m * (c.kind == 3 ? c.k : c.n) * (c.kind == 1 ? 4 : ElementBytes(c.type));
+  return c.m * (c.kind == 3 ? c.k : c.n) * (c.kind == 1 || c.kind == 4 ? 4 : ElementBytes(c.type));
 }
 
 }  // namespace jaxint8::cuda

@@ -4,6 +4,7 @@
 #include <string>
 
 #include "../device.h"
+#include "../largest.cu"
 #include "../launch.cu"
 #include "call.h"
 
