@@ -1,5 +1,6 @@
 """What tests of the CUDA kernels on the CPU share: the executor (ffi/cuda/executor), which checks every access."""
 
+import concurrent.futures
 import ctypes
 import dataclasses
 import os
@@ -13,7 +14,8 @@ import numpy as np
 import battery
 from jaxint8 import RelativeThreshold, Threshold, TopK, reference
 
-SOURCE = pathlib.Path(__file__).parents[1] / "ffi" / "cuda" / "executor" / "module.cc"
+FOLDER = pathlib.Path(__file__).parents[1] / "ffi" / "cuda"
+SOURCES = (FOLDER / "executor" / "module.cc", *sorted(FOLDER.glob("*.cu")))
 TYPES = {np.dtype(np.float32): 0, np.dtype(ml_dtypes.bfloat16): 1, np.dtype(np.float16): 2}
 RULES = {type(None): 0, Threshold: 1, RelativeThreshold: 2, TopK: 3}
 QUANTIZE, PRODUCT, LINEAR, PROLOGUE, LARGEST = range(5)
@@ -207,13 +209,23 @@ class Executor:
 
 
 def build(folder: pathlib.Path) -> Executor:
-    """Compiles the executor."""
+    """Compiles the executor: every file of the kernels as C++."""
     library = folder / "executor.so"
-    flags = ["-std=c++17", "-O1", "-ffp-contract=off", "-U_FORTIFY_SOURCE", "-shared", "-fPIC"]
+    flags = ["-std=c++17", "-O1", "-ffp-contract=off", "-U_FORTIFY_SOURCE", "-fPIC"]
     warnings = ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
-    command = [COMPILER, *flags, *warnings, str(SOURCE), "-o", str(library)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+
+    def run(*arguments: str) -> None:
+        done = subprocess.run([COMPILER, *arguments], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+
+    def compile_one(source: pathlib.Path) -> str:
+        result = str(folder / f"{source.name}.o")
+        run(*flags, *warnings, "-x", "c++", "-c", str(source), "-o", result)
+        return result
+
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(compile_one, SOURCES))
+    run("-shared", *objects, "-o", str(library))
     return Executor(library)
 
 

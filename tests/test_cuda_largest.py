@@ -5,9 +5,9 @@ import pytest
 from test_cuda_faults import unnoticed
 
 from cuda_executor import (
+    FOLDER,
     SHIFT_INDEX,
     SKIP_BARRIER,
-    SOURCE,
     Executor,
     ExecutorError,
     wanted_largest,
@@ -55,7 +55,7 @@ def test_no_rows(executor: Executor) -> None:
 @pytest.mark.parametrize("m", [1, 20])
 def test_usual_rows_need_no_histogram(executor: Executor, m: int) -> None:
     """Of logits in no order so few reach the bound that there is room for all: the slow way is for others."""
-    lines = (SOURCE.parents[1] / "largest.h").read_text().split("\n")
+    lines = (FOLDER / "largest.h").read_text().split("\n")
     slow = f"largest.h:{1 + next(i for i, line in enumerate(lines) if 'Store(bins_' in line)}"
     rng = np.random.default_rng(m)
     x = rng.gumbel(scale=3, size=(m, 128256 if m == 1 else 30000)).astype(np.float32)

@@ -1,6 +1,6 @@
 """Checks the machine code of the CUDA kernels, where there need be no GPU: resources, spills, tensor-core instructions.
 
-    python ffi/cuda/check.py build/cuda/.../launch.cu.o [...]
+    python ffi/cuda/check.py build/cuda/.../*.cu.o
 
 Prints one line per kernel and exits with status 1 if a kernel spills, uses the stack, wants more shared memory than a
 block may have, lacks the matrix instructions that it is made of, or waits for each of them: the assembler serialises

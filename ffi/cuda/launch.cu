@@ -1,5 +1,5 @@
-// What is run: one layer, some behind each other, or a decoder layer's block. Compiled by nvcc, and by the C++ compiler
-// for the block executor.
+// What is run: one layer, some behind each other, or a decoder layer's block; and what is queued for a layer. This file
+// and those of the kernels are compiled by nvcc, and by the C++ compiler for the block executor.
 #include <cstdint>
 
 #include "dispatch.h"
@@ -9,6 +9,153 @@
 #include "queue.h"
 
 namespace jaxint8::cuda {
+
+const char* Call::Run() {
+  JAXINT8_TRY(Multiprocessors(&multiprocessors_));
+  JAXINT8_TRY(HasWgmma(&wgmma_));
+  if ((p_.path == Path::kWgmma || p_.path == Path::kSparse || p_.path == Path::kNarrow) && !wgmma_)
+    return "the wgmma kernels need compute capability 9.0";
+  wgmma_ = wgmma_ && p_.path != Path::kTiled && p_.k > 0;
+  // Where it pays, and the first kernel reads nothing before it waits: the stream does.
+  const bool few = p_.m <= kSpreadMost * multiprocessors_ || (!plan_.has_rule && p_.k <= 2048);
+  if (plan_.gemv || (wgmma_ && !plan_.stream && few)) queue_.StartEarly();
+  if (plan_.clear && plan_.bits_bytes > 0) JAXINT8_TRY(queue_.Clear(p_.workspace + plan_.bits, plan_.bits_bytes));
+  switch (p_.kind) {
+    case Problem::Kind::kQuantize:
+      return Quantize();
+    case Problem::Kind::kProduct:
+      return Product();
+    case Problem::Kind::kLinear:
+      return Linear();
+    case Problem::Kind::kPrologue:
+      return QueuePrologue(queue_, p_.type, Rows(), Memory<uint8_t>(p_.y, p_.m * p_.k * TypeBytes(p_.type)));
+    case Problem::Kind::kLargest:
+      break;  // queued by RunLargest
+  }
+  return "unknown kind";
+}
+
+const char* Call::Quantize() {
+  QuantizeParams q = Rows();
+  q.lo = Memory<int8_t>(p_.lo, p_.m * p_.k);
+  q.hi = Memory<int8_t>(p_.hi, p_.m * p_.k);
+  q.stride = p_.k;
+  q.code_rows = p_.m;
+  q.row_scale = Memory<float>(p_.row_scale, 4 * p_.m);
+  return QueueQuantizers(queue_, p_.type, q);
+}
+
+const char* Call::Align(Ptr<const int8_t> in, int64_t rows, int64_t offset) {
+  const AlignParams a{in, rows, p_.k, plan_.stride, Scratch<int8_t>(offset, rows * plan_.stride)};
+  const int64_t blocks = (rows * plan_.stride / 16 + AlignKernel::kMaxThreads - 1) / AlignKernel::kMaxThreads;
+  const int64_t most = 8 * multiprocessors_;
+  return queue_.Launch<AlignKernel>(blocks < most ? blocks : most, AlignKernel::kMaxThreads, AlignKernel::kShared, a);
+}
+
+const char* Call::Product() {
+  Ptr<const int8_t> a = Memory<const int8_t>(p_.x, p_.m * p_.k);
+  int64_t stride = p_.k;
+  if (plan_.align_a) {
+    JAXINT8_TRY(Align(a, p_.m, plan_.lo));
+    a = Scratch<const int8_t>(plan_.lo, p_.m * plan_.stride);
+    stride = plan_.stride;
+  }
+  if (plan_.stream) {
+    QuantizeParams q{};
+    q.lo = Scratch<int8_t>(plan_.lo, p_.m * plan_.stride);
+    q.stride = stride;
+    return Stream(q);
+  }
+  return Multiply(a, stride, Ptr<const int8_t>{});
+}
+
+const char* Call::Linear() {
+#ifdef JAXINT8_HAS_WGMMA
+  if (plan_.gemv) return Gemv();
+#endif
+  QuantizeParams q = Rows();
+  if (plan_.apart) {
+    const Ptr<uint8_t> rows = Scratch<uint8_t>(plan_.rows, p_.m * p_.k * TypeBytes(p_.type));
+    JAXINT8_TRY(QueuePrologue(queue_, p_.type, q, rows));
+    q.x = rows;
+    q.prologue.kind = Prologue::kNone;
+  }
+  if (plan_.fused) return Stream(q);
+  q.lo = Scratch<int8_t>(plan_.lo, plan_.code_rows * plan_.stride);
+  q.row_scale = Scratch<float>(plan_.row_scale, 4 * p_.m);
+  q.stride = plan_.stride;
+  q.code_rows = plan_.code_rows;
+  if (plan_.has_rule) {
+    q.hi = Scratch<int8_t>(plan_.hi, plan_.code_rows * plan_.stride);
+    if (plan_.sparse) {
+      q.sparse = Sparse<uint8_t>();
+    } else if (plan_.stream) {
+      q.pieces = Scratch<uint8_t>(plan_.pieces, p_.m * plan_.piece_stride);
+      q.piece_stride = plan_.piece_stride;
+    } else if (plan_.gather && !plan_.by_column) {
+      q.used = Scratch<uint32_t>(plan_.bits, plan_.bits_bytes);
+    }
+  }
+  JAXINT8_TRY(QueueQuantizers(queue_, p_.type, q));
+  if (plan_.stream) return Stream(q);
+  return Multiply(q.lo, plan_.stride, q.hi);
+}
+
+const char* Call::GatherOutliers(Ptr<const int8_t> hi, Ptr<const int8_t> w, int64_t w_stride, TiledParams* t) {
+  GatherParams g{};
+  g.a = hi;
+  g.b = w;
+  g.rows_a = p_.m;
+  g.rows_b = p_.n;
+  g.stride_a = plan_.stride;
+  g.stride_b = w_stride;
+  g.used = Scratch<const uint32_t>(plan_.bits, plan_.bits_bytes);
+  g.words = plan_.bits_bytes / 4;
+  g.capacity = plan_.capacity;
+  g.out_a = Scratch<int8_t>(plan_.gathered_a, p_.m * plan_.capacity);
+  g.out_b = Scratch<int8_t>(plan_.gathered_w, p_.n * plan_.capacity);
+  g.count = Scratch<uint32_t>(plan_.count, 4);
+  const int64_t blocks = (p_.m + p_.n + GatherKernel::kMaxThreads / 32 - 1) / (GatherKernel::kMaxThreads / 32);
+  const int64_t most = 8 * multiprocessors_;
+  JAXINT8_TRY(queue_.Launch<GatherKernel>(blocks < most ? blocks : most, GatherKernel::kMaxThreads,
+                                          GatherKernel::Shared(plan_.capacity), g));
+  t->count = g.count;
+  t->capacity = plan_.capacity;
+  t->gathered = {g.out_a, g.out_b, plan_.capacity, plan_.capacity, 0};
+  return nullptr;
+}
+
+const char* Call::Multiply(Ptr<const int8_t> lo, int64_t stride, Ptr<const int8_t> hi) {
+  TiledParams t{};
+  t.m = p_.m;
+  t.n = p_.n;
+  t.epilogue = MakeEpilogue();
+  Ptr<const int8_t> w = Weights();
+  int64_t w_stride = p_.k;
+  if (plan_.align_w) {
+    JAXINT8_TRY(Align(w, p_.n, plan_.aligned_w));
+    w = Scratch<const int8_t>(plan_.aligned_w, p_.n * plan_.stride);
+    w_stride = plan_.stride;
+  }
+#ifdef JAXINT8_HAS_WGMMA
+  if (plan_.skinny) return Skinny(lo, stride, hi, w);
+  if (plan_.narrow) return Narrow(lo, stride, hi, w, w_stride);
+  if (plan_.sparse) return SparseProduct(lo, stride, hi, w, w_stride);
+  if (plan_.swapped) return Swapped(lo, stride, hi, w, w_stride);
+#endif
+  // Columns beyond k are zeros in padded codes and aligned copies, and are not read elsewhere.
+  const int64_t k = RoundUp(p_.k, 16);
+  t.lo = {lo, w, stride, w_stride, k};
+  if (hi) {
+    JAXINT8_TRY(GatherOutliers(hi, w, w_stride, &t));
+    t.all = {hi, w, stride, w_stride, k};
+  }
+#ifdef JAXINT8_HAS_WGMMA
+  if (wgmma_) return Wgmma(t);
+#endif
+  return Tiled(t);
+}
+
 namespace {
 
 bool Aligned(const void* p, uintptr_t to) { return reinterpret_cast<uintptr_t>(p) % to == 0; }
@@ -65,7 +212,5 @@ const char* RunBlock(const Problem (&layers)[3], CUstream_st* stream) {
   }
   return RunAll(p, 3, stream);
 }
-
-#undef JAXINT8_TRY
 
 }  // namespace jaxint8::cuda

@@ -4,8 +4,8 @@
 #include <string>
 
 #include "../device.h"
-#include "../largest.cu"
-#include "../launch.cu"
+#include "../host.h"
+#include "../quantize.h"
 #include "call.h"
 
 namespace jaxint8::cuda {
