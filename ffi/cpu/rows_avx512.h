@@ -481,7 +481,8 @@ inline void FetchOutputs(const Epilogue& e, int64_t begin, int64_t end) {
   }
 }
 
-void Finish(const Epilogue& e, int64_t begin, int64_t end) {
+// By itself: inlined where a file calls it once only, it would share registers with what is around it.
+[[gnu::noinline]] void Finish(const Epilogue& e, int64_t begin, int64_t end) {
   switch (e.type) {
     case Type::kBF16:
       return FinishAs<Type::kBF16>(e, begin, end);
