@@ -399,9 +399,10 @@ inline __m512 RoundFloats(__m512 y) {
   return LoadFloats<kType>(half, 0, 0xffff);
 }
 
-// Registers of 16 outputs each keep their scales and biases over all rows.
+// Registers of 16 outputs each keep their scales and biases over all rows. By itself: inlined, where a file calls it
+// only once, it would share them with what is around it.
 template <Type kType>
-inline void FinishAs(const Epilogue& e, int64_t begin, int64_t end) {
+[[gnu::noinline]] inline void FinishAs(const Epilogue& e, int64_t begin, int64_t end) {
   __m512 w_scale[4], bias[4];
   __mmask16 mask[4];
   Unroll<4>([&](auto z) ALWAYS_INLINE {
@@ -481,8 +482,7 @@ inline void FetchOutputs(const Epilogue& e, int64_t begin, int64_t end) {
   }
 }
 
-// By itself: inlined where a file calls it once only, it would share registers with what is around it.
-[[gnu::noinline]] void Finish(const Epilogue& e, int64_t begin, int64_t end) {
+void Finish(const Epilogue& e, int64_t begin, int64_t end) {
   switch (e.type) {
     case Type::kBF16:
       return FinishAs<Type::kBF16>(e, begin, end);
