@@ -159,15 +159,6 @@ constexpr int64_t kDotsBytes = 24 << 10;
 // Rows of weights that GatherGroups still finds in the L1 cache: half of it, a multiple of 8.
 int64_t TurnOf(const Block& b) { return ((16 << 10) / (b.k + 1) / 8 + 1) * 8; }
 
-// Up to kFewM rows: the weights are read once, in the order in which they lie.
-void MultiplyFewRows(const Block& b) {
-  constexpr void (*kStreams[kFewM])(const Block&) = {DotsOfFewRows<1>, DotsOfFewRows<2>, DotsOfFewRows<3>,
-                                                     DotsOfFewRows<4>};
-  const bool dense = b.plan && b.plan->dense;
-  (dense ? DotsOfFewRows<1, true> : kStreams[b.m - 1])(b);
-  if (b.epilogue) Finish(*b.epilogue, 0, b.m);
-}
-
 // Small m: the weights are read once, in the order in which they lie, or nearly. Teams of up to 4 rows of activations
 // (or 5) take turns over a few rows of weights, at most half of the L1 cache.
 void MultiplyDots(const Block& b) {
@@ -304,9 +295,9 @@ void MultiplyLanes(const Block& b) {
     if (i == 0 && stop > first) {
       part.kept = scratch->panels[1], part.needed = b.plan->needed;
       part.at = at + first, part.groups = stop - first, part.panel = panel + first * kBlockN * 4;
-      kLanes<HighParts::kGathered>[rows - 1](b, part);
+      GatheringLanes(b, part, rows);
     } else {
-      kLanes<HighParts::kNone>[rows - 1](b, part);
+      LanesAlone(b, part, rows);
     }
     if (last && groups > 0) slot = AddHiGroups(b, panel, i, i + rows, slot);
     if (b.epilogue && last) Finish(*b.epilogue, i, i + rows);  // at once, so that it overlaps with the next team
@@ -325,7 +316,7 @@ void MultiplyPickingLanes(const Block& b, const PickPlan& high) {
     part.high = high.rounds + first[0], part.rounds = first[1] - first[0], part.pairs = high.pairs;
     ++first;
     if (b.epilogue && end == b.k) FetchOutputs(*b.epilogue, i, i + rows);
-    kLanes<HighParts::kPicked>[rows - 1](b, part);
+    PickingLanes(b, part, rows);
     if (b.epilogue && end == b.k) Finish(*b.epilogue, i, i + rows);
   });
 }

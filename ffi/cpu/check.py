@@ -20,6 +20,14 @@ from collections.abc import Mapping, Sequence
 
 # What must be in the machine code of a file, and what must not.
 NEWER = r"%zmm|%[xy]mm(1[6-9]|[23]\d)|%k[1-7]"  # AVX-512
+AVX512_VNNI = (
+    "avx512_vnni",
+    "lanes_avx512",
+    "picking_lanes_avx512",
+    "streams_avx512",
+    "strips_avx512",
+    "tiles_avx512",
+)
 CODE = {
     "x86_64": {
         "scalar": (r"mulps", r"%[yz]mm"),
@@ -28,7 +36,7 @@ CODE = {
         "processor": (r"cpuid|__cpu_model", r"%[yz]mm"),
         "avx2": (r"vpmaddwd .*%ymm", rf"vpdp|{NEWER}"),
         "avx_vnni": (r"\{vex\} vpdpbusd .*%ymm", NEWER),
-        "avx512_vnni": (r"vpdpbusd .*%zmm", r"vpdpbusd .*\{vex\}"),
+        **dict.fromkeys(AVX512_VNNI, (r"vpdpbusd .*%zmm", r"vpdpbusd .*\{vex\}")),
         "amx_int8": (r"(?s)tdpbssd\s+%tmm.*tdpbsud|tdpbsud.*tdpbssd\s+%tmm", r"tdpbu|tdpbf|tdpfp"),
     },
     "aarch64": {
@@ -107,7 +115,7 @@ def check_code(folder: pathlib.Path, machine: str, prefix: str = "") -> None:
     for name, (required, forbidden) in CODE.get(machine, {}).items():
         places = [
             folder / "CMakeFiles" / f"jaxint8_{target}.dir" / "cpu" / f"{name}.cc.o"
-            for target in (name, "cpu")
+            for target in (name, "cpu", "avx512_vnni")
         ]
         path = next((place for place in places if place.is_file()), None)
         if path is None:  # this compiler does not know the instruction set

@@ -23,20 +23,6 @@
 #include "unroll.h"
 
 namespace jaxint8::cpu {
-namespace {
-
-constexpr int kLanesN = 8;  // outputs at once: two transpositions
-// Bytes of a team's codes in a slice of columns, which stay in the L1 cache (48 KiB); and the columns of a slice where
-// what is stored to gather from has to stay there too.
-constexpr int64_t kLanesBytes = 44 << 10;
-constexpr int64_t kGatherColumns = 2048;
-
-// How high parts come about: not here; the weights of their groups are gathered, for all rows; or each team picks its
-// own.
-enum class HighParts { kNone, kGathered, kPicked };
-
-// Rows of codes of a team at most: 10 x 2 sums + 8 weights + 1 of codes.
-constexpr int LanesM(HighParts high) { return high == HighParts::kPicked ? kPickRows : 10; }
 
 // A piece of a block: a team of rows of codes and a slice of the columns.
 struct LanesPart {
@@ -54,6 +40,21 @@ struct LanesPart {
   int64_t rounds;
   const LinePair* pairs;
 };
+
+namespace {
+
+constexpr int kLanesN = 8;  // outputs at once: two transpositions
+// Bytes of a team's codes in a slice of columns, which stay in the L1 cache (48 KiB); and the columns of a slice where
+// what is stored to gather from has to stay there too.
+constexpr int64_t kLanesBytes = 44 << 10;
+constexpr int64_t kGatherColumns = 2048;
+
+// How high parts come about: not here; the weights of their groups are gathered, for all rows; or each team picks its
+// own.
+enum class HighParts { kNone, kGathered, kPicked };
+
+// Rows of codes of a team at most: 10 x 2 sums + 8 weights + 1 of codes.
+constexpr int LanesM(HighParts high) { return high == HighParts::kPicked ? kPickRows : 10; }
 
 // Where Lanes keeps four columns of four rows of weights, in bytes; the columns by their distance from the slice.
 inline int32_t KeptAt(int64_t column) {
@@ -209,9 +210,15 @@ constexpr std::array<LanesFunction, sizeof...(kBefore)> LanesUpTo(std::integer_s
   return {Lanes<kBefore + 1, kHigh>...};
 }
 template <HighParts kHigh>
-constexpr auto kLanes = LanesUpTo<kHigh>(std::make_integer_sequence<int, LanesM(kHigh)>{});
+constexpr auto kLanesOf = LanesUpTo<kHigh>(std::make_integer_sequence<int, LanesM(kHigh)>{});
 
 }  // namespace
+
+// Lanes for so many rows of codes, by how high parts come about.
+void LanesAlone(const Block& b, const LanesPart& part, int64_t rows);
+void GatheringLanes(const Block& b, const LanesPart& part, int64_t rows);
+void PickingLanes(const Block& b, const LanesPart& part, int64_t rows);
+
 }  // namespace jaxint8::cpu
 
 #endif  // JAXINT8_FFI_CPU_LANES_AVX512_H_

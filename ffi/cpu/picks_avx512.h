@@ -17,10 +17,6 @@
 #include "rows_avx512.h"
 
 namespace jaxint8::cpu {
-namespace {
-
-constexpr int kPickRows = 8;    // of a team
-constexpr int kPickPlaces = 8;  // of a row
 
 // Up to eight high parts of each of eight rows. Those of row i are in words i / 2 of two lanes: the first two, if i is
 // even, else the last two.
@@ -35,6 +31,11 @@ struct LinePair {
   uint64_t places;
   int32_t line[2];
 };
+
+namespace {
+
+constexpr int kPickRows = 8;    // of a team
+constexpr int kPickPlaces = 8;  // of a row
 
 inline int PlaceOf(int row, int32_t number) { return row % 2 * 32 + number / 4 % 2 * 16 + row / 2 * 4 + number % 4; }
 

@@ -399,9 +399,10 @@ inline __m512 RoundFloats(__m512 y) {
   return LoadFloats<kType>(half, 0, 0xffff);
 }
 
-// Registers of 16 outputs each keep their scales and biases over all rows.
+// Registers of 16 outputs each keep their scales and biases over all rows. By itself: inlined, where a file calls it
+// only once, it would share them with what is around it.
 template <Type kType>
-inline void FinishAs(const Epilogue& e, int64_t begin, int64_t end) {
+[[gnu::noinline]] inline void FinishAs(const Epilogue& e, int64_t begin, int64_t end) {
   __m512 w_scale[4], bias[4];
   __mmask16 mask[4];
   Unroll<4>([&](auto z) ALWAYS_INLINE {
