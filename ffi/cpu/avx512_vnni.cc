@@ -7,9 +7,10 @@
 // In this file: which way a product goes, and small ones for any processor, dot products along the rows of weights as
 // they lie. Those that read weights as one stream: streams_avx512.h. Large ones: tiles_avx512.h. What is between is a
 // rung of its own on processors that shuffle beside their multiplications (lanes_avx512.h), and on those that do not
-// (strips_avx512.h).
+// (fours_avx512.h, strips_avx512.h).
 #include <immintrin.h>
 
+#include "fours_avx512.h"
 #include "int8.h"
 #include "lanes_avx512.h"
 #include "processor.h"
@@ -337,23 +338,29 @@ void Multiply(const Block& b) {
   MultiplyTiled(b);
 }
 
-// The same with pairs and strips (measured on a Cascade Lake): pairs for up to ten rows, strips beyond and if there are
-// many groups of high parts to gather (8 x 768 x 3072 by top 8: 0.78 of the time), and tiles where codes would be read
-// too often from the L2 cache.
+// Whether fours are faster than pairs and strips (measured on a Cascade Lake). Pairs of longer rows have fewer sums to
+// add up, strips of more rows less to pack for each, and eight rows of 4096 columns fall into one set of the L1 cache.
+// A group of high parts costs fours some 50 cycles.
+bool TakesFours(const Block& b, int64_t groups) {
+  if (b.m < 5 || b.m > 20 || groups > 40) return false;
+  return b.k <= (b.m <= kPairsM ? 1023 : 3072);
+}
+
+// The same with pairs, fours and strips (measured on a Cascade Lake): pairs for up to ten rows, strips beyond and if
+// there are many groups of high parts to gather (8 x 768 x 3072 by top 8: 0.78 of the time), and tiles where codes
+// would be read too often from the L2 cache.
 void MultiplyWithStrips(const Block& b) {
   if (Planned(b) && b.m <= 3) return MultiplyFewRows(b);
   if (b.k == 0) return MultiplyDots(b);
   const int64_t groups = b.plan ? b.plan->groups : 0;
-  if (Planned(b) && b.m <= kPairsM && 94 * groups <= 3 * b.k) return MultiplyPairsOf(b, kDotsBytes);
+  const bool fours = Planned(b) && TakesFours(b, groups);
+  if (!fours && Planned(b) && b.m <= kPairsM && 94 * groups <= 3 * b.k) return MultiplyPairsOf(b, kDotsBytes);
   const int64_t most = b.k <= kPanelK ? kStripsMost : 2 * kStripsMost;
-  if (b.m <= most) {
-    uint8_t* const panel = reinterpret_cast<TileScratch*>(b.scratch)->panels[1];
-    MultiplyStrips(b, panel);
-    if (groups > 0) AddHiGroups(b, panel, 0, b.m, b.plan->slot);
-    if (b.epilogue) Finish(*b.epilogue, 0, b.m);
-    return;
-  }
-  MultiplyTiled(b);
+  if (b.m > most) return MultiplyTiled(b);
+  uint8_t* const panel = reinterpret_cast<TileScratch*>(b.scratch)->panels[1];
+  (fours ? MultiplyFours : MultiplyStrips)(b, panel);
+  if (groups > 0) AddHiGroups(b, panel, 0, b.m, b.plan->slot);
+  if (b.epilogue) Finish(*b.epilogue, 0, b.m);
 }
 
 // Whether tiles are faster than lanes for up to kSmallM rows: where packing hides behind the multiplications, below

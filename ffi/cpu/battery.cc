@@ -206,7 +206,7 @@ uint64_t Checksum(uint64_t sum, const Bytes& bytes) {  // FNV-1a
 }
 
 std::vector<Options> Rules() {
-  std::vector<Options> rules(9);
+  std::vector<Options> rules(10);
   rules[1].rule = Rule::kThreshold, rules[1].value = 2;
   rules[2] = rules[1], rules[2].column_scope = true;
   rules[3].rule = Rule::kRelative, rules[3].value = 3;
@@ -215,6 +215,7 @@ std::vector<Options> Rules() {
   rules[6] = rules[5], rules[6].topk = 100;
   rules[7] = rules[1], rules[7].value = 0;
   rules[8] = rules[5], rules[8].float_outliers = true;
+  rules[9] = rules[5], rules[9].topk = 2;  // few high parts in long rows
   return rules;
 }
 
@@ -285,7 +286,8 @@ int Main() {
       {6, 65, 15},     {7, 768, 72},    {8, 1027, 40},  {13, 300, 128}, {16, 2100, 66},  {17, 256, 130}, {33, 1100, 64},
       {64, 1088, 200}, {9, 5000, 77},   {12, 9000, 66}, {40, 769, 74},  {523, 70, 64},   {0, 5, 5},      {5, 0, 5},
       {5, 5, 0},       {1040, 129, 33}, {100, 0, 5},    {64, 576, 200}, {130, 768, 200}, {10, 1090, 72}, {19, 1000, 66},
-      {5, 2111, 67},   {4, 4096, 24},   {9, 1536, 16},  {6, 8200, 19},  {5, 4100, 19},   {4, 10300, 18}, {4, 2111, 67}};
+      {5, 2111, 67},   {4, 4096, 24},   {9, 1536, 16},  {6, 8200, 19},  {5, 4100, 19},   {4, 10300, 18}, {4, 2111, 67},
+      {6, 128, 24},    {12, 128, 66},   {18, 150, 90}};
   const std::vector<const Rung*> rungs = AllRungs();
   const size_t count = rungs.size();
   const Rung* scalar = rungs.back();

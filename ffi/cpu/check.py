@@ -22,6 +22,7 @@ from collections.abc import Mapping, Sequence
 NEWER = r"%zmm|%[xy]mm(1[6-9]|[23]\d)|%k[1-7]"  # AVX-512
 AVX512_VNNI = (
     "avx512_vnni",
+    "fours_avx512",
     "lanes_avx512",
     "picking_lanes_avx512",
     "streams_avx512",

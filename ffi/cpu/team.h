@@ -140,17 +140,20 @@ class Team {
     return {nullptr, 0};
   }
 
+  // Says at the end of a lane how many of its items are done: all threads write there.
   void WorkIn(Phase& phase, Lane& lane) {
+    int64_t done = 0;
     for (;;) {
       const int64_t item = lane.next.fetch_add(1, std::memory_order_relaxed);
-      if (item >= lane.end) return;
+      if (item >= lane.end) break;
       try {
         phase.job->Run(phase.phase, item);
       } catch (const std::bad_alloc&) {
         failed_.store(true, std::memory_order_relaxed);
       }
-      phase.done.fetch_add(1, std::memory_order_release);
+      ++done;
     }
+    if (done > 0) phase.done.fetch_add(done, std::memory_order_release);
   }
 
   static constexpr int kLast = Job::kPhases - 1;

@@ -43,7 +43,7 @@ class Plan:
       peers: whether to measure other engines.
     """
 
-    effort: Effort = dataclasses.field(default=Effort(rounds=7, seconds=0.02))
+    effort: Effort = dataclasses.field(default=Effort(rounds=7, seconds=0.1))
     rounds: int = 7
     shapes: Sequence[Shape] = ((768, 3072), (4096, 4096), (4096, 11008), (12288, 12288))
     ms: Sequence[int] = (1, 8, 32, 128, 512, 2048)
