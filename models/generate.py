@@ -27,7 +27,7 @@ from jaxint8.models.sampling import Draw, Sampling, next_tokens
 # them, and a bound on what is computed after the last row ended.
 CHUNK = 256
 # Steps between two hand-outs of a stream where nothing else is asked for: a fifth of a second at forty tokens a second.
-# On an accelerator a call takes as long as a step (3 ms with an 8B model in int8 on an H200), and steps are fast.
+# On an accelerator a call costs as much as a step or more (4 ms, an 8B model in int8 on an H200), and steps are fast.
 PIECE, PIECE_ON_ACCELERATOR = 8, 32
 SMALLEST_PADDED_PROMPT = 32
 # An accelerator waits while the host is asked whether the loop goes on, 5 % of a step of an 8B model. So it is asked
