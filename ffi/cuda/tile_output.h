@@ -28,30 +28,28 @@ class TileOrder {
  public:
   JAXINT8_DEVICE TileOrder(int64_t m, int64_t n, uint32_t rank)
       : rank_(rank),
-        tiles_m_((m + kTileM * kBlocks - 1) / (kTileM * kBlocks)),
-        tiles_n_((n + kTileN - 1) / kTileN),
-        turns_(tiles_m_ * tiles_n_) {}
+        tiles_m_(static_cast<uint32_t>((m + kTileM * kBlocks - 1) / (kTileM * kBlocks))),
+        tiles_n_(static_cast<uint32_t>((n + kTileN - 1) / kTileN)) {}
 
   // Calls body(place) for each tile of this block.
   template <typename Body>
   JAXINT8_DEVICE void ForEach(Body body) const {
+    const auto first = static_cast<uint32_t>(BlockIndex()), step = static_cast<uint32_t>(BlockCount());
 #pragma unroll 1
-    for (int64_t at = BlockIndex() / kBlocks; at < turns_; at += BlockCount() / kBlocks) body(At(at));
+    for (uint32_t at = first / kBlocks; at < tiles_m_ * tiles_n_; at += step / kBlocks) body(At(at));
   }
 
  private:
-  static constexpr int64_t kBand = 16 / kBlocks;
+  static constexpr uint32_t kBand = 16 / kBlocks;
 
-  JAXINT8_DEVICE TilePlace At(int64_t at) const {
-    const int64_t band = at / (kBand * tiles_n_);
-    const int64_t height = tiles_m_ - band * kBand < kBand ? tiles_m_ - band * kBand : kBand;
-    const int64_t in_band = at - band * kBand * tiles_n_;
-    const int64_t m = (band * kBand + in_band % height) * kBlocks + rank_;
+  JAXINT8_DEVICE TilePlace At(uint32_t at) const {
+    const uint32_t band = at / (kBand * tiles_n_), in_band = at % (kBand * tiles_n_);
+    const uint32_t height = tiles_m_ - band * kBand < kBand ? tiles_m_ - band * kBand : kBand;
+    const uint32_t m = (band * kBand + in_band % height) * kBlocks + rank_;
     return {static_cast<int32_t>(m * kTileM), static_cast<int32_t>(in_band / height * kTileN)};
   }
 
-  const uint32_t rank_;
-  const int64_t tiles_m_, tiles_n_, turns_;
+  const uint32_t rank_, tiles_m_, tiles_n_;  // of tiles fewer than 2^32, since outputs fit in memory
 };
 
 // Outputs of tiles of 128 rows and kTileN columns, of which two warpgroups have 64 rows each. Threads 128 and up are
