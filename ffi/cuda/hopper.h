@@ -93,6 +93,9 @@ JAXINT8_DEVICE void FenceAccelerator() { asm volatile("fence.proxy.async.global;
 // What this thread stored in shared memory is to be read by products.
 JAXINT8_DEVICE void FenceShared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
+// Has a map fetched, which no cache has yet: the first copy by it would wait for that.
+JAXINT8_DEVICE void FetchMap(const CUtensorMap* map) { asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory"); }
+
 // Copies the map's box at (k, row) to shared memory; its bytes arrive at the barrier. Beyond the matrix it is zeros.
 JAXINT8_DEVICE void CopyTile(const CUtensorMap* map, uint32_t to, uint32_t barrier, int32_t k, int32_t row) {
   asm volatile(

@@ -80,6 +80,11 @@ class NarrowKernel {
   }
 
   JAXINT8_DEVICE void Work() {
+    if (ThreadIndex() == 2 * 128) {
+      FetchMap(&p_.w);
+      FetchMap(&p_.lo);
+      if constexpr (kHigh) FetchMap(&p_.hi);
+    }
     if (ThreadIndex() == 0) {
       for (int s = 0; s < p_.stages; ++s) {
         InitBarrier(full_ + 8 * s, 1);

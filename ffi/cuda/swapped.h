@@ -58,9 +58,7 @@ class SwappedKernel {
   }
 
   // Of the rows that one block of a cluster adds.
-  static JAXINT8_HOST_DEVICE constexpr int64_t SumBytes(int cluster) {
-    return int64_t{4} * kSumStride * kTileN / cluster;
-  }
+  static JAXINT8_HOST_DEVICE constexpr int64_t SumBytes(int cluster) { return 4 * kSumStride * kTileN / cluster; }
 
 #ifdef JAXINT8_HOPPER
 
@@ -75,7 +73,8 @@ class SwappedKernel {
         shared_(SharedMemory() + (stages_ - SharedAddress(SharedMemory()))),
         full_(stages_ + p.stages * kStageBytes),
         empty_(full_ + 8 * p.stages),
-        arrived_((empty_ + 8 * p.stages + 127) & ~127u) {}
+        arrived_((empty_ + 8 * p.stages + 127) & ~127u),
+        shift_(LowestBit(static_cast<uint32_t>(p.cluster))) {}
 
   JAXINT8_DEVICE uint32_t Stage(int stage) const { return stages_ + static_cast<uint32_t>(stage) * kStageBytes; }
 
@@ -85,14 +84,20 @@ class SwappedKernel {
     int first, steps;
   };
   JAXINT8_DEVICE Tile MyTile() const {
-    const int64_t tile = BlockIndex() / p_.cluster, tiles_n = (p_.n + kOutputs - 1) / kOutputs;
+    const auto tile = static_cast<uint32_t>(BlockIndex()) >> shift_;  // a division of 64 bits would take longer
+    const auto tiles_n = static_cast<uint32_t>((p_.n + kOutputs - 1) / kOutputs);
     const int all = static_cast<int>((p_.k + kTileK - 1) / kTileK), rank = static_cast<int>(rank_);
-    const int first = all * rank / p_.cluster;
+    const int first = all * rank >> shift_;
     return {static_cast<int32_t>(tile / tiles_n * kTileN), static_cast<int32_t>(tile % tiles_n * kOutputs), first,
-            all * (rank + 1) / p_.cluster - first};
+            (all * (rank + 1) >> shift_) - first};
   }
 
   JAXINT8_DEVICE void Work() {
+    if (ThreadIndex() == kMultiply) {
+      FetchMap(&p_.w);
+      FetchMap(&p_.lo);
+      if constexpr (kHigh) FetchMap(&p_.hi);
+    }
     if (ThreadIndex() == 0) {
       for (int s = 0; s < p_.stages; ++s) {
         InitBarrier(full_ + 8 * s, 1);
@@ -100,7 +105,7 @@ class SwappedKernel {
       }
       if (p_.cluster > 1) {
         InitBarrier(arrived_, 1);
-        ArriveExpecting(arrived_, static_cast<uint32_t>((p_.cluster - 1) * SumBytes(p_.cluster)));
+        ArriveExpecting(arrived_, static_cast<uint32_t>(p_.cluster - 1) * Share());
       }
       FenceBarrierInit();
     }
@@ -211,7 +216,8 @@ class SwappedKernel {
     int64_t n;
     float w_scale[4], bias[4], row_scale;
   };
-  JAXINT8_DEVICE int Rows() const { return kTileN / p_.cluster; }  // of this block
+  JAXINT8_DEVICE int Rows() const { return kTileN >> shift_; }                                    // of this block
+  JAXINT8_DEVICE uint32_t Share() const { return static_cast<uint32_t>(SumBytes(1)) >> shift_; }  // bytes of their sums
   static JAXINT8_DEVICE int RowOf(int turn) { return ThreadIndex() / kLanes + 8 * turn; }
   JAXINT8_DEVICE int FirstRow() const { return static_cast<int>(rank_) * Rows(); }
   JAXINT8_DEVICE Scales LoadScales(const Tile& tile) const {
@@ -252,7 +258,7 @@ class SwappedKernel {
     ClusterWait();  // the barriers of all are there
     if (ThreadIndex() == 0) {
       const int rank = static_cast<int>(rank_);
-      const auto bytes = static_cast<uint32_t>(SumBytes(p_.cluster));
+      const uint32_t bytes = Share();
 #pragma unroll 1
       for (int block = 0; block < p_.cluster; ++block) {
         const uint32_t place = static_cast<uint32_t>(rank < block ? rank : rank - 1);
@@ -360,6 +366,7 @@ class SwappedKernel {
   const uint32_t rank_, stages_;  // the address of the stages, a multiple of 1024
   const Ptr<uint8_t> shared_;     // the same as a pointer
   const uint32_t full_, empty_, arrived_;
+  const int shift_;  // of p_.cluster, which is 1, 2, 4 or 8
 #endif
 };
 

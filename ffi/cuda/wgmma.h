@@ -65,6 +65,8 @@ class WgmmaKernel {
 
   JAXINT8_DEVICE void Work() {
     if (ThreadIndex() == 0) {
+      FetchMap(&p_.lo.a);
+      FetchMap(&p_.lo.b);
       for (int s = 0; s < kStages; ++s) {
         InitBarrier(full_ + 8 * s, 1);
         InitBarrier(empty_ + 8 * s, 8 * kBlocks);  // one arrival of each multiplying warp of the cluster

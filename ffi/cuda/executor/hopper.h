@@ -122,6 +122,7 @@ inline const char* MakeTileMap(TileMap* map, Ptr<const int8_t> data, int64_t row
   return nullptr;
 }
 
+inline void FetchMap(const TileMap*) {}
 inline void FenceAccelerator() {}
 inline void FenceShared(Site site = Site::Here()) { TheMachine().FenceShared(site); }
 
