@@ -109,9 +109,9 @@ inline bool PrefersSwapped(const Problem& p, bool has_rule) {
 // Rows of activations of a tile there.
 inline int SwappedRows(int64_t m, bool has_rule) { return m <= 32 ? 32 : m <= 64 || has_rule ? 64 : 128; }
 
-// Rows of weights of a tile there, and blocks that share its k: enough for all multiprocessors, with two steps of k for
-// each. Larger clusters than pairs do not fill the chip, whose multiprocessors come in groups that are no multiple of
-// four.
+// Rows of weights of a tile there, and blocks that share its k: a power of two, and enough for all multiprocessors,
+// with two steps of k for each. Larger clusters than pairs do not fill the chip, whose multiprocessors come in groups
+// that are no multiple of four.
 struct SwappedShape {
   int rows, cluster;
 };

@@ -42,12 +42,13 @@ class SwappedKernel {
   static constexpr int kStageBytes = kBytesW + kBytesX * (kHigh ? 2 : 1);
   // The sums of a tile, where the stages were: [kTileN][kSumStride], without bank conflicts.
   static constexpr int kSumStride = kTileM + 4;
-  static_assert(kTileN * kSumStride * 4 <= 2 * kStageBytes);  // there are two at least
+  static constexpr int kSumBytes = 4 * kSumStride * kTileN;  // of which each block of a cluster adds a share
+  static_assert(kSumBytes <= 2 * kStageBytes);               // there are two at least
   // Stages first, in 1024-byte units; then two barriers per stage, and, from a multiple of 128 on, a barrier and the
   // sums of the other blocks.
   static constexpr int64_t Shared(int stages, int cluster) {
     const int64_t alone = 1024 + stages * (kStageBytes + 16);
-    return cluster == 1 ? alone : alone + 2 * 128 + (cluster - 1) * SumBytes(cluster);
+    return cluster == 1 ? alone : alone + 2 * 128 + (cluster - 1) * (kSumBytes / cluster);
   }
 
   static JAXINT8_DEVICE void Run(const Params& p) {
@@ -56,9 +57,6 @@ class SwappedKernel {
     kernel.Work();
 #endif
   }
-
-  // Of the rows that one block of a cluster adds.
-  static JAXINT8_HOST_DEVICE constexpr int64_t SumBytes(int cluster) { return 4 * kSumStride * kTileN / cluster; }
 
 #ifdef JAXINT8_HOPPER
 
@@ -216,8 +214,8 @@ class SwappedKernel {
     int64_t n;
     float w_scale[4], bias[4], row_scale;
   };
-  JAXINT8_DEVICE int Rows() const { return kTileN >> shift_; }                                    // of this block
-  JAXINT8_DEVICE uint32_t Share() const { return static_cast<uint32_t>(SumBytes(1)) >> shift_; }  // bytes of their sums
+  JAXINT8_DEVICE int Rows() const { return kTileN >> shift_; }                                  // of this block
+  JAXINT8_DEVICE uint32_t Share() const { return static_cast<uint32_t>(kSumBytes) >> shift_; }  // bytes of their sums
   static JAXINT8_DEVICE int RowOf(int turn) { return ThreadIndex() / kLanes + 8 * turn; }
   JAXINT8_DEVICE int FirstRow() const { return static_cast<int>(rank_) * Rows(); }
   JAXINT8_DEVICE Scales LoadScales(const Tile& tile) const {
