@@ -290,6 +290,52 @@ def scheme_linear(x: np.ndarray, w: Any, bias: np.ndarray | None, scheme: Any) -
         return y.astype(x.dtype)
 
 
+def spread(x: np.ndarray) -> np.ndarray:
+    """Sums and differences of the dimensions of vectors float[..., d], by turns, neighbours first (Hadamard, unscaled).
+
+    Over blocks as long as the largest power of two that divides d. Float32, one addition at a time.
+    """
+    shape, span = x.shape, 1
+    x = x.astype(np.float32)
+    while span < (shape[-1] & -shape[-1]):
+        pairs = x.reshape(*shape[:-1], shape[-1] // (2 * span), 2, span)
+        first, second = pairs[..., 0, :], pairs[..., 1, :]
+        x = np.stack([first + second, first - second], axis=-2).reshape(shape)
+        span *= 2
+    return x
+
+
+def attend(
+    query: np.ndarray,
+    keys: tuple[np.ndarray, np.ndarray],
+    values: tuple[np.ndarray, np.ndarray],
+    seen: np.ndarray,
+) -> np.ndarray:
+    """Attention of one token per row to a cache of int8 vectors, in float64 but for the codes.
+
+    Args:
+      query: float[b, heads, d].
+      keys: codes int8[b, kv_heads, slots, d] of keys that have been spread, scale float32[b, kv_heads, slots].
+      values: codes int8[b, kv_heads, d, slots], scale float32[b, kv_heads, slots].
+      seen: bool[b, slots].
+
+    Returns:
+      float64[b, heads, d].
+    """
+    b, heads, d = query.shape
+    kv_heads = keys[0].shape[1]
+    grouped = spread(query).astype(np.float64).reshape(b, kv_heads, heads // kv_heads, d)
+    size = d & -d
+    scores = np.einsum("bkgd,bksd->bkgs", grouped, keys[0].astype(np.float64))
+    with np.errstate(invalid="ignore"):
+        scores = scores * keys[1].astype(np.float64)[:, :, None] / size / np.sqrt(d)
+        scores = np.where(seen[:, None, None], scores, -np.inf)
+        share = np.exp(scores - scores.max(axis=-1, keepdims=True))
+        share /= share.sum(axis=-1, keepdims=True)
+        share = share * np.where(seen[:, None], values[1], 0).astype(np.float64)[:, :, None]
+    return np.einsum("bkgs,bkds->bkgd", share, values[0].astype(np.float64)).reshape(query.shape)
+
+
 def _scale(raw: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Returns (scale, usable): below the smallest normal, or not finite, a row counts as zero and has scale 1."""
     usable = np.isfinite(raw) & (raw >= SMALLEST_SCALE)

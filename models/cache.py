@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from jaxint8.models.config import DecoderConfig
+from jaxint8.models.config import DecoderConfig, QuantizationConfig
+from jaxint8.vectors import Held, Vectors
 
 # Shorter caches save nothing: at this length a step's attention is a few percent of its time, and
 # every length is a program to compile.
@@ -35,8 +36,11 @@ class KVCache:
     # One array for each layer, keys [b, kv_heads, head_dim, capacity], values [b, kv_heads,
     # capacity, head_dim]: heads outside, an axis to shard; and for a single query both products of
     # attention then run along the last axis, which a vector unit reads without a transpose.
-    keys: list[jax.Array]
-    values: list[jax.Array]
+    # Or int8 vectors: keys (spread) [b, kv_heads, capacity, head_dim], values [b, kv_heads,
+    # head_dim, capacity], what is added up last, as products of int8 want it; scale [b, kv_heads,
+    # capacity].
+    keys: list[Held]
+    values: list[Held]
     # int32[b]: padding slots of each row.
     start: jax.Array
     # int32[]: slots in use, the same for every row.
@@ -45,23 +49,49 @@ class KVCache:
     @property
     def capacity(self) -> int:
         """Slots in all."""
-        return self.values[0].shape[2]
+        return capacity_of(self.values[0])
 
 
-def init_cache(config: DecoderConfig, capacity: int, start: jax.Array, dtype: DTypeLike) -> KVCache:
+def capacity_of(values: Held) -> int:
+    """Returns the slots of a layer's values."""
+    return values.scale.shape[2] if isinstance(values, Vectors) else values.shape[2]
+
+
+def is_coded(quantization: QuantizationConfig | None) -> bool:
+    """Whether a decoder's attention sees int8 keys and values."""
+    return quantization is not None and quantization.kv_cache == "int8"
+
+
+def init_cache(
+    config: DecoderConfig,
+    capacity: int,
+    start: jax.Array,
+    dtype: DTypeLike,
+    quantization: QuantizationConfig | None = None,
+) -> KVCache:
     """Returns an empty cache.
 
     Args:
         config: the decoder.
         capacity: slots per row.
         start: int32[b], how many tokens of left padding each row will have.
-        dtype: dtype of keys and values, that of the activations.
+        dtype: dtype of keys and values that are not int8, that of the activations.
+        quantization: how the decoder is carried out, which says whether they are.
 
     """
     rows, heads, width = start.shape[0], config.kv_heads, config.head_dim
+    coded = is_coded(quantization)
+    lengthwise, across = (rows, heads, capacity, width), (rows, heads, width, capacity)
+
+    def empty(shape: tuple[int, ...]) -> Held:
+        if not coded:
+            return jnp.zeros(shape, dtype)
+        scale = jnp.zeros((rows, heads, capacity), jnp.float32)
+        return Vectors(jnp.zeros(shape, jnp.int8), scale)
+
     return KVCache(
-        keys=[jnp.zeros((rows, heads, width, capacity), dtype) for _ in range(config.layers)],
-        values=[jnp.zeros((rows, heads, capacity, width), dtype) for _ in range(config.layers)],
+        keys=[empty(lengthwise if coded else across) for _ in range(config.layers)],
+        values=[empty(across if coded else lengthwise) for _ in range(config.layers)],
         start=start.astype(jnp.int32),
         length=jnp.zeros((), jnp.int32),
     )
@@ -69,11 +99,18 @@ def init_cache(config: DecoderConfig, capacity: int, start: jax.Array, dtype: DT
 
 def grow_cache(cache: KVCache, capacity: int) -> KVCache:
     """Returns the same cache with more free slots (one copy; amortised when capacities double)."""
-    none, extra = (0, 0), (0, capacity - cache.capacity)
+
+    def longer(held: jax.Array, axis: int) -> jax.Array:
+        extra = (0, capacity - held.shape[axis])
+        return jnp.pad(held, [extra if i == axis else (0, 0) for i in range(held.ndim)])
+
+    def grown(held: Held, axis: int) -> Held:
+        if isinstance(held, Vectors):  # its slots are the other of the last two axes
+            return Vectors(longer(held.codes, 5 - axis), longer(held.scale, 2))
+        return longer(held, axis)
+
     return dataclasses.replace(
-        cache,
-        keys=[jnp.pad(k, (none, none, none, extra)) for k in cache.keys],
-        values=[jnp.pad(v, (none, none, extra, none)) for v in cache.values],
+        cache, keys=[grown(k, 3) for k in cache.keys], values=[grown(v, 2) for v in cache.values]
     )
 
 

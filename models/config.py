@@ -126,7 +126,8 @@ class DecoderConfig:
 class QuantizationConfig(Scheme):
     """How a decoder's linear layers are carried out in int8: a scheme, and where; the default is the paper's method.
 
-    Embeddings, norms and biases stay float, and so does the head unless ``lm_head`` says "int8".
+    Embeddings, norms and biases stay float, and so do the head and the cache unless ``lm_head`` and
+    ``kv_cache`` say "int8".
     """
 
     # "cuda", "cpu", "xla", "reference"; None is the best that exists.
@@ -134,6 +135,9 @@ class QuantizationConfig(Scheme):
     # Precision of the product that makes logits. "int8" keeps the float matrix as well: the largest
     # logits are computed from it once more where they choose the next token (see head.py).
     lm_head: Literal["float", "int8"] = "float"
+    # Keys and values that attention sees: as activations are, or int8 vectors of one scale each (see
+    # vectors.py), in the cache and, so that its length changes nothing, in prompts too.
+    kv_cache: Literal["float", "int8"] = "float"
     # On a mesh, how layers split along their inputs add up: "exact" with the bits of one device, or
     # "fast" (see jaxint8.int8_linear).
     reduction: Literal["exact", "fast"] = "exact"
@@ -142,6 +146,7 @@ class QuantizationConfig(Scheme):
         """Checks the choices, and turns a number into the rule that it means."""
         super().__post_init__()
         self._one_of("lm_head", "float", "int8")
+        self._one_of("kv_cache", "float", "int8")
         self._one_of("reduction", "exact", "fast")
 
     @classmethod

@@ -32,11 +32,12 @@ from jaxint8.models.attention import (
     alibi_slopes,
     attend,
     attend_one,
+    held,
     rope_tables,
     rotate,
     store,
 )
-from jaxint8.models.cache import KVCache
+from jaxint8.models.cache import KVCache, capacity_of, is_coded
 from jaxint8.models.config import DecoderConfig, QuantizationConfig
 from jaxint8.models.head import most_likely, rescore
 from jaxint8.models.linear import activate, apply_norm, as_prologue, block, linear
@@ -44,6 +45,7 @@ from jaxint8.models.placement import Placement
 from jaxint8.models.product import product
 from jaxint8.models.sampling import first_largest
 from jaxint8.models.split import ALONE, Split
+from jaxint8.vectors import Held, Vectors, rounded
 
 Params = Mapping[str, Any]
 
@@ -84,11 +86,13 @@ def forward(
         With a placement all t logits of a token have columns of padding (see ``whole_logits``).
 
     Raises:
-        ValueError: ``greedy`` without ``last_only``.
+        ValueError: ``greedy`` without ``last_only``, or a cache that is not as ``quantization`` says.
 
     """
     if greedy and not last_only:
         raise ValueError("greedy: expected last_only=True beside it, got last_only=False")
+    if cache is not None:
+        _check_cache(cache, quantization)
     part = functools.partial(
         _forward, quantization=quantization, last_only=last_only, greedy=greedy
     )
@@ -117,6 +121,15 @@ def forward(
     if seen is not None and inputs is not None:
         seen.extend(inputs)
     return logits, cache
+
+
+def _check_cache(cache: KVCache, quantization: QuantizationConfig | None) -> None:
+    coded, wanted = isinstance(cache.keys[0], Vectors), is_coded(quantization)
+    if coded != wanted:
+        kinds = {False: "float", True: "int8"}
+        raise ValueError(
+            f"cache: expected kv_cache={kinds[wanted]!r} as in the quantization, got {kinds[coded]!r}"
+        )
 
 
 def _forward(
@@ -233,9 +246,9 @@ def _layer(
     layer: Params,
     x: jax.Array,
     at: _Place,
-    stored: tuple[jax.Array, jax.Array] | None,
+    stored: tuple[Held, Held] | None,
     quantization: QuantizationConfig | None,
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
+) -> tuple[jax.Array, tuple[Held, Held] | None]:
     """Attention, then MLP, each with its norm before it or (post-norm) after the sum."""
     attention_norm, mlp_norm = layer.get("attention_norm", {}), layer.get("mlp_norm", {})
     y, stored = _attention(config, layer, x, at, stored, quantization, attention_norm)
@@ -277,9 +290,9 @@ def _traced_with_inputs(
     layer: Params,
     x: jax.Array,
     at: _Place,
-    stored: tuple[jax.Array, jax.Array] | None,
+    stored: tuple[Held, Held] | None,
     quantization: QuantizationConfig | None,
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None, dict[str, jax.Array]]:
+) -> tuple[jax.Array, tuple[Held, Held] | None, dict[str, jax.Array]]:
     """A layer, and what enters its linear layers; `linear` calls the taps while it is traced."""
     inputs: dict[str, jax.Array] = {}
     tapped = {
@@ -314,10 +327,10 @@ def _attention(
     layer: Params,
     x: jax.Array,
     at: _Place,
-    stored: tuple[jax.Array, jax.Array] | None,
+    stored: tuple[Held, Held] | None,
     quantization: QuantizationConfig | None,
     norm: Params,
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
+) -> tuple[jax.Array, tuple[Held, Held] | None]:
     """Attention of x[b, t, hidden] to itself, or to a cache that it is added to; before ``out``."""
     b, t, _ = x.shape
     y, before = _enters(config, layer, x, at, norm)
@@ -332,13 +345,14 @@ def _attention(
     value = fused[:, :, turning:]
     if stored is not None:
         stored = store(stored, key, value, at.slot)
-    if stored is None or t == stored[1].shape[2]:  # a cache that t tokens fill was empty before
+    if stored is None or t == capacity_of(stored[1]):  # a cache that t tokens fill was empty before
+        if is_coded(quantization):
+            key, value = rounded(key, spreading=True), rounded(value)
         y = attend(query, key, value, at.mask, at.bias)
     elif t == 1:
         y = attend_one(query, *stored, at.mask, at.bias)
     else:
-        key, value = jnp.transpose(stored[0], (0, 3, 1, 2)), jnp.swapaxes(stored[1], 1, 2)
-        y = attend(query, key, value, at.mask, at.bias)
+        y = attend(query, *held(stored, x.dtype), at.mask, at.bias)
     return at.only_tokens(y.reshape(b, t, config.query_size)), stored
 
 

@@ -76,7 +76,7 @@ def _prefill(
     """
     keys = keys if placement is None else jax.random.wrap_key_data(keys)
     held = config if placement is None else placement.cache_config
-    cache = init_cache(held, tokens.shape[1], start, params["embedding"].dtype)
+    cache = init_cache(held, tokens.shape[1], start, params["embedding"].dtype, quantization)
     how = {"config": config, "quantization": quantization, "placement": placement}
     step = jnp.zeros((), jnp.int32)
     token, cache = _next(params, tokens, cache, draw, keys, step, **how)

@@ -291,9 +291,8 @@ class Placement:
     def cache_specs(self, cache: KVCache) -> KVCache:
         """Specs of a cache: sequences over "data", heads over "model"."""
         heads = P(DATA if self.data > 1 else None, MODEL if self.model > 1 else None)
-        return KVCache(
-            [heads for _ in cache.keys], [heads for _ in cache.values], self.rows_spec, P()
-        )
+        keys, values = jax.tree.map(lambda _: heads, (cache.keys, cache.values))
+        return KVCache(keys, values, self.rows_spec, P())
 
     def param_specs(self, params: Any) -> Any:
         """Specs of a tree of parameters."""

@@ -19,7 +19,7 @@ from jax.typing import DTypeLike
 
 from jaxint8 import QuantizedMatrix
 from jaxint8.models.attention import MOST_BLOCKS, SMALLEST_BLOCK
-from jaxint8.models.cache import capacity_for
+from jaxint8.models.cache import capacity_for, is_coded
 from jaxint8.models.config import DecoderConfig, QuantizationConfig
 from jaxint8.models.families import FAMILIES, Path
 from jaxint8.models.generate import padded_length
@@ -104,6 +104,9 @@ def plan(
     rows, tokens = -(-batch // placement.data), padded_length(context)
     capacity = capacity_for(context)
     per_token = 2 * config.layers * placement.local.key_value_size * size
+    if is_coded(quantization):  # a byte each, and a scale for each vector
+        local = placement.local
+        per_token = 2 * config.layers * (local.key_value_size + 4 * local.kv_heads)
     activations = _activations(placement, rows, tokens, size)
     if tokens < capacity:  # the prompt has a cache of its own, which is copied into the larger one
         activations += rows * tokens * per_token

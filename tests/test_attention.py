@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxint8 import reference
 from jaxint8.models.attention import (
     MOST_BLOCKS,
     SMALLEST_BLOCK,
@@ -15,8 +16,10 @@ from jaxint8.models.attention import (
     alibi_slopes,
     attend,
     attend_one,
+    held,
     store,
 )
+from jaxint8.vectors import Vectors, decode, encode, rounded, spread
 
 # (tokens, heads, kv_heads): one block, a block and a bit, several, more than the most blocks.
 SHAPES = [(1, 2, 1), (5, 4, 2), (129, 2, 2), (300, 6, 2), (SMALLEST_BLOCK * MOST_BLOCKS + 37, 2, 1)]
@@ -90,6 +93,43 @@ def test_one_token(function: Callable[..., jax.Array], heads: int, kv_heads: int
     # What is not seen does not matter, as long as it is finite.
     other = (keys.at[..., 31:].set(1e30), values.at[:, :, 31:].set(-7.0))
     assert (attend(query, *other, jnp.asarray(mask), None) == found).all()
+
+
+def empty_codes(b: int, kv_heads: int, slots: int, d: int) -> tuple[Vectors, Vectors]:
+    scale = jnp.zeros((b, kv_heads, slots), jnp.float32)
+    return (
+        Vectors(jnp.zeros((b, kv_heads, slots, d), jnp.int8), scale),
+        Vectors(jnp.zeros((b, kv_heads, d, slots), jnp.int8), scale),
+    )
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "d"), [(4, 4, 8), (6, 2, 24), (3, 1, 64)])
+def test_one_token_of_codes(heads: int, kv_heads: int, d: int) -> None:
+    rng = np.random.default_rng(d)
+    query, key, value = (
+        jnp.asarray(rng.normal(size=(2, t, h, d)) * 2, jnp.float32)
+        for t, h in ((1, heads), (40, kv_heads), (40, kv_heads))
+    )
+    keys, values = store(empty_codes(2, kv_heads, 40, d), key, value, 0)
+    assert isinstance(keys, Vectors)
+    assert isinstance(values, Vectors)
+    np.testing.assert_array_equal(decode(keys), jnp.swapaxes(decode(encode(spread(key))), 1, 2))
+    seen = np.zeros((2, 40), bool)
+    seen[0, 3:31], seen[1, 30] = True, True
+    mask = jnp.asarray(seen)[:, None, None]
+    found = jax.jit(attend_one)(query, keys, values, mask)
+    parts = [(np.asarray(v.codes), np.asarray(v.scale)) for v in (keys, values)]
+    expected = reference.attend(np.asarray(query[:, 0]), *parts, seen)
+    np.testing.assert_allclose(found[:, 0], expected, atol=2e-5)
+    # And it is what prompts see: attention to what is left of keys and values.
+    again = held((keys, values), jnp.float32)
+    np.testing.assert_allclose(again[0], rounded(key, spreading=True), atol=1e-5)
+    np.testing.assert_array_equal(again[1], rounded(value))
+    np.testing.assert_allclose(found, plain(query, *again, np.asarray(mask)), atol=2e-5)
+    # What is not seen does not matter, not even where it is no number.
+    hidden = jnp.asarray(~seen)[:, None]
+    other = [Vectors(v.codes, jnp.where(hidden, jnp.nan, v.scale)) for v in (keys, values)]
+    np.testing.assert_array_equal(jax.jit(attend_one)(query, *other, mask), found)
 
 
 def test_alibi_slopes_are_those_of_the_paper() -> None:

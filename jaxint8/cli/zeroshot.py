@@ -112,7 +112,8 @@ def _padded_logits(
     placement: Placement | None,
 ) -> jax.Array:
     held = config if placement is None else placement.cache_config
-    cache = init_cache(held, tokens.shape[1], starts, params["embedding"].dtype)
+    dtype = params["embedding"].dtype
+    cache = init_cache(held, tokens.shape[1], starts, dtype, quantization)
     logits, _ = forward(
         config, params, tokens, cache, quantization=quantization, placement=placement
     )
