@@ -202,7 +202,18 @@ def _call(
     if platform == "cuda":
         size = _workspace_bytes(target, shape, attributes, operands[0].dtype)
         results = (*results, jax.ShapeDtypeStruct((size,), jnp.uint8))
-    call = jax.ffi.ffi_call(target, results, vmap_method="sequential")
+    return call_in_place(target, results, operands, attributes, {})
+
+
+def call_in_place(
+    target: str,
+    results: Sequence[jax.ShapeDtypeStruct],
+    operands: Sequence[jax.Array],
+    attributes: Mapping[str, np.generic | int],
+    aliases: dict[int, int],
+) -> Sequence[jax.Array]:
+    """Makes the FFI call; ``aliases`` gives operands by number the results that take their place."""
+    call = jax.ffi.ffi_call(target, results, vmap_method="sequential", input_output_aliases=aliases)
     return call(*operands, **attributes)
 
 
@@ -326,12 +337,7 @@ def largest(x: jax.Array, count: int) -> jax.Array:
 
     Zeros are equal whatever their signs, NaNs are equal and above all numbers: as NumPy and JAX sort them.
 
-    Args:
-      x: float32[m, n].
-      count: how many, from 1 to n and `LARGEST_MOST`.
-
-    Returns:
-      int32[m, count].
+    Of float32[m, n] these are int32[m, count], for a count from 1 to n and `LARGEST_MOST`.
     """
     if x.ndim != 2 or x.dtype != jnp.float32:
         raise ValueError(f"x: expected float32[m, n], got {x.dtype}{list(x.shape)}")
@@ -389,5 +395,4 @@ def mlp_block(
         ]
         results.append(jax.ShapeDtypeStruct((max(sizes),), jnp.uint8))
     attributes["epsilon"] = _prologue_attributes(prologue)["epsilon"]
-    call = jax.ffi.ffi_call("jaxint8_mlp_block", results, vmap_method="sequential")
-    return call(*operands, **attributes)[0]
+    return call_in_place("jaxint8_mlp_block", results, operands, attributes, {})[0]

@@ -21,30 +21,25 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jaxint8.models.attention import (
-    alibi_bias,
-    alibi_slopes,
-    attend,
-    attend_one,
-    held,
-    rope_tables,
-    rotate,
-    store,
-)
+from jaxint8.attend import Token, kernel_platforms
+from jaxint8.attend import attend as attend_codes
+from jaxint8.models.attention import attend, rotate
 from jaxint8.models.cache import KVCache, capacity_of, is_coded
 from jaxint8.models.config import DecoderConfig, QuantizationConfig
 from jaxint8.models.head import most_likely, rescore
 from jaxint8.models.linear import activate, apply_norm, as_prologue, block, linear
+from jaxint8.models.place import Place, place
 from jaxint8.models.placement import Placement
 from jaxint8.models.product import product
 from jaxint8.models.sampling import first_largest
 from jaxint8.models.split import ALONE, Split
+from jaxint8.models.step import attend_one, held, store
 from jaxint8.vectors import Held, Vectors, rounded
 
 Params = Mapping[str, Any]
@@ -149,7 +144,7 @@ def _forward(
     # Float32 means float32, also where a matrix unit would rather round its inputs.
     precision = "highest" if x.dtype == jnp.float32 else None
     with jax.default_matmul_precision(precision):
-        at = _place(config, params, tokens, cache, split)
+        at = place(config, params, tokens, cache, split)
         x = at.only_tokens(x)
         if "project_in" in params:
             x = linear(x, params["project_in"], quantization, split)
@@ -185,67 +180,11 @@ def _forward(
         return _logits(config, params, x, quantization, last_only, greedy, split), cache
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class _Place:
-    """Where the tokens of one call stand, computed once for all layers."""
-
-    # int32[]: slot of the cache where the first token goes.
-    slot: jax.Array | int
-    # int32[b, t] position of each token in its row; padding counts as 0.
-    positions: jax.Array
-    # bool[b, 1, t, slots]: what each token attends to; None when that is plainly causal.
-    mask: jax.Array | None
-    # float32[b, t, 1, head_dim / 2] each, or None without rotary positions.
-    rope: tuple[jax.Array, jax.Array] | None
-    # float32[b or 1, heads, 1, slots], or None without ALiBi.
-    bias: jax.Array | None
-    # bool[b, t, 1], False for padding; None when there is none.
-    valid: jax.Array | None
-    split: Split = dataclasses.field(metadata={"static": True})
-
-    def only_tokens(self, x: jax.Array) -> jax.Array:
-        """Puts zeros in the rows of padding.
-
-        What a padding row holds can reach no other row through float arithmetic, but it would
-        through outlier columns and tensor-wide scales, which look at every row of a call.
-        """
-        return x if self.valid is None else jnp.where(self.valid, x, jnp.zeros((), x.dtype))
-
-
-def _place(
-    config: DecoderConfig, params: Params, tokens: jax.Array, cache: KVCache | None, split: Split
-) -> _Place:
-    b, t = tokens.shape
-    offsets = jax.lax.broadcasted_iota(jnp.int32, (b, t), 1)
-    if cache is None:
-        slot, positions, mask, valid = 0, offsets, None, None
-        seen = offsets[:1]
-    else:
-        slot, start = cache.length, cache.start[:, None]
-        slots = slot + offsets
-        positions = jnp.maximum(slots - start, 0)
-        every = jax.lax.broadcasted_iota(jnp.int32, (1, 1, cache.capacity), 2)
-        mask = ((every <= slots[:, :, None]) & (every >= start[:, :, None]))[:, None]
-        seen = every[:, 0] - start
-        # One token at a time is never padding.
-        valid = (slots >= start)[:, :, None] if t > 1 else None
-    factors = params.get("rope_factors")
-    rope = None
-    if config.positions == "rope":
-        # Behind a barrier, or XLA computes every angle again in each head of each layer.
-        rope = jax.lax.optimization_barrier(rope_tables(config, positions, factors))
-    bias = None
-    if config.positions == "alibi":
-        bias = alibi_bias(split.of_heads(alibi_slopes, config.heads), seen)
-    return _Place(slot, positions, mask, rope, bias, valid, split)
-
-
 def _layer(
     config: DecoderConfig,
     layer: Params,
     x: jax.Array,
-    at: _Place,
+    at: Place,
     stored: tuple[Held, Held] | None,
     quantization: QuantizationConfig | None,
 ) -> tuple[jax.Array, tuple[Held, Held] | None]:
@@ -289,7 +228,7 @@ def _traced_with_inputs(
     config: DecoderConfig,
     layer: Params,
     x: jax.Array,
-    at: _Place,
+    at: Place,
     stored: tuple[Held, Held] | None,
     quantization: QuantizationConfig | None,
 ) -> tuple[jax.Array, tuple[Held, Held] | None, dict[str, jax.Array]]:
@@ -304,7 +243,7 @@ def _traced_with_inputs(
 
 
 def _enters(
-    config: DecoderConfig, layer: Params, x: jax.Array, at: _Place, norm: Params
+    config: DecoderConfig, layer: Params, x: jax.Array, at: Place, norm: Params
 ) -> tuple[jax.Array, dict[str, Any]]:
     """What enters the first linear layer behind a norm: x, and the prologue that is still to do.
 
@@ -326,7 +265,7 @@ def _attention(
     config: DecoderConfig,
     layer: Params,
     x: jax.Array,
-    at: _Place,
+    at: Place,
     stored: tuple[Held, Held] | None,
     quantization: QuantizationConfig | None,
     norm: Params,
@@ -336,6 +275,45 @@ def _attention(
     y, before = _enters(config, layer, x, at, norm)
     # Heads of q, then those of k, then those of v.
     fused = linear(y, layer["qkv"], quantization, at.split, **before)
+    attend_all = functools.partial(_attend_all, config, quantization)
+    kernels = {} if stored is None or t > 1 else _kernels(config, at, fused, stored)
+    if not kernels:
+        y, stored = attend_all(fused, at, stored)
+    else:
+        y, stored = jax.lax.platform_dependent(fused, at, stored, default=attend_all, **kernels)
+    return at.only_tokens(y.reshape(b, t, config.query_size)), stored
+
+
+def _kernels(
+    config: DecoderConfig, at: Place, fused: jax.Array, stored: tuple[Held, Held]
+) -> dict[str, Callable[..., tuple[jax.Array, tuple[Held, Held]]]]:
+    """By platform, `_attend_all` of one token and an int8 cache as a kernel."""
+    if not isinstance(stored[1], Vectors) or at.bias is not None:
+        return {}
+
+    def attend_kernel(
+        fused: jax.Array, at: Place, stored: tuple[Vectors, Vectors]
+    ) -> tuple[jax.Array, tuple[Held, Held]]:
+        b = fused.shape[0]
+        assert at.start is not None
+        rope = None if at.rope is None else (at.rope[0].reshape(b, -1), at.rope[1].reshape(b, -1))
+        token = Token(fused.reshape(b, -1), rope, at.start, jnp.asarray(at.slot))
+        y, keys, values = attend_codes(token, *stored)
+        return y.reshape(b, 1, -1, config.head_dim), (keys, values)
+
+    platforms = kernel_platforms(fused.shape[-1], stored[1])
+    return dict.fromkeys(platforms, attend_kernel)
+
+
+def _attend_all(
+    config: DecoderConfig,
+    quantization: QuantizationConfig | None,
+    fused: jax.Array,
+    at: Place,
+    stored: tuple[Held, Held] | None,
+) -> tuple[jax.Array, tuple[Held, Held] | None]:
+    """Attention [b, t, heads, head_dim] behind the product fused[b, t, (heads + 2 * kv_heads) * head_dim]."""
+    b, t, _ = fused.shape
     fused = fused.reshape(b, t, -1, config.head_dim)
     turning = config.heads + config.kv_heads
     turned = fused[:, :, :turning]
@@ -352,15 +330,15 @@ def _attention(
     elif t == 1:
         y = attend_one(query, *stored, at.mask, at.bias)
     else:
-        y = attend(query, *held(stored, x.dtype), at.mask, at.bias)
-    return at.only_tokens(y.reshape(b, t, config.query_size)), stored
+        y = attend(query, *held(stored, fused.dtype), at.mask, at.bias)
+    return y, stored
 
 
 def _mlp(
     config: DecoderConfig,
     layer: Params,
     x: jax.Array,
-    at: _Place,
+    at: Place,
     quantization: QuantizationConfig | None,
     norm: Params,
 ) -> jax.Array:

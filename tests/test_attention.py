@@ -11,14 +11,11 @@ from jaxint8 import reference
 from jaxint8.models.attention import (
     MOST_BLOCKS,
     SMALLEST_BLOCK,
-    _attend_one,
     alibi_bias,
     alibi_slopes,
     attend,
-    attend_one,
-    held,
-    store,
 )
+from jaxint8.models.step import _attend_one, attend_one, held, store
 from jaxint8.vectors import Vectors, decode, encode, rounded, spread
 
 # (tokens, heads, kv_heads): one block, a block and a bit, several, more than the most blocks.

@@ -31,11 +31,11 @@ from jaxint8 import (
     kernels,
 )
 from jaxint8.models import generate
-from jaxint8.models.attention import attend_one, store
 from jaxint8.models.cache import init_cache
 from jaxint8.models.config import DecoderConfig, QuantizationConfig
 from jaxint8.models.head import CANDIDATES, _of_blocks, largest
 from jaxint8.models.sampling import Draw, Sampling
+from jaxint8.models.step import attend_one, store
 
 BUILD = pathlib.Path(__file__).parents[1] / "build" / "cuda" / "cuda"
 # An H200 by its data sheet and the limits of compute capability 9.0; the compiler asks for no more.
