@@ -300,7 +300,8 @@ def spread(x: np.ndarray) -> np.ndarray:
     while span < (shape[-1] & -shape[-1]):
         pairs = x.reshape(*shape[:-1], shape[-1] // (2 * span), 2, span)
         first, second = pairs[..., 0, :], pairs[..., 1, :]
-        x = np.stack([first + second, first - second], axis=-2).reshape(shape)
+        with np.errstate(invalid="ignore"):
+            x = np.stack([first + second, first - second], axis=-2).reshape(shape)
         span *= 2
     return x
 

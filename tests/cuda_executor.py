@@ -51,6 +51,41 @@ class Call(ctypes.Structure):
     )
 
 
+class AttendCall(ctypes.Structure):
+    """Mirror of ExecutorAttendCall in call.h."""
+
+    BUFFERS = ("qkv", "cosine", "sine", "start", "slot")
+    IN_PLACE = ("keys", "key_scale", "values", "value_scale", "y")
+    _fields_ = (
+        *((name, ctypes.c_int32) for name in ("type", "planted_fault", "order", "unused")),
+        *(
+            (name, ctypes.c_int64)
+            for name in ("rows", "kv_heads", "queries", "d", "slots", "multiprocessors")
+        ),
+        *((name, ctypes.c_void_p) for name in (*BUFFERS, *IN_PLACE)),
+        ("planted_site", ctypes.c_char_p),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """A token's attention to an int8 cache."""
+
+    qkv: np.ndarray  # [b, (heads + 2 * kv_heads) * d]
+    rope: tuple[np.ndarray, np.ndarray] | None  # float32[b, d / 2] each
+    start: np.ndarray  # int32[b]
+    slot: int
+    keys: tuple[np.ndarray, np.ndarray]  # int8[b, kv_heads, slots, d], float32[b, kv_heads, slots]
+    values: tuple[np.ndarray, np.ndarray]  # int8[b, kv_heads, d, slots], likewise
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Of a call: rows, key-value heads, query heads of one, dimensions and slots."""
+        b, kv_heads, d, slots = self.values[0].shape
+        queries = self.qkv.shape[1] // d // kv_heads - 2
+        return {"rows": b, "kv_heads": kv_heads, "queries": queries, "d": d, "slots": slots}
+
+
 @dataclasses.dataclass(frozen=True)
 class Around:
     """What stands before a layer and is added behind it."""
@@ -188,6 +223,34 @@ class Executor:
         y = aligned((m, count), np.int32)
         self._run(Call(kind=LARGEST, m=m, k=n, n=count), x=copy(x), y=y)
         return y
+
+    def attend(self, step: Step) -> tuple[np.ndarray, ...]:
+        """Returns y[b, heads * d], and key codes and scales and value codes and scales with the token's."""
+        call, arrays = self.attend_call(step)
+        self.cases += 1
+        self.library.executor_attend.restype = ctypes.c_char_p
+        error = self.library.executor_attend(ctypes.byref(call))
+        if error is not None:
+            raise ExecutorError(error.decode())
+        return arrays["y"], *(arrays[name] for name in AttendCall.IN_PLACE[:-1])
+
+    def attend_call(self, step: Step) -> tuple[AttendCall, dict[str, np.ndarray]]:
+        """Returns a call, and its buffers, copies by the names of its fields."""
+        sizes = step.sizes
+        heads = sizes["kv_heads"] * sizes["queries"]
+        cosine, sine = step.rope or (None, None)
+        cache = (*step.keys, *step.values, np.zeros((len(step.qkv), heads * sizes["d"])))
+        given = (step.qkv, cosine, sine, step.start, np.asarray([step.slot], np.int32), *cache)
+        names = (*AttendCall.BUFFERS, *AttendCall.IN_PLACE)
+        arrays = {n: copy(a) for n, a in zip(names, given, strict=True) if a is not None}
+        arrays["y"] = aligned(arrays["y"].shape, step.qkv.dtype)
+        call = AttendCall(type=TYPES[step.qkv.dtype], **sizes)
+        call.multiprocessors, call.order = self.multiprocessors, self.order
+        call.planted_fault, call.planted_site = self.fault, self.site
+        for name, array in arrays.items():
+            if array.size:
+                setattr(call, name, array.ctypes.data)
+        return call, arrays
 
     def _run_around(
         self, call: Call, x: np.ndarray, around: Around, **arrays: np.ndarray | None

@@ -1,8 +1,8 @@
 // The Python extension jaxint8._cuda: decodes FFI calls into Problems and queues them on XLA's stream. No arithmetic.
 //
-// Targets and attributes are those of the CPU's bind.cc, and jaxint8_largest, which has no attributes; each has one
-// result more, the workspace, because an allocation during the call could not be captured in a CUDA graph. `rung` is
-// the path: -1 automatic, else the index in paths().
+// Targets and attributes are those of the CPU's bind.cc, and jaxint8_largest, which has no attributes; each but
+// jaxint8_attend has one result more, the workspace, because an allocation during the call could not be captured in a
+// CUDA graph. `rung` is the path: -1 automatic, else the index in paths().
 #include <pybind11/pybind11.h>
 
 #include <string>
@@ -247,6 +247,60 @@ ffi::Error ChooseOfRows(CUstream_st* stream, ffi::BufferR2<ffi::F32> x, ffi::Res
   return Queue(p, workspace, stream);
 }
 
+using Codes = ffi::BufferR4<ffi::S8>;
+using Scales = ffi::BufferR3<ffi::F32>;
+
+// The cache's buffers are those of the results.
+ffi::Error Attend(CUstream_st* stream, ffi::AnyBuffer qkv, ffi::BufferR2<ffi::F32> cosine, ffi::BufferR2<ffi::F32> sine,
+                  ffi::BufferR1<ffi::S32> start, ffi::BufferR1<ffi::S32> slot, Codes keys, Scales key_scale,
+                  Codes values, Scales value_scale, ffi::Result<ffi::AnyBuffer> y, ffi::Result<Codes> new_keys,
+                  ffi::Result<Scales> new_key_scale, ffi::Result<Codes> new_values,
+                  ffi::Result<Scales> new_value_scale) {
+  Problem x{};
+  if (ffi::Error e = DecodeRows(qkv, &x); e.failure()) return e;
+  const auto of_values = values.dimensions(), of_keys = keys.dimensions();
+  Attention a{};
+  a.type = x.type;
+  a.rows = x.m;
+  a.kv_heads = of_values[1];
+  a.d = of_values[2];
+  a.slots = of_values[3];
+  const int64_t width = a.kv_heads * a.d;
+  if (width == 0 || x.k % width != 0 || x.k < 3 * width) return Invalid("qkv: expected heads of q, k and v");
+  a.queries = x.k / width - 2;
+  const auto fits = [&a](const Scales& scale) {
+    const auto d = scale.dimensions();
+    return d[0] == a.rows && d[1] == a.kv_heads && d[2] == a.slots;
+  };
+  if (of_values[0] != a.rows || of_keys[0] != a.rows || of_keys[1] != a.kv_heads || of_keys[2] != a.slots ||
+      of_keys[3] != a.d || !fits(key_scale) || !fits(value_scale)) {
+    return Invalid("keys, values: expected int8[b, kv_heads, slots, d], int8[b, kv_heads, d, slots] and scales");
+  }
+  if (keys.typed_data() != new_keys->typed_data() || key_scale.typed_data() != new_key_scale->typed_data() ||
+      values.typed_data() != new_values->typed_data() || value_scale.typed_data() != new_value_scale->typed_data()) {
+    return Invalid("keys, values: expected results in their place");
+  }
+  const bool rotated = cosine.element_count() > 0;
+  if (rotated && (!Is(cosine.dimensions(), a.rows, a.d / 2) || !Is(sine.dimensions(), a.rows, a.d / 2))) {
+    return Invalid("cosine, sine: expected float32[b, d / 2] or [0, 0]");
+  }
+  if (start.dimensions()[0] != a.rows || slot.dimensions()[0] != 1) return Invalid("start, slot: expected [b], [1]");
+  if (!Is(y->dimensions(), a.rows, a.queries * width) || y->element_type() != qkv.element_type()) {
+    return Invalid("y: expected [b, heads * d] of the dtype of qkv");
+  }
+  a.qkv = x.x;
+  a.cosine = rotated ? cosine.typed_data() : nullptr;
+  a.sine = rotated ? sine.typed_data() : nullptr;
+  a.start = start.typed_data();
+  a.slot = slot.typed_data();
+  a.keys = new_keys->typed_data();
+  a.key_scale = new_key_scale->typed_data();
+  a.values = new_values->typed_data();
+  a.value_scale = new_value_scale->typed_data();
+  a.y = y->untyped_data();
+  return Result(RunAttention(a, stream));
+}
+
 XLA_FFI_DEFINE_HANDLER(kQuantize, Quantize,
                        ffi::Ffi::Bind()
                            .Ctx<Stream>()
@@ -342,6 +396,25 @@ XLA_FFI_DEFINE_HANDLER(kLargest, ChooseOfRows,
                            .Ret<ffi::BufferR1<ffi::U8>>(),
                        {ffi::Traits::kCmdBufferCompatible});
 
+XLA_FFI_DEFINE_HANDLER(kAttend, Attend,
+                       ffi::Ffi::Bind()
+                           .Ctx<Stream>()
+                           .Arg<ffi::AnyBuffer>()
+                           .Arg<ffi::BufferR2<ffi::F32>>()
+                           .Arg<ffi::BufferR2<ffi::F32>>()
+                           .Arg<ffi::BufferR1<ffi::S32>>()
+                           .Arg<ffi::BufferR1<ffi::S32>>()
+                           .Arg<Codes>()
+                           .Arg<Scales>()
+                           .Arg<Codes>()
+                           .Arg<Scales>()
+                           .Ret<ffi::AnyBuffer>()
+                           .Ret<Codes>()
+                           .Ret<Scales>()
+                           .Ret<Codes>()
+                           .Ret<Scales>(),
+                       {ffi::Traits::kCmdBufferCompatible});
+
 template <typename Handler>
 py::capsule Capsule(Handler* handler) {
   return py::capsule(reinterpret_cast<void*>(handler));
@@ -355,6 +428,7 @@ py::dict Registrations() {
   targets["jaxint8_prologue"] = Capsule(kPrologue);
   targets["jaxint8_mlp_block"] = Capsule(kMlpBlock);
   targets["jaxint8_largest"] = Capsule(kLargest);
+  targets["jaxint8_attend"] = Capsule(kAttend);
   return targets;
 }
 

@@ -37,6 +37,7 @@ STAGES = {
     "decode": 280,
     "profile": 100,
     "largest": 60,
+    "attend": 60,
     "memcheck": 100,
     "racecheck": 100,
 }
@@ -47,6 +48,7 @@ EXTRA = {
     "decode": "gpu_decode",
     "profile": "gpu_profile",
     "largest": "gpu_profile",
+    "attend": "gpu_attend",
 }
 
 
@@ -189,6 +191,7 @@ def summarise(report: dict[str, Any]) -> str:
         "peers": "bitsandbytes",
         "xla": "XLA under jit",
         "largest": "64 largest of each row",
+        "attend": "a token's attention to an int8 cache",
     }
     for stage, title in titles.items():
         rows = report.get(stage, {}).get("rows", [])

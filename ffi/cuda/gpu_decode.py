@@ -46,6 +46,9 @@ METHODS = {
     "int8 top 8": QuantizationConfig(outliers=TopK(8)),
     "int8 none": QuantizationConfig(outliers=None),
     "int8 relative 6, int8 head": dataclasses.replace(_RELATIVE, lm_head="int8"),
+    "int8 relative 6, int8 head and cache": dataclasses.replace(
+        _RELATIVE, lm_head="int8", kv_cache="int8"
+    ),
 }
 BATCHES = (1, 8, 32)
 
@@ -91,6 +94,15 @@ def with_head(params: dict[str, Any], quantization: QuantizationConfig | None) -
     return {**params, "int8_head": {"weight": jax.jit(quantize)(params["lm_head"]["weight"].T)}}
 
 
+def _random(key: jax.Array, like: jax.Array) -> jax.Array:
+    """What may stand in a cache: keys or values, or codes and scales of them."""
+    if like.dtype == jnp.int8:
+        return jax.random.randint(key, like.shape, -127, 128, jnp.int8)
+    if like.ndim == 3:
+        return jax.random.uniform(key, like.shape, like.dtype, 0.01, 0.03)
+    return jax.random.normal(key, like.shape, like.dtype)
+
+
 class Decoding:
     """Greedy generation after CONTEXT random tokens a row, ``steps`` tokens at every call."""
 
@@ -108,13 +120,11 @@ class Decoding:
         self._length, self._step = jnp.int32(CONTEXT), jnp.int32(1)
         self._how = {"config": config, "quantization": quantization}
         capacity = capacity_for(CONTEXT + STEPS)
-        cache = init_cache(config, capacity, jnp.zeros((batch,), jnp.int32), jnp.bfloat16)
+        start = jnp.zeros((batch,), jnp.int32)
+        cache = init_cache(config, capacity, start, jnp.bfloat16, quantization)
         leaves, tree = jax.tree.flatten((cache.keys, cache.values))
         keys = jax.random.split(jax.random.key(2), len(leaves))
-        filled = [
-            jax.random.normal(key, leaf.shape, leaf.dtype)
-            for key, leaf in zip(keys, leaves, strict=True)
-        ]
+        filled = [_random(key, leaf) for key, leaf in zip(keys, leaves, strict=True)]
         k, v = jax.tree.unflatten(tree, filled)
         cache = dataclasses.replace(cache, keys=k, values=v)
         self._state = generate._State(

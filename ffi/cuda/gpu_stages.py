@@ -160,7 +160,9 @@ def stage_native(quick: bool = False) -> dict[str, Any]:
             got = executor.prologue(x.x, shape[1], around).astype(np.float32)
             if not np.array_equal(got, around.rows(x.x).astype(np.float32), equal_nan=True):
                 failures.append(f"prologue {prologue} {shape}")
-    for native in (native_blocks, native_largest):
+    from gpu_attend import native_attend  # which needs this module
+
+    for native in (native_blocks, native_largest, native_attend):
         of_it, wrong = native(executor, quick)
         count, failures = count + of_it, failures + wrong
     return {"cases": count, "failures": failures}

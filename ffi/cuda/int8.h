@@ -83,6 +83,24 @@ const char* RunAll(const Problem* problems, int count, CUstream_st* stream);
 // third behind a gate. As RunAll, but what is left in the y of the second is not said.
 const char* RunBlock(const Problem (&layers)[3], CUstream_st* stream);
 
+// One token's attention to an int8 cache, for each sequence (attend.h); see jaxint8/attend.py for the function.
+inline constexpr int kAttendQueries = 8;  // query heads that share keys, at most
+struct Attention {
+  Type type = Type::kF32;                                         // of qkv and y
+  int64_t rows = 0, kv_heads = 0, queries = 0, d = 0, slots = 0;  // queries: of a key-value head
+  const void* qkv = nullptr;                                      // [rows][(queries + 2) * kv_heads][d]
+  const float* cosine = nullptr;                                  // [rows][d / 2], or null
+  const float* sine = nullptr;
+  const int32_t* start = nullptr;  // [rows]
+  const int32_t* slot = nullptr;   // [1]
+  int8_t* keys = nullptr;          // [rows][kv_heads][slots][d]
+  float* key_scale = nullptr;      // [rows][kv_heads][slots]
+  int8_t* values = nullptr;        // [rows][kv_heads][d][slots]
+  float* value_scale = nullptr;    // [rows][kv_heads][slots]
+  void* y = nullptr;               // [rows][queries * kv_heads][d]
+};
+const char* RunAttention(const Attention& attention, CUstream_st* stream);
+
 }  // namespace jaxint8::cuda
 
 #endif  // JAXINT8_FFI_CUDA_INT8_H_

@@ -28,7 +28,61 @@ struct ExecutorCall {
   const char* planted_site;
 };
 
+// A token's attention: mirrored by AttendCall in tests/cuda_executor.py.
+struct ExecutorAttendCall {
+  int32_t type, planted_fault, order, unused;
+  int64_t rows, kv_heads, queries, d, slots, multiprocessors;
+  const void* qkv;
+  const float* cosine;
+  const float* sine;
+  const int32_t* start;
+  const int32_t* slot;
+  int8_t* keys;
+  float* key_scale;
+  int8_t* values;
+  float* value_scale;
+  void* y;
+  const char* planted_site;
+};
+
 namespace jaxint8::cuda {
+
+inline Attention AttentionOf(const ExecutorAttendCall& c) {
+  Attention a{};
+  a.type = static_cast<Type>(c.type);
+  a.rows = c.rows;
+  a.kv_heads = c.kv_heads;
+  a.queries = c.queries;
+  a.d = c.d;
+  a.slots = c.slots;
+  a.qkv = c.qkv;
+  a.cosine = c.cosine;
+  a.sine = c.sine;
+  a.start = c.start;
+  a.slot = c.slot;
+  a.keys = c.keys;
+  a.key_scale = c.key_scale;
+  a.values = c.values;
+  a.value_scale = c.value_scale;
+  a.y = c.y;
+  return a;
+}
+
+// Calls f(pointer, bytes, whether it is read, whether it is written) for each buffer.
+template <typename F>
+void ForEachBuffer(ExecutorAttendCall& c, F f) {
+  const int64_t item = c.type == 0 ? 4 : 2, heads = c.rows * c.kv_heads, cached = heads * c.slots;
+  f(c.qkv, heads * (c.queries + 2) * c.d * item, true, false);
+  f(c.cosine, 2 * c.rows * c.d, true, false);
+  f(c.sine, 2 * c.rows * c.d, true, false);
+  f(c.start, 4 * c.rows, true, false);
+  f(c.slot, 4, true, false);
+  f(c.keys, cached * c.d, true, true);
+  f(c.key_scale, 4 * cached, true, true);
+  f(c.values, cached * c.d, true, true);
+  f(c.value_scale, 4 * cached, true, true);
+  f(c.y, heads * c.queries * c.d * item, false, true);
+}
 
 inline Problem ProblemOf(const ExecutorCall& c) {
   Problem p{};

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <map>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "call.h"
@@ -156,6 +157,17 @@ std::vector<const int8_t*> CopiesOfWeights(const jaxint8::cuda::Problem& p, int3
   return weights;
 }
 
+// The call with its buffers on the device, and the host's in `host`, in the order of ForEachBuffer.
+ExecutorAttendCall OnDevice(const ExecutorAttendCall& c, Memory& memory, std::vector<const void*>* host = nullptr) {
+  ExecutorAttendCall d = c;
+  jaxint8::cuda::ForEachBuffer(d, [&](auto& p, int64_t bytes, bool read, bool) {
+    using Element = std::remove_const_t<std::remove_pointer_t<std::decay_t<decltype(p)>>>;
+    if (host != nullptr) host->push_back(p);
+    if (p != nullptr) p = read ? memory.Copy<Element>(p, bytes) : memory.Poisoned<Element>(bytes);
+  });
+  return d;
+}
+
 double TimeOne(const ExecutorCall& c, int32_t copies, int32_t calls, int32_t repeats) {
   using namespace jaxint8::cuda;
   Memory memory;
@@ -218,6 +230,41 @@ const char* executor_run_block(const ExecutorCall* calls) {
   } catch (const Failure& failure) {
     text = failure.what;
     return text.c_str();
+  }
+}
+
+const char* executor_attend(const ExecutorAttendCall* c) {
+  using namespace jaxint8::cuda;
+  try {
+    Memory memory;
+    std::vector<const void*> host;
+    ExecutorAttendCall d = OnDevice(*c, memory, &host);
+    if (const char* error = RunAttention(AttentionOf(d), nullptr)) throw Failure{error};
+    Must(cudaDeviceSynchronize(), "kernels");
+    size_t i = 0;
+    ForEachBuffer(d, [&](auto& p, int64_t bytes, bool, bool written) {
+      if (written) Back(const_cast<void*>(host[i]), p, bytes);
+      ++i;
+    });
+    return nullptr;
+  } catch (const Failure& failure) {
+    text = failure.what;
+    return text.c_str();
+  }
+}
+
+// Microseconds of a token's attention, each time to the next of `copies` caches; negative if something went wrong.
+double executor_time_attend(const ExecutorAttendCall* c, int32_t copies, int32_t calls, int32_t repeats) {
+  try {
+    Memory memory;
+    std::vector<ExecutorAttendCall> sets;
+    for (int32_t i = 0; i < copies; ++i) sets.push_back(OnDevice(*c, memory));
+    return Time(copies, calls, repeats, [&](int32_t i, cudaStream_t stream) {
+      return jaxint8::cuda::RunAttention(jaxint8::cuda::AttentionOf(sets[static_cast<size_t>(i)]), stream);
+    });
+  } catch (const Failure& failure) {
+    text = failure.what;
+    return -1;
   }
 }
 

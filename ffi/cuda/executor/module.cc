@@ -19,6 +19,18 @@ Machine& TheMachine() {
 
 static std::string text;  // what the last call returned
 
+template <typename Body>
+static const char* Checked(Body run) {
+  try {
+    const char* error = run();
+    if (error == nullptr) return nullptr;
+    text = error;
+  } catch (const std::exception& e) {
+    text = e.what();
+  }
+  return text.c_str();
+}
+
 // Makes the buffers of some calls known, then runs. Whatever is written by one call may be read by those behind it.
 template <typename Body>
 static const char* RunChecked(const ExecutorCall* calls, int count, Body run) {
@@ -45,14 +57,7 @@ static const char* RunChecked(const ExecutorCall* calls, int count, Body run) {
     add(c.row_scale, 4 * c.m, false);
     add(c.workspace, c.workspace_bytes, false);
   }
-  try {
-    const char* error = run();
-    if (error == nullptr) return nullptr;
-    text = error;
-  } catch (const std::exception& e) {
-    text = e.what();
-  }
-  return text.c_str();
+  return Checked(run);
 }
 
 extern "C" {
@@ -64,6 +69,22 @@ int64_t executor_workspace_bytes(const ExecutorCall* c) {
 // Returns null or what was found wrong.
 const char* executor_run(const ExecutorCall* c) {
   return RunChecked(c, 1, [&] { return jaxint8::cuda::Run(jaxint8::cuda::ProblemOf(*c), nullptr); });
+}
+
+// The same for a token's attention.
+const char* executor_attend(const ExecutorAttendCall* c) {
+  using namespace jaxint8::cuda;
+  Machine& machine = TheMachine();
+  machine.Reset();
+  machine.order = static_cast<unsigned>(c->order);
+  machine.multiprocessors = c->multiprocessors;
+  machine.plant = {static_cast<Fault>(c->planted_fault), c->planted_site ? c->planted_site : ""};
+  ExecutorAttendCall call = *c;
+  ForEachBuffer(call, [&machine](auto& p, int64_t bytes, bool read, bool) {
+    const void* data = p;
+    if (data != nullptr && bytes > 0) machine.Add(const_cast<void*>(data), bytes, read);
+  });
+  return Checked([&] { return RunAttention(AttentionOf(call), nullptr); });
 }
 
 // The same for the three layers of a block, a pointer in several of them being one buffer.
