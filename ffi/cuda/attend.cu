@@ -38,7 +38,7 @@ const char* RunAttention(const Attention& a, CUstream_st* stream) {
   p.kv_heads = static_cast<int>(a.kv_heads);
   p.queries = static_cast<int>(a.queries);
   p.slots = static_cast<int>(a.slots);
-  p.scale = (a.d == 64 ? 0.125f : 0.08838834764831845f) / static_cast<float>(a.d);
+  p.scale = 1.4426950408889634f * (a.d == 64 ? 0.125f : 0.08838834764831845f) / static_cast<float>(a.d);
   int64_t multiprocessors = 0;
   if (const char* error = Multiprocessors(&multiprocessors)) return error;
   bool hopper = false;

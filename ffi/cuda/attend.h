@@ -14,7 +14,6 @@
 #include "device.h"
 #include "hopper.h"
 #include "int8.h"
-#include "prologue.h"
 #include "reader.h"
 #include "rows.h"
 
@@ -47,7 +46,7 @@ struct AttendParams {
   Ptr<uint8_t> y;                  // [rows][queries * kv_heads][d], of the type
   Type type;
   int kv_heads, queries, slots, blocks;
-  float scale;  // of scores, for a query and keys that have been spread
+  float scale;  // of scores, as powers of two, for a query and keys that have been spread
 };
 
 // kClustered: several blocks share a head, which are neighbours in the grid.
@@ -59,14 +58,15 @@ class AttendKernel {
   static constexpr int kMinBlocks = 2;
 
  private:
-  static constexpr int kPieces = kDim / 64;  // 16 bytes of a key for each of four threads
-  static constexpr int kElements = kDim / 32;
-  static constexpr int kFours = kDim / 4;  // of the outputs of a head
+  static constexpr int kPieces = kDim / 64;               // 16 bytes of a key for each of four threads
+  static constexpr int kHalf = 16, kPart = kDim / kHalf;  // lanes of a vector, and its elements of each
+  static constexpr int kFours = kDim / 4;                 // of the outputs of a head
   static_assert(kDim == 64 || kDim == 128);
 
-  // Shared memory: codes of the queries, their scales, and of each warp (later of each block) the sums of each head,
-  // and its maximum and sum of exponentials.
-  static constexpr int kCodes = 0, kScales = 16 * kDim, kStats = kScales + 4 * kAttendQueries;
+  // Shared memory: codes of the queries and their scales, of the new key and value, and of each warp the sums of each
+  // head, its maximum and its sum of exponentials.
+  static constexpr int kCodes = 0, kScales = 16 * kDim, kNew = kScales + 4 * kAttendQueries;
+  static constexpr int kNewScales = kNew + 2 * kDim, kStats = kNewScales + 16;
   static constexpr int kSums = kStats + 8 * kAttendWarps * kAttendQueries;
   static constexpr int kSumBytes = 4 * kAttendQueries * kDim;
   static constexpr int kBarrier = kSums + kAttendWarps * kSumBytes;
@@ -110,23 +110,55 @@ class AttendKernel {
   // dimension in eight.
   JAXINT8_DEVICE void Load32(int first, Loaded& loaded) const {
     const int g = lane_ / 4, t = lane_ % 4;
+    const Ptr<int8_t> keys = keys_ + ((first + 8 * (g / 2) + g % 2) * kDim + 16 * t);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const int slot = first + 8 * (g / 2) + 2 * i + g % 2;
 #pragma unroll
-      for (int j = 0; j < kPieces; ++j) {
-        loaded.keys[i][j] = LoadAs<Word4>(keys_ + (static_cast<int64_t>(slot) * kDim + 64 * j + 16 * t));
-      }
+      for (int j = 0; j < kPieces; ++j) loaded.keys[i][j] = LoadAs<Word4>(keys + (2 * i * kDim + 64 * j));
     }
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       loaded.key_scale[i] = LoadAs<Word4>(key_scale_ + (first + 8 * t + 4 * i));
       loaded.value_scale[i] = LoadAs<Word4>(value_scale_ + (first + 8 * t + 4 * i));
     }
+    const Ptr<int8_t> values = values_ + (g * p_.slots + first + 8 * t);
+#pragma unroll
+    for (int i = 0; i < kDim / 8; ++i) loaded.values[i] = LoadAs<Word2>(values + 8 * i * p_.slots);
+  }
+
+  // Puts the new key and value in the place of what was in their slot.
+  JAXINT8_DEVICE void Replace(int first, Loaded& loaded) const {
+    const int g = lane_ / 4, t = lane_ % 4, at = slot_ - first;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (at != 8 * (g / 2) + 2 * i + g % 2) continue;
+#pragma unroll
+      for (int j = 0; j < kPieces; ++j) loaded.keys[i][j] = LoadAs<Word4>(shared_ + (kNew + 64 * j + 16 * t));
+    }
+    if (at / 8 != t) return;
+    const auto scales = LoadAs<Word2>(shared_ + kNewScales);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      Exchange(loaded.key_scale[i], at % 8 - 4 * i, scales.x);
+      Exchange(loaded.value_scale[i], at % 8 - 4 * i, scales.y);
+    }
+    const uint32_t shift = static_cast<uint32_t>(at % 4 * 8), kept = ~(0xffu << shift);
 #pragma unroll
     for (int i = 0; i < kDim / 8; ++i) {
-      loaded.values[i] = LoadAs<Word2>(values_ + (static_cast<int64_t>(8 * i + g) * p_.slots + first + 8 * t));
+      const uint32_t byte = uint32_t{LoadAs<uint8_t>(shared_ + (kNew + kDim + 8 * i + g))} << shift;
+      Word2& word = loaded.values[i];
+      if (at % 8 < 4) {
+        word.x = (word.x & kept) | byte;
+      } else {
+        word.y = (word.y & kept) | byte;
+      }
     }
+  }
+  static JAXINT8_DEVICE void Exchange(Word4& words, int at, uint32_t word) {
+    if (at == 0) words.x = word;
+    if (at == 1) words.y = word;
+    if (at == 2) words.z = word;
+    if (at == 3) words.w = word;
   }
 
   JAXINT8_DEVICE void Attend() {
@@ -147,14 +179,12 @@ class AttendKernel {
     const int first = start_ / kAttendSlots, last = slot_ / kAttendSlots;
     const int step = kAttendWarps * (kClustered ? p_.blocks : 1);
     int group = first + kAttendWarps * rank_ + warp_;
-    // What is there already is asked for before anything else is done.
+    // What is there is asked for before anything else is done, the slot of the new key and value too.
     Loaded loaded;
-    const bool early = group < last;
-    if (early) Load32(kAttendSlots * group, loaded);
+    if (group <= last) Load32(kAttendSlots * group, loaded);
     const bool owner = !kClustered || (last - first) / kAttendWarps % p_.blocks == rank_;
     Enter(owner);
     Barrier();
-    if (!early && group <= last) Load32(kAttendSlots * group, loaded);
     Word4 query[2][kPieces];  // high parts of a head, and low ones
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -168,89 +198,108 @@ class AttendKernel {
     for (int i = 0; i < kDim / 8; ++i) sums_[i][0] = sums_[i][1] = 0;
 #pragma unroll 1
     for (; group <= last; group += step) {
+      if (group == last) Replace(kAttendSlots * group, loaded);
       float shares[8];
       Score(kAttendSlots * group, query, loaded, shares);
       AddValues(shares, loaded);
       if (group + step <= last) Load32(kAttendSlots * (group + step), loaded);
     }
+    SumUp();
+    Barrier();
+    if (owner) StoreNew();
     Finish();
   }
 
-  // Rotates, spreads and quantises: a warp a vector, of which a lane has every 32nd element. The query heads first.
+  // Rotates, spreads and quantises: half a warp a vector, of which a lane has neighbours. The query heads come first.
   JAXINT8_DEVICE void Enter(bool owner) const {
-    for (int i = p_.queries + warp_; i < kAttendQueries; i += kAttendWarps) {
-#pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        const Ptr<uint8_t> row = shared_ + (kCodes + (8 * j + i) * kDim);
-        if (lane_ < kDim / 16) StoreAs<Word4>(row + 16 * lane_, Word4{0, 0, 0, 0});
-      }
-      if (lane_ == 0) StoreAs<uint32_t>(shared_ + (kScales + 4 * i), 0);
+    const int half = ThreadIndex() / kHalf, l = ThreadIndex() % kHalf;
+    for (int i = p_.queries + half; i < kAttendQueries; i += kAttendThreads / kHalf) {
+      StorePart(kCodes + i * kDim, l, Word2{0, 0});
+      StorePart(kCodes + (8 + i) * kDim, l, Word2{0, 0});
+      if (l == 0) StoreAs<uint32_t>(shared_ + (kScales + 4 * i), 0);
     }
+    const int all = owner ? p_.queries + 2 : p_.queries;
 #pragma unroll 1
-    for (int i = warp_; i < p_.queries + 2; i += kAttendWarps) {
+    for (int first = 0; first < all; first += kAttendThreads / kHalf) {
+      // The other half of the warp may have none, but takes part.
+      const int i = first + half, vector = i < all ? i : 0;
       const int heads = p_.queries * p_.kv_heads;
-      const bool is_value = i == p_.queries + 1, is_key = i == p_.queries;
-      if ((is_value || is_key) && !owner) continue;
-      const int vector = is_value ? heads + p_.kv_heads + head_ : is_key ? heads + head_ : p_.queries * head_ + i;
-      float v[kElements];
-      Read(vector, v);
-      if (!is_value) {
-        if (p_.cosine) Rotate(v);
-        Spread(v);
-      }
+      const bool is_value = vector == p_.queries + 1, is_key = vector == p_.queries;
+      const int64_t at = is_value ? heads + p_.kv_heads + head_ : is_key ? heads + head_ : p_.queries * head_ + vector;
+      float v[kPart];
+      Read((static_cast<int64_t>(row_) * (heads + 2 * p_.kv_heads) + at) * kDim + kPart * l, v);
+      if (p_.cosine) Rotate(l, !is_value, v);
+      Spread(l, !is_value, v);
       uint32_t magnitude = 0;
 #pragma unroll
-      for (int j = 0; j < kElements; ++j) magnitude = Magnitude(v[j]) > magnitude ? Magnitude(v[j]) : magnitude;
-      magnitude = WarpMax(magnitude);
+      for (int j = 0; j < kPart; ++j) magnitude = Magnitude(v[j]) > magnitude ? Magnitude(v[j]) : magnitude;
+#pragma unroll
+      for (int lanes = 1; lanes < kHalf; lanes *= 2) {
+        const uint32_t other = ShuffleXor(magnitude, lanes);
+        magnitude = other > magnitude ? other : magnitude;
+      }
       const bool finite = magnitude < kInfinity;
       const float raw = Divide(FloatFromBits(magnitude), is_key || is_value ? 127.0f : kAttendLevels);
       const bool usable = finite && raw >= kSmallestScale;
       const float scale = usable ? raw : 1.0f;
-      int32_t codes[kElements];
+      int32_t codes[kPart];
 #pragma unroll
-      for (int j = 0; j < kElements; ++j) codes[j] = usable ? RoundToInt(Divide(v[j], scale)) : 0;
+      for (int j = 0; j < kPart; ++j) codes[j] = usable ? RoundToInt(Divide(v[j], scale)) : 0;
+      if (i >= all) continue;
       const float said = finite ? scale : FloatFromBits(0x7fc00000);
       if (is_key || is_value) {
-        StoreCodes(codes, said, is_value);
+        StorePart(is_value ? kNew + kDim : kNew, l, Packed(codes));
+        if (l == 0) StoreAs<uint32_t>(shared_ + (is_value ? kNewScales + 4 : kNewScales), Bits(said));
       } else {
+        int32_t high[kPart];
 #pragma unroll
-        for (int j = 0; j < kElements; ++j) {
-          const int32_t high = (codes[j] + 64) >> 7;
-          const int at = i * kDim + lane_ + 32 * j;
-          StoreAs<uint8_t>(shared_ + (kCodes + at), static_cast<uint8_t>(high));
-          StoreAs<uint8_t>(shared_ + (kCodes + 8 * kDim + at), static_cast<uint8_t>(codes[j] - 128 * high));
+        for (int j = 0; j < kPart; ++j) {
+          high[j] = (codes[j] + 64) >> 7;
+          codes[j] -= 128 * high[j];
         }
-        if (lane_ == 0) StoreAs<uint32_t>(shared_ + (kScales + 4 * i), Bits(Multiply(said, p_.scale)));
+        StorePart(kCodes + vector * kDim, l, Packed(high));
+        StorePart(kCodes + (8 + vector) * kDim, l, Packed(codes));
+        if (l == 0) StoreAs<uint32_t>(shared_ + (kScales + 4 * vector), Bits(Multiply(said, p_.scale)));
       }
     }
   }
 
-  JAXINT8_DEVICE void StoreCodes(const int32_t (&codes)[kElements], float scale, bool is_value) const {
-#pragma unroll
-    for (int j = 0; j < kElements; ++j) {
-      const int at = lane_ + 32 * j;
-      if (is_value) {
-        Store(values_ + (static_cast<int64_t>(at) * p_.slots + slot_), static_cast<int8_t>(codes[j]));
-      } else {
-        Store(keys_ + (static_cast<int64_t>(slot_) * kDim + at), static_cast<int8_t>(codes[j]));
-      }
+  static JAXINT8_DEVICE Word2 Packed(const int32_t (&v)[kPart]) {
+    const auto pack = [&v](int i) {
+      return PackBytes(static_cast<uint32_t>(v[i]), static_cast<uint32_t>(v[i + 1]), static_cast<uint32_t>(v[i + 2]),
+                       static_cast<uint32_t>(v[i + 3]));
+    };
+    return {pack(0), pack(kPart - 4)};
+  }
+  // A lane's part of a vector of bytes.
+  JAXINT8_DEVICE void StorePart(int to, int l, Word2 part) const {
+    if constexpr (kPart == 8) {
+      StoreAs<Word2>(shared_ + (to + 8 * l), part);
+    } else {
+      StoreAs<uint32_t>(shared_ + (to + 4 * l), part.x);
     }
-    if (lane_ == 0) Store((is_value ? value_scale_ : key_scale_) + slot_, scale);
   }
 
-  JAXINT8_DEVICE void Read(int vector, float (&v)[kElements]) const {
-    const int heads = (p_.queries + 2) * p_.kv_heads;
-    const int64_t first = (static_cast<int64_t>(row_) * heads + vector) * kDim;
+  JAXINT8_DEVICE void Read(int64_t at, float (&v)[kPart]) const {
+    if (p_.type == Type::kF32) {
 #pragma unroll
-    for (int j = 0; j < kElements; ++j) {
-      const int64_t at = first + lane_ + 32 * j;
-      if (p_.type == Type::kF32) {
-        v[j] = FloatFromBits(LoadAs<uint32_t>(p_.qkv + 4 * at));
-      } else {
-        const uint32_t bits = LoadAs<uint16_t>(p_.qkv + 2 * at);
-        v[j] = p_.type == Type::kBF16 ? FloatFromBits(bits << 16) : HalfToFloat(static_cast<uint16_t>(bits));
+      for (int j = 0; j < kPart; j += 4) {
+        const auto w = LoadAs<Word4>(p_.qkv + 4 * (at + j));
+        v[j] = FloatFromBits(w.x), v[j + 1] = FloatFromBits(w.y);
+        v[j + 2] = FloatFromBits(w.z), v[j + 3] = FloatFromBits(w.w);
       }
+      return;
     }
+#pragma unroll
+    for (int j = 0; j < kPart; j += 4) {
+      const auto w = LoadAs<Word2>(p_.qkv + 2 * (at + j));
+      v[j] = Widened(w.x & 0xffff), v[j + 1] = Widened(w.x >> 16);
+      v[j + 2] = Widened(w.y & 0xffff), v[j + 3] = Widened(w.y >> 16);
+    }
+  }
+
+  JAXINT8_DEVICE float Widened(uint32_t bits) const {
+    return p_.type == Type::kBF16 ? FloatFromBits(bits << 16) : HalfToFloat(static_cast<uint16_t>(bits));
   }
 
   JAXINT8_DEVICE float Rounded(float x) const {
@@ -258,35 +307,48 @@ class AttendKernel {
     return p_.type == Type::kF16 ? HalfToFloat(FloatToHalf(x)) : x;
   }
 
-  JAXINT8_DEVICE void Rotate(float (&v)[kElements]) const {
-    constexpr int kHalf = kElements / 2;
+  // Pairs (i, i + d / 2), of which the first stand in the first eight lanes.
+  JAXINT8_DEVICE void Rotate(int l, bool rotates, float (&v)[kPart]) const {
+    const int64_t at = static_cast<int64_t>(row_) * (kDim / 2) + kPart * (l % (kHalf / 2));
+    const bool second = l >= kHalf / 2;
+    float cosine[kPart], sine[kPart];
 #pragma unroll
-    for (int j = 0; j < kHalf; ++j) {
-      const int64_t at = static_cast<int64_t>(row_) * (kDim / 2) + lane_ + 32 * j;
-      const float c = Load(p_.cosine + at), s = Load(p_.sine + at), first = v[j], second = v[j + kHalf];
-      v[j] = Rounded(Add(Multiply(first, c), -Multiply(second, s)));
-      v[j + kHalf] = Rounded(Add(Multiply(second, c), Multiply(first, s)));
+    for (int j = 0; j < kPart; j += 4) {
+      const auto c = LoadAs<Word4>(p_.cosine + at + j), s = LoadAs<Word4>(p_.sine + at + j);
+      cosine[j] = FloatFromBits(c.x), cosine[j + 1] = FloatFromBits(c.y);
+      cosine[j + 2] = FloatFromBits(c.z), cosine[j + 3] = FloatFromBits(c.w);
+      sine[j] = FloatFromBits(s.x), sine[j + 1] = FloatFromBits(s.y);
+      sine[j + 2] = FloatFromBits(s.z), sine[j + 3] = FloatFromBits(s.w);
+    }
+#pragma unroll
+    for (int j = 0; j < kPart; ++j) {
+      const float other = FloatFromBits(ShuffleXor(Bits(v[j]), kHalf / 2)), turned = Multiply(other, sine[j]);
+      const float rotated = Rounded(Add(Multiply(v[j], cosine[j]), second ? turned : -turned));
+      v[j] = rotates ? rotated : v[j];
     }
   }
 
   // See jaxint8/vectors.py: neighbours first.
-  JAXINT8_DEVICE void Spread(float (&v)[kElements]) const {
+  JAXINT8_DEVICE void Spread(int l, bool spreads, float (&v)[kPart]) const {
+    if (spreads) {
 #pragma unroll
-    for (int span = 1; span < 32; span *= 2) {
+      for (int span = 1; span < kPart; span *= 2) {
 #pragma unroll
-      for (int j = 0; j < kElements; ++j) {
-        const float other = FloatFromBits(ShuffleXor(Bits(v[j]), span));
-        v[j] = (lane_ & span) != 0 ? Add(other, -v[j]) : Add(v[j], other);
+        for (int j = 0; j < kPart; ++j) {
+          if ((j & span) != 0) continue;
+          const float first = v[j], second = v[j + span];
+          v[j] = Add(first, second);
+          v[j + span] = Add(first, -second);
+        }
       }
     }
 #pragma unroll
-    for (int span = 1; span < kElements; span *= 2) {
+    for (int lanes = 1; lanes < kHalf; lanes *= 2) {
 #pragma unroll
-      for (int j = 0; j < kElements; ++j) {
-        if ((j & span) != 0) continue;
-        const float first = v[j], second = v[j + span];
-        v[j] = Add(first, second);
-        v[j + span] = Add(first, -second);
+      for (int j = 0; j < kPart; ++j) {
+        const float other = FloatFromBits(ShuffleXor(Bits(v[j]), lanes));
+        const float sum = (l & lanes) != 0 ? Add(other, -v[j]) : Add(v[j], other);
+        v[j] = spreads ? sum : v[j];
       }
     }
   }
@@ -296,7 +358,12 @@ class AttendKernel {
     return Larger(x, FloatFromBits(ShuffleXor(Bits(x), 2)));
   }
 
-  static JAXINT8_DEVICE float Exp(float x) { return Exponential(Larger(x, -87.0f)); }
+  static JAXINT8_DEVICE uint32_t LargestOfFour(uint32_t x) {
+    uint32_t other = ShuffleXor(x, 1);
+    x = other > x ? other : x;
+    other = ShuffleXor(x, 2);
+    return other > x ? other : x;
+  }
 
   // The shares of eight slots, from first + 8 * (lane % 4) on, of head lane / 4: exponentials times scales of values.
   // What is summed up so far is made to fit a larger maximum.
@@ -327,36 +394,35 @@ class AttendKernel {
     }
     const float before = maximum_;
     maximum_ = Larger(maximum_, LargestOfFour(largest));
-    const float fit = Exp(Add(before, -maximum_));
+    fit_ = PowerOfTwo(Add(before, -maximum_));
     float exponentials = 0;
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      const float score = shares[i];
-      shares[i] = 0;
-      if (!Seen(mine + i)) continue;
-      const float e = Exp(Add(score, -maximum_));
-      shares[i] = Multiply(e, FloatFromBits(value_scale[i]));
-      // What is no number must not get lost on the way.
-      exponentials = Add(exponentials, Add(e, Add(Add(score, -score), Add(shares[i], -shares[i]))));
+      const float e = Seen(mine + i) ? PowerOfTwo(Add(shares[i], -maximum_)) : 0.0f;
+      exponentials = Add(exponentials, e);
+      shares[i] = Seen(mine + i) ? Multiply(e, FloatFromBits(value_scale[i])) : 0.0f;
     }
-    exponentials_ = MultiplyAdd(exponentials_, fit, exponentials);
-    fit_ = fit;
+    exponentials_ = MultiplyAdd(exponentials_, fit_, exponentials);
   }
 
   JAXINT8_DEVICE bool Seen(int slot) const { return slot >= start_ && slot <= slot_; }
 
   JAXINT8_DEVICE void AddValues(const float (&shares)[8], const Loaded& loaded) {
-    float largest = 0;
+    uint32_t bits = 0;  // of the largest; those of what is no number are larger
 #pragma unroll
-    for (int i = 0; i < 8; ++i) largest = Larger(largest, shares[i]);
-    largest = LargestOfFour(largest);
-    const bool usable = largest >= 0x1p-100f && largest < 0x1p126f;
-    const float levels = usable ? Divide(kAttendLevels, largest) : 0.0f;
-    const float unit = usable ? Multiply(largest, 1.0f / kAttendLevels) : 0.0f;
+    for (int i = 0; i < 8; ++i) bits = Magnitude(shares[i]) > bits ? Magnitude(shares[i]) : bits;
+    bits = LargestOfFour(bits);
+    const float largest = FloatFromBits(bits);
+    const bool usable = largest >= 0x1p-100f && largest < 0x1p100f;
+    const float levels = usable ? Multiply(PlainReciprocal(largest), kAttendLevels) : 0.0f;
+    // What is no number must not get lost on the way.
+    const float unit = usable               ? Multiply(largest, 1.0f / kAttendLevels)
+                       : largest < 0x1p100f ? 0.0f
+                                            : FloatFromBits(0x7fc00000);
     uint32_t high[8], low[8];
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      const int32_t code = shares[i] > 0 ? RoundToInt(Multiply(shares[i], levels)) : 0;
+      const int32_t code = usable ? RoundToInt(Multiply(shares[i], levels)) : 0;
       const int32_t upper = (code + 64) >> 7;
       high[i] = static_cast<uint32_t>(upper);
       low[i] = static_cast<uint32_t>(code - 128 * upper);
@@ -383,7 +449,7 @@ class AttendKernel {
     float maximum, exponentials;
   };
 
-  JAXINT8_DEVICE void Finish() {
+  JAXINT8_DEVICE void SumUp() {
     const int g = lane_ / 4, t = lane_ % 4;
     exponentials_ = Add(exponentials_, FloatFromBits(ShuffleXor(Bits(exponentials_), 1)));
     exponentials_ = Add(exponentials_, FloatFromBits(ShuffleXor(Bits(exponentials_), 2)));
@@ -396,7 +462,23 @@ class AttendKernel {
         StoreAs<Word2>(shared_ + (kStats + 8 * (warp_ * kAttendQueries + g)), stats);
       }
     }
-    Barrier();
+  }
+
+  // To the cache, for later tokens: all have read what they need of it.
+  JAXINT8_DEVICE void StoreNew() const {
+    const int i = ThreadIndex();
+    if (i < kDim / 16) {
+      StoreAs<Word4>(keys_ + (slot_ * kDim + 16 * i), LoadAs<Word4>(shared_ + (kNew + 16 * i)));
+    }
+    if (i < kDim) StoreAs<uint8_t>(values_ + (i * p_.slots + slot_), LoadAs<uint8_t>(shared_ + (kNew + kDim + i)));
+    if (i == 0) {
+      const auto scales = LoadAs<Word2>(shared_ + kNewScales);
+      Store(key_scale_ + slot_, FloatFromBits(scales.x));
+      Store(value_scale_ + slot_, FloatFromBits(scales.y));
+    }
+  }
+
+  JAXINT8_DEVICE void Finish() const {
     if constexpr (kClustered) {
 #ifdef JAXINT8_HOPPER
       ClusterWait();
@@ -423,7 +505,7 @@ class AttendKernel {
     ForEachFour([&](int head, int at) {
       float sums[4];
       Stats all = SumsOfWarps(head, at, sums);
-      if constexpr (kClustered) AddBlocks(head, at, all, sums);
+      if constexpr (kClustered) all = SumsOfBlocks(head, at, all, sums);
       const float inverse = Divide(1.0f, all.exponentials);
 #pragma unroll
       for (int i = 0; i < 4; ++i) sums[i] = Multiply(sums[i], inverse);
@@ -438,28 +520,48 @@ class AttendKernel {
     for (int i = ThreadIndex(); i < p_.queries * kFours; i += kAttendThreads) f(i / kFours, i % kFours);
   }
 
-  // Adds what has another maximum; who has seen nothing has no exponentials.
-  static JAXINT8_DEVICE void Join(Stats& all, float (&sums)[4], const Stats& other, const Word4& more) {
-    const float maximum = Larger(all.maximum, other.maximum);
-    const float mine = Exp(Add(all.maximum, -maximum)), theirs = Exp(Add(other.maximum, -maximum));
-    const uint32_t words[4] = {more.x, more.y, more.z, more.w};
+  // The sums of some parts, of which stats and four sums are given; who has seen nothing has zeros.
+  template <int kParts, typename F, typename G>
+  static JAXINT8_DEVICE Stats Join(int parts, F stats_of, G sums_of, float (&sums)[4]) {
+    Stats all{kLowest, 0};
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      sums[i] = MultiplyAdd(sums[i], mine, Multiply(FloatFromBits(words[i]), theirs));
+    for (int i = 0; i < kParts; ++i) {
+      if (i < parts) all.maximum = Larger(all.maximum, stats_of(i).maximum);
     }
-    all = {maximum, MultiplyAdd(all.exponentials, mine, Multiply(other.exponentials, theirs))};
+    sums[0] = sums[1] = sums[2] = sums[3] = 0;
+#pragma unroll
+    for (int i = 0; i < kParts; ++i) {
+      if (i >= parts) break;
+      const Stats stats = stats_of(i);
+      const float fit = PowerOfTwo(Add(stats.maximum, -all.maximum));
+      all.exponentials = MultiplyAdd(stats.exponentials, fit, all.exponentials);
+      const Word4 more = sums_of(i);
+      sums[0] = MultiplyAdd(FloatFromBits(more.x), fit, sums[0]);
+      sums[1] = MultiplyAdd(FloatFromBits(more.y), fit, sums[1]);
+      sums[2] = MultiplyAdd(FloatFromBits(more.z), fit, sums[2]);
+      sums[3] = MultiplyAdd(FloatFromBits(more.w), fit, sums[3]);
+    }
+    return all;
+  }
+
+  JAXINT8_DEVICE Stats StatsAt(int at) const {
+    const auto stats = LoadAs<Word2>(shared_ + at);
+    return {FloatFromBits(stats.x), FloatFromBits(stats.y)};
   }
 
   JAXINT8_DEVICE Stats SumsOfWarps(int head, int at, float (&sums)[4]) const {
-    Stats all{kLowest, 0};
-    sums[0] = sums[1] = sums[2] = sums[3] = 0;
-#pragma unroll
-    for (int w = 0; w < kAttendWarps; ++w) {
-      const auto stats = LoadAs<Word2>(shared_ + (kStats + 8 * (w * kAttendQueries + head)));
-      const auto more = LoadAs<Word4>(shared_ + (kSums + w * kSumBytes + 4 * (head * kDim + 4 * at)));
-      Join(all, sums, {FloatFromBits(stats.x), FloatFromBits(stats.y)}, more);
-    }
-    return all;
+    return Join<kAttendWarps>(
+        kAttendWarps, [&](int w) { return StatsAt(kStats + 8 * (w * kAttendQueries + head)); },
+        [&](int w) { return LoadAs<Word4>(shared_ + (kSums + w * kSumBytes + 4 * (head * kDim + 4 * at))); }, sums);
+  }
+
+  // The block's own, which stats and sums are, and those of the others.
+  JAXINT8_DEVICE Stats SumsOfBlocks(int head, int at, const Stats& own, float (&sums)[4]) const {
+    const Word4 mine{Bits(sums[0]), Bits(sums[1]), Bits(sums[2]), Bits(sums[3])};
+    const auto from = [&](int i) { return kOfBlocks + (i - 1) * kOfBlock; };
+    return Join<kAttendMostBlocks>(
+        p_.blocks, [&](int i) { return i == 0 ? own : StatsAt(from(i) + kSumBytes + 16 * head); },
+        [&](int i) { return i == 0 ? mine : LoadAs<Word4>(shared_ + (from(i) + 4 * (head * kDim + 4 * at))); }, sums);
   }
 
   JAXINT8_DEVICE void StoreOutputs(int head, int at, const float (&v)[4]) const {
@@ -480,16 +582,6 @@ class AttendKernel {
     SendToBlock(0, to, Word4{Bits(v[0]), Bits(v[1]), Bits(v[2]), Bits(v[3])}, Address(kBarrier));
   }
 #endif
-
-  JAXINT8_DEVICE void AddBlocks(int head, int at, Stats& all, float (&sums)[4]) const {
-#pragma unroll 1
-    for (int block = 0; block < p_.blocks - 1; ++block) {
-      const Ptr<uint8_t> from = shared_ + (kOfBlocks + block * kOfBlock);
-      const auto stats = LoadAs<Word2>(from + (kSumBytes + 16 * head));
-      const auto more = LoadAs<Word4>(from + 4 * (head * kDim + 4 * at));
-      Join(all, sums, {FloatFromBits(stats.x), FloatFromBits(stats.y)}, more);
-    }
-  }
 
   // Below any score, and far enough from the lowest float for differences.
   static constexpr float kLowest = -0x1p120f;

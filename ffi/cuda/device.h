@@ -201,6 +201,12 @@ JAXINT8_DEVICE float PlainReciprocal(float x) {
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
   return __fmaf_rn(__fmaf_rn(-x, r, 1.0f), r, r);
 }
+// Nearly: within some 2^-22 of it, 0 for what is smaller than any normal number.
+JAXINT8_DEVICE float PowerOfTwo(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
 JAXINT8_DEVICE float SquareRoot(float x) { return __fsqrt_rn(x); }
 JAXINT8_DEVICE float Multiply(float x, float y) { return __fmul_rn(x, y); }
 JAXINT8_DEVICE float Add(float x, float y) { return __fadd_rn(x, y); }

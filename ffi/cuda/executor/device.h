@@ -307,6 +307,7 @@ inline uint32_t FloatsToBFloats(float a, float b) {
 inline float Reciprocal(float x) { return 1.0f / x; }
 inline float PlainReciprocal(float x) { return 1.0f / x; }
 inline float Divide(float x, float y) { return x / y; }
+inline float PowerOfTwo(float x) { return x < -126.0f ? 0.0f : std::exp2(x); }
 inline float SquareRoot(float x) { return std::sqrt(x); }
 inline float Multiply(float x, float y) { return x * y; }
 inline float Add(float x, float y) { return x + y; }
