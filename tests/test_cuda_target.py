@@ -30,12 +30,14 @@ from jaxint8 import (
     int8_linear,
     kernels,
 )
+from jaxint8.attend import Token, attend
 from jaxint8.models import generate
 from jaxint8.models.cache import init_cache
 from jaxint8.models.config import DecoderConfig, QuantizationConfig
 from jaxint8.models.head import CANDIDATES, _of_blocks, largest
 from jaxint8.models.sampling import Draw, Sampling
 from jaxint8.models.step import attend_one, store
+from jaxint8.vectors import Vectors
 
 BUILD = pathlib.Path(__file__).parents[1] / "build" / "cuda" / "cuda"
 # An H200 by its data sheet and the limits of compute capability 9.0; the compiler asks for no more.
@@ -257,6 +259,38 @@ def test_attention_to_a_cache_copies_none_of_it(devices: np.ndarray) -> None:
     assert memory.temp_size_in_bytes <= 3 * 4 * b * heads * slots
 
 
+def test_attention_to_an_int8_cache_is_one_call_in_its_place(devices: np.ndarray) -> None:
+    """A loop of steps: the kernel that stores and attends, and beside the cache nothing that grows with it."""
+    b, heads, kv_heads, d, slots = 4, 8, 2, 128, 1024
+    where = SingleDeviceSharding(devices[0])
+
+    def struct(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
+
+    scale = struct((b, kv_heads, slots), jnp.float32)
+    cache = (
+        Vectors(struct((b, kv_heads, slots, d), jnp.int8), scale),  # type: ignore[arg-type]
+        Vectors(struct((b, kv_heads, d, slots), jnp.int8), scale),  # type: ignore[arg-type]
+    )
+    qkv = struct((b, (heads + 2 * kv_heads) * d), jnp.bfloat16)
+
+    def steps(qkv: jax.Array, cache: tuple[Vectors, Vectors], slot: jax.Array) -> Any:
+        def step(_: int, carry: Any) -> Any:
+            qkv, cache, slot = carry
+            y, *cache = attend(Token(qkv, None, jnp.zeros((b,), jnp.int32), slot), *cache)
+            return jnp.concatenate([y, y[:, : 2 * kv_heads * d]], axis=1), tuple(cache), slot + 1
+
+        return jax.lax.fori_loop(0, 3, step, (qkv, cache, slot))
+
+    jitted = jax.jit(steps, donate_argnums=(0, 1, 2))
+    compiled = jitted.lower(qkv, cache, struct((), jnp.int32)).compile()
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    assert memory is not None and text is not None
+    assert targets(text).count("jaxint8_attend") == 1
+    assert memory.alias_size_in_bytes >= 2 * b * kv_heads * d * slots
+    assert memory.temp_size_in_bytes <= 1 << 16
+
+
 @pytest.mark.parametrize("n", [2000, 128256])
 def test_without_a_kernel_the_largest_logits_are_selected_without_sorting(
     devices: np.ndarray, n: int
@@ -362,7 +396,9 @@ SMALL = DecoderConfig(
 )
 
 
-def step_arguments(batch: int) -> tuple[Any, generate._State, jax.Array]:
+def step_arguments(
+    batch: int, quantization: QuantizationConfig | None = None
+) -> tuple[Any, generate._State, jax.Array]:
     """Parameters with an int8 head beside the float one, and the state of a generation, for shapes alone."""
 
     def matrix(n: int, k: int) -> dict[str, Any]:
@@ -388,7 +424,7 @@ def step_arguments(batch: int) -> tuple[Any, generate._State, jax.Array]:
         "layers": [layer] * SMALL.layers,
     }
     state = generate._State(
-        cache=init_cache(SMALL, 256, jnp.zeros((batch,), jnp.int32), jnp.bfloat16),
+        cache=init_cache(SMALL, 256, jnp.zeros((batch,), jnp.int32), jnp.bfloat16, quantization),
         token=jnp.zeros((batch,), jnp.int32),
         done=jnp.zeros((batch,), bool),
         step=jnp.int32(1),

@@ -16,7 +16,7 @@ from typing import Any
 HERE = Path(__file__).parent
 STAGES = (
     *("probe", "native", "jax", "model", "memcheck", "racecheck"),
-    *("sizes", "sweep", "block", "peers", "xla", "decode", "profile", "largest"),
+    *("sizes", "sweep", "block", "peers", "xla", "decode", "profile", "largest", "attend"),
 )
 RULES = {"none": "none", "column 6": "paper's rule", "relative 6": "relative 6", "top 8": "top 8"}
 PEERS = ("none", "relative 6", "bitsandbytes 0", "bitsandbytes 6")
@@ -209,6 +209,17 @@ def decode(results: Row) -> str:
     )
 
 
+def attend(results: Row) -> str:
+    """A token's attention to an int8 cache."""
+    return table(
+        ("query heads / key-value heads x d", "sequences", "slots", "us", "TB/s of the cache"),
+        (
+            (row["size"], row["m"], row["slots"], f"{row['us']:.1f}", f"{row['TB/s']:.2f}")
+            for row in results["attend"]["rows"]
+        ),
+    )
+
+
 TABLES = {
     "sizes": sizes,
     "sweep": sweep,
@@ -217,6 +228,7 @@ TABLES = {
     "peers": peers,
     "xla": xla,
     "decode": decode,
+    "attend": attend,
 }
 
 

@@ -1,14 +1,23 @@
 """A token's attention to an int8 cache on a GPU, for gpu_check.py: against the oracle, and its time in a CUDA graph."""
 
 import ctypes
+import dataclasses
+import functools
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import test_cuda_attend
+from gpu_decode import CONFIG, make_params
 from gpu_stages import gpu_executor
 from gpu_timing import REPEATS
 
 import cuda_executor as tests
+from jaxint8 import RelativeThreshold
+from jaxint8.models.config import QuantizationConfig
+from jaxint8.models.decoder import forward
+from jaxint8.models.generate import generate_tokens
 
 # Query heads, key-value heads and dimensions: LLaMA 3 8B, LLaMA 2 7B, SmolLM2.
 HEADS = ((32, 8, 128), (32, 32, 128), (9, 3, 64))
@@ -52,6 +61,34 @@ def _time(executor: tests.Executor, shape: tuple[int, ...]) -> float:
     if us < 0:
         raise RuntimeError(executor.library.executor_error().decode())
     return us
+
+
+def check_attend() -> dict[str, Any]:
+    """Steps of a decoder in a loop that XLA replays as a CUDA graph, by the kernel and without one."""
+    config = dataclasses.replace(CONFIG, layers=2, hidden_size=1024, mlp_size=2048, vocab_size=4096)
+    config = dataclasses.replace(config, embedding_size=1024)
+    params = make_params(True, config)
+    how = QuantizationConfig(outliers=RelativeThreshold(6.0), kv_cache="int8")
+    prompts = [np.random.default_rng(n).integers(0, 4096, n).tolist() for n in (70, 3, 40)]
+    tokens = generate_tokens(config, params, prompts, 100, quantization=how)
+    failures = []
+    for prompt, made in zip(prompts, tokens, strict=True):
+        logits = _logits(params, jnp.asarray([prompt + made[:-1]]), config, how)[len(prompt) - 1 :]
+        chosen = logits[jnp.arange(len(made)), jnp.asarray(made)]
+        worst = float(jnp.max(jnp.max(logits, axis=-1) - chosen))
+        if worst > 0.1 * float(jnp.std(logits)):
+            failures.append(f"attend: {worst} below the largest logit after {len(prompt)} tokens")
+    # Alone a sequence has more blocks to a head.
+    alone = generate_tokens(config, params, prompts[:1], 100, quantization=how)
+    same = np.mean(np.asarray(alone[0]) == np.asarray(tokens[0]))
+    if same < 0.5:
+        failures.append(f"attend: alone {same:.0%} of the tokens are the same")
+    return {"cases": 4, "failures": failures}
+
+
+@functools.partial(jax.jit, static_argnames=("config", "how"))
+def _logits(params: Any, tokens: jax.Array, config: Any, how: Any) -> jax.Array:
+    return forward(config, params, tokens, quantization=how)[0][0]
 
 
 def native_attend(executor: tests.Executor, quick: bool) -> tuple[int, list[str]]:

@@ -299,7 +299,9 @@ def stage_jax() -> dict[str, Any]:
     if not np.allclose(gradient, wanted, rtol=1e-4, atol=1e-4):
         failures.append("grad")
     text = jax.jit(linear).lower(x).compile().as_text()
-    for check in (check_blocks(), check_largest()):
+    from gpu_attend import check_attend  # which needs this module
+
+    for check in (check_blocks(), check_largest(), check_attend()):
         count, failures = count + check["cases"], failures + check["failures"]
     return {
         "cases": count,
