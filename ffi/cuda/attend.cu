@@ -44,10 +44,13 @@ const char* RunAttention(const Attention& a, CUstream_st* stream) {
   bool hopper = false;
   if (const char* error = HasWgmma(&hopper)) return error;
   p.blocks = hopper ? ChooseAttendBlocks(a, multiprocessors) : 1;
-  const int64_t apart = hopper ? SpreadBytes(heads * p.blocks, true, multiprocessors) : 0;
+  // Of more no cluster finds room beside the others.
+  const bool few = 2 * heads * p.blocks <= multiprocessors;
+  const int64_t apart = hopper && few ? SpreadBytes(heads * p.blocks, true, multiprocessors) : 0;
   const auto launch = [&](auto tag) {
     using Kernel = typename decltype(tag)::Kernel;
-    const int64_t shared = apart > Kernel::kShared ? apart : Kernel::kShared;
+    p.ring = Kernel::Ring(p.queries, p.blocks);
+    const int64_t needed = Kernel::SharedBytes(p.queries, p.blocks), shared = apart > needed ? apart : needed;
     return Launch<Kernel>(stream, heads * p.blocks, Kernel::kMaxThreads, shared, p, true, p.blocks);
   };
 #ifdef JAXINT8_HAS_WGMMA

@@ -24,12 +24,13 @@ inline constexpr int kAttendSlots = 32;      // of a warp at a time
 inline constexpr int kAttendMostBlocks = 8;  // of a cluster
 inline constexpr float kAttendLevels = 127 * 128;
 
-// How many blocks share a key-value head of a sequence: as many as run at once, two on a multiprocessor, if each has
-// something to do.
+// How many blocks share a key-value head of a sequence: as many as run at once, if each has something to do. Of pairs
+// there are two to a multiprocessor; of larger clusters fewer find room.
 inline int ChooseAttendBlocks(const Attention& a, int64_t multiprocessors) {
   const int64_t heads = a.rows * a.kv_heads;
   int blocks = 1;
-  while (blocks < kAttendMostBlocks && 2 * blocks * heads <= 2 * multiprocessors && a.slots >= 2 * blocks * 64) {
+  while (blocks < kAttendMostBlocks && a.slots >= 2 * blocks * 64 &&
+         2 * blocks * heads <= (blocks == 1 ? 2 : 1) * multiprocessors) {
     blocks *= 2;
   }
   return blocks;
@@ -45,7 +46,7 @@ struct AttendParams {
   Ptr<float> value_scale;          // [rows][kv_heads][slots]
   Ptr<uint8_t> y;                  // [rows][queries * kv_heads][d], of the type
   Type type;
-  int kv_heads, queries, slots, blocks;
+  int kv_heads, queries, slots, blocks, ring;
   float scale;  // of scores, as powers of two, for a query and keys that have been spread
 };
 
@@ -63,19 +64,28 @@ class AttendKernel {
   static constexpr int kFours = kDim / 4;                 // of the outputs of a head
   static_assert(kDim == 64 || kDim == 128);
 
+  // Groups of slots that a warp has asked for ahead, and what they take.
+  static constexpr int kStages = 2;
+  static constexpr int kStageScales = 16 * kAttendThreads * 4 * kPieces;
+  static constexpr int kStageValues = kStageScales + 16 * kAttendThreads * 4;
+  static constexpr int kStageBytes = kStageValues + 8 * kAttendThreads * (kDim / 8);
+
   // Shared memory: codes of the queries and their scales, of the new key and value, and of each warp the sums of each
   // head, its maximum and its sum of exponentials.
   static constexpr int kCodes = 0, kScales = 16 * kDim, kNew = kScales + 4 * kAttendQueries;
   static constexpr int kNewScales = kNew + 2 * kDim, kStats = kNewScales + 16;
-  static constexpr int kSums = kStats + 8 * kAttendWarps * kAttendQueries;
-  static constexpr int kSumBytes = 4 * kAttendQueries * kDim;
-  static constexpr int kBarrier = kSums + kAttendWarps * kSumBytes;
-  static constexpr int kOfBlocks = kBarrier + 16;
-  // Of another block: the sums of its heads by fours, then for each head its maximum and sum.
-  static constexpr int kOfBlock = kSumBytes + 16 * kAttendQueries;
+  static constexpr int kBarrier = kStats + 8 * kAttendWarps * kAttendQueries, kSums = kBarrier + 16;
 
  public:
-  static constexpr int64_t kShared = kOfBlocks + (kClustered ? (kAttendMostBlocks - 1) * kOfBlock : 0);
+  // Behind that of each warp and each other block the sums of as many heads as there are; of a block then the maximum
+  // and the sum of exponentials of each head.
+  static JAXINT8_HOST_DEVICE int SumBytes(int queries) { return 4 * queries * kDim; }
+  static JAXINT8_HOST_DEVICE int BytesOfBlock(int queries) { return SumBytes(queries) + 16 * queries; }
+  // Where the ring begins, of what warps have asked for.
+  static int Ring(int queries, int blocks) {
+    return kSums + kAttendWarps * SumBytes(queries) + (blocks - 1) * BytesOfBlock(queries);
+  }
+  static int64_t SharedBytes(int queries, int blocks) { return Ring(queries, blocks) + kStages * kStageBytes; }
 
   static JAXINT8_DEVICE void Run(const Params& p) {
     AskForParameters(p);
@@ -106,24 +116,57 @@ class AttendKernel {
     Word4 key_scale[2], value_scale[2];
   };
 
-  // What of 32 slots is this thread's: of the keys of four, 16 bytes a piece, and of the values of eight those of a
-  // dimension in eight.
-  JAXINT8_DEVICE void Load32(int first, Loaded& loaded) const {
+  // Has copied what of 32 slots is this thread's: of the keys of four, 16 bytes a piece, and of the values of eight
+  // those of a dimension in eight. Each thread reads what it has asked for itself, so nobody waits for others.
+  JAXINT8_DEVICE void Ask(int first, int stage) const {
     const int g = lane_ / 4, t = lane_ % 4;
-    const Ptr<int8_t> keys = keys_ + ((first + 8 * (g / 2) + g % 2) * kDim + 16 * t);
+    const Ptr<uint8_t> to = StageOf(stage);
+    const Ptr<const int8_t> keys = keys_ + ((first + 8 * (g / 2) + g % 2) * kDim + 16 * t);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
 #pragma unroll
-      for (int j = 0; j < kPieces; ++j) loaded.keys[i][j] = LoadAs<Word4>(keys + (2 * i * kDim + 64 * j));
+      for (int j = 0; j < kPieces; ++j) {
+        CopyAsync<16>(to + 16 * kAttendThreads * (i * kPieces + j), keys + (2 * i * kDim + 64 * j));
+      }
+    }
+    const Ptr<uint8_t> scales = to + kStageScales;
+    const Ptr<const int8_t> key_scale = Cast<const int8_t>(key_scale_ + (first + 8 * t));
+    const Ptr<const int8_t> value_scale = Cast<const int8_t>(value_scale_ + (first + 8 * t));
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      CopyAsync<16>(scales + 16 * kAttendThreads * i, key_scale + 16 * i);
+      CopyAsync<16>(scales + 16 * kAttendThreads * (2 + i), value_scale + 16 * i);
+    }
+    const Ptr<uint8_t> pieces = ValuesOf(stage);
+    const Ptr<const int8_t> values = values_ + (g * p_.slots + first + 8 * t);
+#pragma unroll
+    for (int i = 0; i < kDim / 8; ++i) CopyAsync<8>(pieces + 8 * kAttendThreads * i, values + 8 * i * p_.slots);
+  }
+
+  // This thread's part of a stage of the ring: pieces of 16 bytes, then the values' of 8.
+  JAXINT8_DEVICE Ptr<uint8_t> StageOf(int stage) const {
+    return shared_ + (p_.ring + stage * kStageBytes + 16 * ThreadIndex());
+  }
+  JAXINT8_DEVICE Ptr<uint8_t> ValuesOf(int stage) const {
+    return shared_ + (p_.ring + stage * kStageBytes + kStageValues + 8 * ThreadIndex());
+  }
+
+  JAXINT8_DEVICE void Take(int stage, Loaded& loaded) const {
+    const Ptr<uint8_t> from = StageOf(stage), scales = from + kStageScales, values = ValuesOf(stage);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+#pragma unroll
+      for (int j = 0; j < kPieces; ++j) {
+        loaded.keys[i][j] = LoadAs<Word4>(from + 16 * kAttendThreads * (i * kPieces + j));
+      }
     }
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      loaded.key_scale[i] = LoadAs<Word4>(key_scale_ + (first + 8 * t + 4 * i));
-      loaded.value_scale[i] = LoadAs<Word4>(value_scale_ + (first + 8 * t + 4 * i));
+      loaded.key_scale[i] = LoadAs<Word4>(scales + 16 * kAttendThreads * i);
+      loaded.value_scale[i] = LoadAs<Word4>(scales + 16 * kAttendThreads * (2 + i));
     }
-    const Ptr<int8_t> values = values_ + (g * p_.slots + first + 8 * t);
 #pragma unroll
-    for (int i = 0; i < kDim / 8; ++i) loaded.values[i] = LoadAs<Word2>(values + 8 * i * p_.slots);
+    for (int i = 0; i < kDim / 8; ++i) loaded.values[i] = LoadAs<Word2>(values + 8 * kAttendThreads * i);
   }
 
   // Puts the new key and value in the place of what was in their slot.
@@ -180,8 +223,12 @@ class AttendKernel {
     const int step = kAttendWarps * (kClustered ? p_.blocks : 1);
     int group = first + kAttendWarps * rank_ + warp_;
     // What is there is asked for before anything else is done, the slot of the new key and value too.
-    Loaded loaded;
-    if (group <= last) Load32(kAttendSlots * group, loaded);
+    int next = group;
+#pragma unroll
+    for (int i = 0; i < kStages; ++i, next += step) {
+      if (next <= last) Ask(kAttendSlots * next, i);
+      CopyAsyncCommit();
+    }
     const bool owner = !kClustered || (last - first) / kAttendWarps % p_.blocks == rank_;
     Enter(owner);
     Barrier();
@@ -196,14 +243,21 @@ class AttendKernel {
     query_scale_ = FloatFromBits(LoadAs<uint32_t>(shared_ + (kScales + 4 * (lane_ / 4))));
 #pragma unroll
     for (int i = 0; i < kDim / 8; ++i) sums_[i][0] = sums_[i][1] = 0;
+    int stage = 0;
 #pragma unroll 1
-    for (; group <= last; group += step) {
+    for (; group <= last; group += step, next += step) {
+      CopyAsyncWait<kStages - 1>();
+      Loaded loaded;
+      Take(stage, loaded);
       if (group == last) Replace(kAttendSlots * group, loaded);
       float shares[8];
       Score(kAttendSlots * group, query, loaded, shares);
       AddValues(shares, loaded);
-      if (group + step <= last) Load32(kAttendSlots * (group + step), loaded);
+      if (next <= last) Ask(kAttendSlots * next, stage);
+      CopyAsyncCommit();
+      stage = stage + 1 == kStages ? 0 : stage + 1;
     }
+    CopyAsyncWait<0>();
     SumUp();
     Barrier();
     if (owner) StoreNew();
@@ -454,7 +508,7 @@ class AttendKernel {
     exponentials_ = Add(exponentials_, FloatFromBits(ShuffleXor(Bits(exponentials_), 1)));
     exponentials_ = Add(exponentials_, FloatFromBits(ShuffleXor(Bits(exponentials_), 2)));
     if (g < p_.queries) {
-      const Ptr<uint8_t> mine = shared_ + (kSums + warp_ * kSumBytes + 4 * (g * kDim + 2 * t));
+      const Ptr<uint8_t> mine = shared_ + (kSums + warp_ * SumBytes(p_.queries) + 4 * (g * kDim + 2 * t));
 #pragma unroll
       for (int i = 0; i < kDim / 8; ++i) StoreAs<Word2>(mine + 32 * i, Word2{Bits(sums_[i][0]), Bits(sums_[i][1])});
       if (t == 0) {
@@ -486,11 +540,11 @@ class AttendKernel {
         ForEachFour([&](int head, int at) {
           float sums[4];
           const Stats stats = SumsOfWarps(head, at, sums);
-          const uint32_t to = Address(kOfBlocks + (rank_ - 1) * kOfBlock);
+          const uint32_t to = Address(OfBlock(rank_));
           Send(to + static_cast<uint32_t>(4 * (head * kDim + 4 * at)), sums);
           if (at == 0) {
             const float both[4] = {stats.maximum, stats.exponentials, 0, 0};
-            Send(to + static_cast<uint32_t>(kSumBytes + 16 * head), both);
+            Send(to + static_cast<uint32_t>(SumBytes(p_.queries) + 16 * head), both);
           }
         });
         return;
@@ -544,6 +598,11 @@ class AttendKernel {
     return all;
   }
 
+  // Where another block's sums come to lie.
+  JAXINT8_DEVICE int OfBlock(int block) const {
+    return kSums + kAttendWarps * SumBytes(p_.queries) + (block - 1) * BytesOfBlock(p_.queries);
+  }
+
   JAXINT8_DEVICE Stats StatsAt(int at) const {
     const auto stats = LoadAs<Word2>(shared_ + at);
     return {FloatFromBits(stats.x), FloatFromBits(stats.y)};
@@ -552,16 +611,17 @@ class AttendKernel {
   JAXINT8_DEVICE Stats SumsOfWarps(int head, int at, float (&sums)[4]) const {
     return Join<kAttendWarps>(
         kAttendWarps, [&](int w) { return StatsAt(kStats + 8 * (w * kAttendQueries + head)); },
-        [&](int w) { return LoadAs<Word4>(shared_ + (kSums + w * kSumBytes + 4 * (head * kDim + 4 * at))); }, sums);
+        [&](int w) { return LoadAs<Word4>(shared_ + (kSums + w * SumBytes(p_.queries) + 4 * (head * kDim + 4 * at))); },
+        sums);
   }
 
   // The block's own, which stats and sums are, and those of the others.
   JAXINT8_DEVICE Stats SumsOfBlocks(int head, int at, const Stats& own, float (&sums)[4]) const {
     const Word4 mine{Bits(sums[0]), Bits(sums[1]), Bits(sums[2]), Bits(sums[3])};
-    const auto from = [&](int i) { return kOfBlocks + (i - 1) * kOfBlock; };
     return Join<kAttendMostBlocks>(
-        p_.blocks, [&](int i) { return i == 0 ? own : StatsAt(from(i) + kSumBytes + 16 * head); },
-        [&](int i) { return i == 0 ? mine : LoadAs<Word4>(shared_ + (from(i) + 4 * (head * kDim + 4 * at))); }, sums);
+        p_.blocks, [&](int i) { return i == 0 ? own : StatsAt(OfBlock(i) + SumBytes(p_.queries) + 16 * head); },
+        [&](int i) { return i == 0 ? mine : LoadAs<Word4>(shared_ + (OfBlock(i) + 4 * (head * kDim + 4 * at))); },
+        sums);
   }
 
   JAXINT8_DEVICE void StoreOutputs(int head, int at, const float (&v)[4]) const {
