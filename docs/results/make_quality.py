@@ -29,6 +29,9 @@ SWEEP = (
 )
 
 
+CACHE = "--methods=float32,llm_int8,llm_int8:kv_int8,relative,relative:kv_int8,topk,topk:kv_int8 --nodecode"
+
+
 @dataclass(frozen=True)
 class Run:
     """A section: what is run (the last command writes the report), and what a reader should know."""
@@ -56,6 +59,14 @@ RUNS = (
         "integers; `:float_weights` multiplies them with the weights before quantisation (the paper's equation 8) and "
         "not with dequantised codes (its released code).",
         ("sweep.png",),
+    ),
+    Run(
+        "cache",
+        "Int8 keys and values",
+        (f"jaxint8-eval {CACHE}",),
+        "`:kv_int8` (or `--kv_cache=int8` for all int8 methods): attention sees keys and values as int8 vectors of one "
+        "scale each, keys spread by a Hadamard transform, in prompts too; so this is what generation with such a cache "
+        "sees. All 8,192 tokens of `make demo`.",
     ),
     Run(
         "wikitext",
