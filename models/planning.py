@@ -175,8 +175,9 @@ def _activations(placement: Placement, rows: int, tokens: int, size: int, coded:
     attention = m * (2 * turned + local.key_value_size + local.query_size) * size
     attention += 2 * rows * local.heads * block * tokens * 4 + m * local.head_dim * 4
     if coded:
-        # What is left of keys and values, and keys in float32 before and after a step of spreading.
-        attention += m * local.key_value_size * (2 * size + 2 * 4)
+        # What is left of keys and values. Rounding them takes copies in float32, but those are gone
+        # before there are scores, which are larger.
+        attention += 2 * m * local.key_value_size * size
     mlp = m * local.mlp_size * (2 + local.gated) * size
     head = 2 * rows * placement.config.vocab_size * 4
     # Sums over a layer's inputs that several devices hold, before and after they are added up.
