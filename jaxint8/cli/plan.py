@@ -2,7 +2,7 @@
 
 jaxint8-plan --model=facebook/opt-175b --devices=8 --device_memory=24GiB
 jaxint8-plan --model=DIR --devices=4 --device_memory=80GiB --batch=32 --context=4096 --methods=llm_int8
-jaxint8-plan --model=DIR --batch=32 --context=4096 --kv_cache=int8
+jaxint8-plan --model=DIR --batch=32 --context=4096 --methods=topk --kv_cache=int8
 jaxint8-plan --table=paper
 """
 
