@@ -8,7 +8,7 @@ configurations that compare equal share one compiled program.
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 from jaxint8 import schemes
 from jaxint8.schemes import SCHEMES, Scheme
@@ -158,11 +158,15 @@ class QuantizationConfig(Scheme):
 # The methods of the paper's tables, and the rules that came after it, by the names used everywhere.
 QUANTIZATIONS = {name: QuantizationConfig.of(scheme) for name, scheme in SCHEMES.items()}
 
+# Options of a name that are no scheme's, for they are about more than a layer.
+_OPTIONS: dict[str, dict[str, Any]] = {"kv_int8": {"kv_cache": "int8"}}
+
 
 def as_quantization(value: QuantizationConfig | str | None) -> QuantizationConfig | None:
     """Returns what a user's ``quantization`` argument means: a config, a name, or None for float.
 
-    A name may carry options, "relative:8" or "topk:16" (see `jaxint8.schemes.parse`).
+    A name may carry options, "relative:8" or "topk:16" (see `jaxint8.schemes.parse`), and "kv_int8"
+    for ``kv_cache="int8"``: "topk:kv_int8".
 
     Raises:
         ValueError: a name that is not known.
@@ -176,4 +180,9 @@ def as_quantization(value: QuantizationConfig | str | None) -> QuantizationConfi
             "quantization: expected a name, a QuantizationConfig or None, "
             f"got {type(value).__name__}"
         )
-    return QuantizationConfig.of(schemes.parse(value))
+    base, *options = value.split(":")
+    scheme = schemes.parse(":".join([base, *(o for o in options if o not in _OPTIONS)]))
+    config = QuantizationConfig.of(scheme)
+    for option in options:
+        config = dataclasses.replace(config, **_OPTIONS.get(option, {}))
+    return config

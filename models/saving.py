@@ -2,7 +2,8 @@
 
 So what was converted once loads here again without the float weights, to the bit, and elsewhere as
 any checkpoint that bitsandbytes has quantised. The surprising fact is what is not in it: outlier
-rules belong to the run, not to the weights, so a saved model can be loaded with another method.
+rules, and whether logits or the cache are int8, belong to the run, not to the weights, so a saved
+model can be loaded with another method.
 """
 
 from __future__ import annotations

@@ -9,6 +9,8 @@ import os
 import pathlib
 import shutil
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -22,6 +24,7 @@ from jaxint8.evaluation.benchmark.layers import Effort
 from jaxint8.evaluation.benchmark.machine import Work
 from jaxint8.evaluation.benchmark.timing import ratios
 from jaxint8.models import load as load_model
+from jaxint8.models.cache import init_cache
 from jaxint8.models.generate import generate_tokens
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens"
@@ -94,6 +97,15 @@ def test_our_engines_share_weights_and_know_what_they_read(loaded):
     layer = {name: engine.model.params["layers"][0]["qkv"] for name, engine in loaded.items()}
     assert layer["llm_int8"]["weight"] is layer["relative"]["weight"]
     assert layer["relative"]["weight"] is layer[engines.INT8_HEAD]["weight"]
+    heads = [loaded[name].model for name in (engines.INT8_HEAD, engines.INT8_CACHE)]
+    assert heads[0].params["int8_head"]["weight"] is heads[1].params["int8_head"]["weight"]
+    chosen = [(m.quantization.lm_head, m.quantization.kv_cache) for m in heads]
+    assert chosen == [("int8", "float"), ("int8", "int8")]
+    for engine in loaded.values():
+        how, start = engine.model.quantization, np.zeros(1, np.int32)
+        cache = init_cache(config, 100, jnp.asarray(start), jnp.float32, how)
+        held = sum(array.nbytes for array in jax.tree.leaves((cache.keys, cache.values)))
+        assert engine.cache_bytes(100) == held
     head = config.vocab_size * config.embedding_size
     difference = loaded["relative"].step_bytes - loaded[engines.INT8_HEAD].step_bytes
     assert difference == 4 * head - (head + 4 * config.vocab_size)
@@ -358,7 +370,7 @@ def test_bench_measures_and_reports(capsys, tmp_path, monkeypatch):
 
 
 def test_suites_run_in_order_and_decode_with_prefill(checkpoint, monkeypatch):
-    monkeypatch.setattr(suites, "OURS", ("relative",))
+    monkeypatch.setattr(suites, "OURS", suites.GROWING)
     plan = dataclasses.replace(
         suites.QUICK,
         rounds=1,
@@ -371,4 +383,6 @@ def test_suites_run_in_order_and_decode_with_prefill(checkpoint, monkeypatch):
     )
     found = list(suites.run(["decode", "layer", "prefill"], str(checkpoint), plan))
     assert [group.suite for group in found] == ["decode", "prefill", "layer"]
+    assert found[0].engines() == ["relative", "relative, int8 head and cache"]
+    assert found[0].times("relative", "relative, int8 head and cache") is not None
     assert bench.parse_suites(["load", "all"])[:2] == ["load", "layer"]

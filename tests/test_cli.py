@@ -1,5 +1,6 @@
 """Tests of the command lines, on a small random checkpoint that is loaded from disk like any other."""
 
+import dataclasses
 import json
 import math
 import pathlib
@@ -14,6 +15,7 @@ from jaxint8.cli import generate as generate_cli
 from jaxint8.cli import measure, methods, zeroshot
 from jaxint8.evaluation import datasets, perplexity
 from jaxint8.models import load
+from jaxint8.models.config import QUANTIZATIONS
 from jaxint8.models.observe import linear_inputs
 
 GOLDEN = pathlib.Path(__file__).parent / "goldens" / "llama_gqa_tied"
@@ -58,6 +60,7 @@ def test_help_names_every_flag_and_method(command, capsys):
     assert command.__doc__.splitlines()[0] in out
     assert all(name in out for name in methods.METHODS)
     assert "--model" in out and "--[no]help" in out
+    assert "--kv_cache: <float|int8>" in out and ":kv_int8" in out
 
 
 @pytest.mark.parametrize(
@@ -66,6 +69,10 @@ def test_help_names_every_flag_and_method(command, capsys):
         (["--methods=llm_int8,int4"], "methods: expected any of float32, bfloat16, absmax,"),
         (["--methods=llm_int8,int4"], "or all, got 'int4'"),
         (["--methods="], "got nothing"),
+        (["--kv_cache=int4"], "flag --kv_cache=int4"),
+        (["--methods=float32,bfloat16", "--kv_cache=int8"], "kv_cache: int8 goes with the int8"),
+        (["--methods=float32:kv_int8"], "or all, got 'float32:kv_int8'"),
+        (["--methods=topk:x:kv_int8"], "'topk:x': option 'x' does not go with topk"),
         (["--methods=topk:x"], "methods: quantization: 'topk:x': option 'x' does not go with topk"),
         (["--window=1"], "flag --window=1: 1 is not integer >= 2"),
         (["--window=257"], "window: 257 exceeds the model's 256 positions"),
@@ -197,8 +204,52 @@ def test_methods_expand_all_and_drop_repetitions():
         ["llm_int8", "float32", "topk:4", "absmax", "llm_int8:float_weights"]
     )
     assert groups == [["llm_int8", "topk:4"], ["float32"], ["absmax"], ["llm_int8:float_weights"]]
+    assert methods.by_weights(["topk", "topk:kv_int8"]) == [["topk", "topk:kv_int8"]]
     swept = methods.parse_methods(["float32", "sweep"])
     assert {"float32", "weights_only", "relative:6", "topk:8"} <= set(swept)
+
+
+def test_methods_with_an_int8_cache_say_so_in_their_names():
+    names = ["float32", "topk", "llm_int8:4:token", "topk:kv_int8", "absmax"]
+    assert methods.with_kv_cache(names, "float") == names
+    changed = methods.with_kv_cache(names, "int8")
+    assert changed == ["float32", "topk:kv_int8", "llm_int8:4:token:kv_int8", "absmax:kv_int8"]
+    for name in ("topk:16", "llm_int8:4:token"):
+        plain = methods.method(name).quantization
+        for with_cache in (f"{name}:kv_int8", name.replace(":", ":kv_int8:", 1)):
+            quantization = methods.method(with_cache).quantization
+            assert quantization == dataclasses.replace(plain, kv_cache="int8") != plain
+    with pytest.raises(ValueError, match="kv_cache: int8 goes with the int8 methods only"):
+        methods.with_kv_cache(["float32"], "int8")
+
+
+def test_eval_with_an_int8_cache_is_another_method(checkpoint, text, tmp_path, capsys):
+    folder = tmp_path / "out"
+    arguments = [f"--model={checkpoint}", f"--text={text}", "--window=48", "--nodecode"]
+    arguments += [f"--output={folder}"]
+    reports = []
+    for flags in (["--methods=float32,topk"], ["--methods=float32,topk", "--kv_cache=int8"]):
+        status, out, _ = outcome(eval_cli, capsys, *arguments, *flags)
+        assert status == 0 and ("topk:kv_int8" in out) == (len(flags) > 1)
+        reports.append(json.loads((folder / "report.json").read_text())["rows"])
+    (base, plain), (same, found) = reports
+    # What does not depend on the cache was not measured again.
+    assert same == base and base["method"] == "float32"
+    assert (plain["method"], found["method"]) == ("topk", "topk:kv_int8")
+    assert found["model_bytes"] == plain["model_bytes"]
+    assert found["outlier_fraction"] == plain["outlier_fraction"]
+    model = load(checkpoint, quantization="topk:kv_int8")
+    ids = model.tokenizer.encode(TEXT, add_special_tokens=False)
+    expected = perplexity.score(model.logits, ids, window=48).perplexity
+    assert found["perplexity"] == expected != plain["perplexity"]
+    assert found["mean_abs_logprob_change"] != plain["mean_abs_logprob_change"]
+    # Nor is a result of the one taken for one of the other.
+    measured = folder / "measured"
+    shutil.copy(measured / "text-topk.npz", measured / "text-topk-kv_int8.npz")
+    status, _, err = outcome(
+        eval_cli, capsys, *arguments, "--methods=float32,topk", "--kv_cache=int8"
+    )
+    assert status == 2 and "is of another model, method or text" in err
 
 
 def test_decode_speed_needs_positions(checkpoint):
@@ -225,6 +276,22 @@ def test_generate_prints_what_the_model_makes(checkpoint, capsys):
     assert (status, same) == (0, out)
 
 
+def test_generate_with_an_int8_cache(checkpoint, capsys, monkeypatch):
+    prompt = "the quick brown fox"
+    model = load(checkpoint, quantization="topk:kv_int8")
+    (expected,) = model.generate([prompt], max_new_tokens=100)
+    loads = []
+    monkeypatch.setattr(
+        generate_cli, "load", lambda *a, **k: (loads.append(k["quantization"]), load(*a, **k))[1]
+    )
+    arguments = [f"--model={checkpoint}", "--max_new_tokens=100", f"--prompt={prompt}"]
+    for flags in (["--kv_cache=int8"], ["--method=topk:kv_int8"], ["--kv_cache=float"]):
+        status, out, _ = outcome(generate_cli, capsys, *arguments, *flags)
+        assert status == 0 and out.startswith(prompt)
+        assert flags == ["--kv_cache=float"] or out == f"{prompt}{expected}\n\n"
+    assert loads == [model.quantization, model.quantization, QUANTIZATIONS["topk"]]
+
+
 def test_generate_streams_the_same_text(checkpoint, tmp_path, capsys):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("lazy dog\n\n")
@@ -249,6 +316,8 @@ def test_generate_streams_the_same_text(checkpoint, tmp_path, capsys):
         (["--prompt=a", "--method=all"], "got 'all'"),
         (["--prompt=a", "--method=float32", "--lm_head=int8"], "lm_head: int8 goes with"),
         (["--prompt=a", "--lm_head=int4"], "flag --lm_head=int4"),
+        (["--prompt=a", "--method=float32", "--kv_cache=int8"], "kv_cache: int8 goes with"),
+        (["--prompt=a", "--kv_cache=int4"], "flag --kv_cache=int4"),
         (["--prompt=a", "--prompt=b", "--stream"], "stream: expected one prompt, got 2"),
         (["--prompt=a", "--temperature=-1"], "temperature must be"),
         (["--prompt=a", "--top_p=2"], "top_p must be"),
@@ -283,13 +352,14 @@ def test_eval_of_tasks_is_reported_and_taken_up_again(checkpoint, tmp_path, caps
     ]
     path.write_text("\n".join(map(json.dumps, docs)))
     arguments = [f"--model={checkpoint}", "--text=", f"--tasks=piqa={path}", "--window=64"]
-    arguments += ["--methods=float32,llm_int8", f"--output={tmp_path / 'out'}"]
+    arguments += ["--methods=float32,llm_int8,topk:kv_int8", f"--output={tmp_path / 'out'}"]
     status, out, err = outcome(eval_cli, capsys, *arguments)
     assert status == 0 and "zero-shot piqa" in out and "50.00 ± 50.00" in out
     found = json.loads((tmp_path / "out" / "report.json").read_text())
     assert found["rows"] == [] and [row["method"] for row in found["tasks"]] == [
         "float32",
         "llm_int8",
+        "topk:kv_int8",
     ]
     # The same question with either answer right: one of two, whatever the model says.
     assert all(row["acc"] == row["acc_norm"] == 0.5 for row in found["tasks"])

@@ -47,6 +47,9 @@ def test_what_the_devices_hold_is_the_model(case, tmp_path):
         ("llama_gqa_tied", "topk", (2, 2)),
         ("bloom", "relative", (1, 5)),
         ("llama_biases", "llm_int8", (2, 4)),
+        ("llama_gqa_tied", "topk:kv_int8", (2, 4)),
+        ("bloom", "relative:kv_int8", (1, 5)),
+        ("opt_post_norm", "vectorwise:kv_int8", (8, 1)),
     ],
 )
 def test_logits_and_text_are_those_of_one_device(case, method, shape):

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,7 @@ from jaxint8.models.sampling import Draw, Sampling
 
 GOLDENS = Path(__file__).parent / "goldens"
 INT8 = QUANTIZATIONS["llm_int8"]
+INT8_CACHE = dataclasses.replace(INT8, kv_cache="int8")
 
 
 def config_of(described: dict[str, Any]) -> DecoderConfig:
@@ -35,7 +36,9 @@ def config_of(described: dict[str, Any]) -> DecoderConfig:
 
 @pytest.mark.parametrize("case", ["llama_biases", "llama_gqa_tied", "opt_post_norm", "bloom"])
 @pytest.mark.parametrize(
-    "method", [None, INT8, dataclasses.replace(INT8, lm_head="int8")], ids=["float", "int8", "head"]
+    "method",
+    [None, INT8, dataclasses.replace(INT8, lm_head="int8"), INT8_CACHE],
+    ids=["float", "int8", "head", "cache"],
 )
 def test_weights_and_cache_are_those_of_a_loaded_model(
     case: str, method: QuantizationConfig | None
@@ -48,8 +51,8 @@ def test_weights_and_cache_are_those_of_a_loaded_model(
     found = planning.plan(model.config, quantization=method, batch=3, context=40)
     assert found.weights == model.nbytes
     start = jnp.zeros((3,), jnp.int32)
-    cache = init_cache(model.config, capacity_for(40), start, jnp.bfloat16)
-    assert found.cache == sum(array.nbytes for array in (*cache.keys, *cache.values))
+    cache = init_cache(model.config, capacity_for(40), start, jnp.bfloat16, method)
+    assert found.cache == sum(a.nbytes for a in jax.tree.leaves((cache.keys, cache.values)))
 
 
 @pytest.mark.parametrize("case", ["llama_gqa_tied", "bloom"])
@@ -118,15 +121,17 @@ SMALL: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.parametrize("kv_cache", ["float", "int8"])
 @pytest.mark.parametrize(
     ("family", "portable", "batch", "tokens"),
     [("llama", False, 1, 512), ("bloom", True, 4, 256)],
 )
 def test_the_compiler_takes_what_was_planned(
-    family: str, portable: bool, batch: int, tokens: int
+    family: str, portable: bool, batch: int, tokens: int, kv_cache: Literal["float", "int8"]
 ) -> None:
     config = config_of(SMALL[family])
-    method = dataclasses.replace(INT8, implementation="xla" if portable else "cpu")
+    implementation = "xla" if portable else "cpu"
+    method = dataclasses.replace(INT8, implementation=implementation, kv_cache=kv_cache)
     planned = planning.plan(
         config,
         quantization=method,
@@ -142,6 +147,21 @@ def test_the_compiler_takes_what_was_planned(
     # A kernel's scratch on a CPU is its own and not in the compiler's account.
     most = planned.activations + (planned.workspace if portable else 0)
     assert 0.5 * most < found.temp_size_in_bytes <= most
+
+
+def test_rounding_keys_and_values_of_a_prompt_takes_what_was_planned() -> None:
+    """In a model whose attention is what takes most."""
+    described = {"num_key_value_heads": 8, "intermediate_size": 512, "vocab_size": 512}
+    config = config_of({**SMALL["llama"], **described})
+    planned, found = [], []
+    for kv_cache in ("float", "int8"):
+        method = dataclasses.replace(INT8, implementation="cpu", kv_cache=kv_cache)
+        how = {"quantization": method, "dtype": "float32", "batch": 2, "context": 1024}
+        planned.append(planning.plan(config, **how).activations)
+        compiled = compiled_prompt(config, method, jnp.float32, 2, 1024)
+        found.append(compiled.temp_size_in_bytes)
+    assert planned[1] - planned[0] == 2 * 2 * 1024 * config.key_value_size * 4
+    assert 0 < found[1] - found[0] <= planned[1] - planned[0]
 
 
 @pytest.mark.parametrize("name", ["facebook/opt-175b", "bigscience/bloom"])
@@ -229,6 +249,12 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         ]
         assert totals[0] <= 512 * 2**20 < totals[1]
         assert row["fewest_devices"] == 1
+    assert run(model=tmp_path, reserve="1MiB", json="true", kv_cache="int8") == 0
+    coded, half = json.loads(capsys.readouterr().out)
+    assert [row["method"] for row in (coded, half)] == ["llm_int8:kv_int8", "bfloat16"]
+    # Heads have 64 dimensions: 64 codes and a scale of 4 bytes, where bfloat16 has 128 bytes.
+    assert coded["cache"] / half["cache"] == (64 + 4) / 128
+    assert (half["cache"], coded["weights"]) == (found[1]["cache"], found[0]["weights"])
     name = "facebook/opt-175b"
     assert run(model=name, devices=8, device_memory="24GiB", methods="llm_int8,bfloat16") == 0
     text = capsys.readouterr().out
@@ -247,6 +273,8 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         ({"model": "bloom", "device_memory": "many"}, "device_memory: expected a size"),
         ({"model": "bloom", "mesh": "2x4", "devices": 4}, "mesh: 2x4 is not 4 devices"),
         ({"model": "bloom", "methods": "int3"}, "methods: "),
+        ({"model": "bloom", "methods": "bfloat16", "kv_cache": "int8"}, "kv_cache: int8 goes with"),
+        ({"model": "bloom", "kv_cache": "int4"}, "flag --kv_cache=int4"),
     ):
         assert run(**given) == 2
         assert message in capsys.readouterr().err

@@ -7,9 +7,10 @@ import jax
 import numpy as np
 import pytest
 
+from jaxint8 import TopK
 from jaxint8.checkpoint import open_checkpoint
 from jaxint8.models import saving
-from jaxint8.models.config import DecoderConfig
+from jaxint8.models.config import DecoderConfig, QuantizationConfig
 from jaxint8.models.language_model import LanguageModel
 from jaxint8.models.loading import load
 from jaxint8.models.tokenizer import Tokenizer
@@ -40,6 +41,23 @@ def test_saved_models_load_as_they_were(tmp_path: Path, case: str, method: str) 
     saving.save(model, tmp_path / "new", shard_bytes=20_000)  # over the first, in pieces
     assert_same(load(tmp_path / "new", quantization=method), model)
     assert not (tmp_path / "new" / "model.safetensors").exists()
+
+
+def test_what_belongs_to_a_run_is_not_saved(tmp_path: Path) -> None:
+    models = [load(GOLDENS / "llama_mha", quantization=q) for q in ("topk", "topk:kv_int8")]
+    for model, name in zip(models, ("plain", "cache"), strict=True):
+        model.save(tmp_path / name)
+    files = [
+        {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()}
+        for name in ("plain", "cache")
+    ]
+    assert files[0] == files[1]
+    for name in ("topk", "topk:kv_int8"):
+        again = load(tmp_path / "cache", quantization=name)
+        assert again.quantization == QuantizationConfig(
+            outliers=TopK(8), kv_cache="int8" if "kv_int8" in name else "float"
+        )
+        assert_same(again, models[0])
 
 
 def test_the_layout_is_that_of_bitsandbytes(tmp_path: Path) -> None:

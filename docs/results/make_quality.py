@@ -29,6 +29,9 @@ SWEEP = (
 )
 
 
+CACHE = "--methods=float32,llm_int8,llm_int8:kv_int8,relative,relative:kv_int8,topk,topk:kv_int8 --nodecode"
+
+
 @dataclass(frozen=True)
 class Run:
     """A section: what is run (the last command writes the report), and what a reader should know."""
@@ -38,6 +41,7 @@ class Run:
     commands: tuple[str, ...]
     note: str = ""
     plots: tuple[str, ...] = ()
+    speeds: bool = True
 
 
 RUNS = (
@@ -56,6 +60,15 @@ RUNS = (
         "integers; `:float_weights` multiplies them with the weights before quantisation (the paper's equation 8) and "
         "not with dequantised codes (its released code).",
         ("sweep.png",),
+    ),
+    Run(
+        "cache",
+        "Int8 keys and values",
+        (f"jaxint8-eval {CACHE}",),
+        "`:kv_int8` (or `--kv_cache=int8` for all int8 methods): attention sees keys and values as int8 vectors of one "
+        "scale each, keys spread by a Hadamard transform, in prompts too, so these are the keys and values that "
+        "generation sees. All 8,192 tokens of `make demo`.",
+        speeds=False,
     ),
     Run(
         "wikitext",
@@ -144,18 +157,19 @@ def section(run: Run) -> list[str]:
         *(f"    {command}" for command in commands),
         "",
         *([run.note, ""] if run.note else []),
-        *(analysis(folder) if (folder / "analysis.md").exists() else tables(folder)),
+        *(analysis(folder) if (folder / "analysis.md").exists() else tables(folder, run.speeds)),
         *(f"![{name}]({target})\n" for name, target in shown.items()),
     ]
 
 
-def tables(folder: Path) -> list[str]:
-    """The tables of an evaluation."""
+def tables(folder: Path, speeds: bool) -> list[str]:
+    """The tables of an evaluation, with or without its speeds."""
     content = json.loads((folder / "report.json").read_text())
     rows = [report.Row(**row) for row in content["rows"]]
     tasks = [report.TaskRow(**row) for row in content.get("tasks", [])]
+    columns = [(name, show) for name, show in report.COLUMNS if speeds or "tok/s" not in name]
     return [
-        *(report.markdown_table(report.COLUMNS, rows) if rows else []),
+        *(report.markdown_table(columns, rows) if rows else []),
         *(report.markdown_table(report.TASK_COLUMNS, tasks) if tasks else []),
     ]
 

@@ -6,7 +6,8 @@
 
 With --tasks, zero-shot accuracy by the rules of lm-evaluation-harness as well (--text= for that
 alone); with --output an interrupted run goes on where it was. Changes are against the
-method float32; without it they are not measured.
+method float32; without it they are not measured. With --kv_cache=int8 the int8 methods attend to
+int8 keys and values, in prompts too, and are reported as NAME:kv_int8.
 """
 
 import os
@@ -49,6 +50,7 @@ def define_flags(values: flags.FlagValues) -> None:
     """Adds the command's flags to `values`."""
     flags.DEFINE_string("model", "demo", "A checkpoint, or demo.", flag_values=values)
     flags.DEFINE_list("methods", ["all"], methods.HELP, flag_values=values)
+    methods.define_kv_cache(values)
     flags.DEFINE_string(
         "text",
         "demo",
@@ -96,6 +98,7 @@ def run(options: app.Options) -> None:
 def _evaluate(options: app.Options, mesh: Mesh | None) -> None:
     with app.input_errors():
         names = methods.parse_methods(options["methods"])
+        names = methods.with_kv_cache(names, options["kv_cache"])
         documents = zeroshot.load(options["tasks"], options["limit"])
         # Without a text there must be tasks, else the empty name is a file that does not exist.
         text = None if documents and not options["text"] else datasets.load_text(options["text"])

@@ -38,6 +38,7 @@ def define_flags(values: flags.FlagValues) -> None:
         "Precision of the logits; int8 computes the largest ones once more in float.",
         flag_values=values,
     )
+    methods.define_kv_cache(values)
     flags.DEFINE_multi_string(
         "prompt", [], "A text to continue; may be repeated.", flag_values=values
     )
@@ -83,7 +84,7 @@ def _generate(options: app.Options, mesh: Mesh | None) -> None:
         draw = {name: options[name] for name in ("temperature", "top_k", "top_p")}
         sampling = Sampling(**draw)
     with app.input_errors():
-        model = _load(options["model"], how, options["lm_head"], mesh)
+        model = _load(options, how, mesh)
         if model.tokenizer is None:
             raise ValueError(f"model: {options['model']} comes without a tokenizer")
     encoded = [model.tokenizer.encode(prompt) for prompt in prompts]
@@ -113,13 +114,14 @@ def _generate(options: app.Options, mesh: Mesh | None) -> None:
     print(clock.summary(), file=sys.stderr)
 
 
-def _load(source: str, method: methods.Method, lm_head: str, mesh: Mesh | None) -> LanguageModel:
+def _load(options: app.Options, method: methods.Method, mesh: Mesh | None) -> LanguageModel:
     quantization = method.quantization
-    if lm_head == "int8":
-        if quantization is None:
-            raise ValueError("lm_head: int8 goes with the int8 methods only")
-        quantization = dataclasses.replace(quantization, lm_head="int8")
-    return load(source, quantization=quantization, dtype=method.dtype, mesh=mesh)
+    for name in ("lm_head", "kv_cache"):
+        if options[name] == "int8":
+            if quantization is None:
+                raise ValueError(f"{name}: int8 goes with the int8 methods only")
+            quantization = dataclasses.replace(quantization, **{name: "int8"})
+    return load(options["model"], quantization=quantization, dtype=method.dtype, mesh=mesh)
 
 
 def _prompts(given: Sequence[str], file: str | None) -> list[str]:

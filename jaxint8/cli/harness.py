@@ -41,7 +41,7 @@ class JaxInt8LM(TemplateLM):
 
         Args:
           pretrained: as `source` of `jaxint8.models.load`.
-          quantization: a method by name, "float32" and "bfloat16" included.
+          quantization: a method by name, "float32" and "bfloat16" included, options too ("topk:kv_int8").
           dtype: as for `load`.
           batch_tokens: most tokens of a batch, padding included.
           ignored: the harness's batch_size and device, which JAX has no use for.

@@ -4,10 +4,11 @@ A method is a quantisation and a dtype of everything else. The surprising fact: 
 share their weights and differ in how activations are treated, so a whole table needs few loads.
 """
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 
 import jax.numpy as jnp
+from absl import flags
 from jax.typing import DTypeLike
 
 from jaxint8.models.config import QUANTIZATIONS, QuantizationConfig, as_quantization
@@ -47,12 +48,12 @@ SWEEP = (
 GROUPS = {"all": tuple(METHODS), "sweep": SWEEP}
 HELP = (
     f"Any of {', '.join(METHODS)}, with options as in llm_int8:4:token, relative:8:column:float, "
-    "topk:16, llm_int8:float_weights; or all; or sweep (thresholds of each rule)."
+    "topk:16, llm_int8:float_weights, topk:kv_int8 (see --kv_cache); or all; or sweep (thresholds of each rule)."
 )
 
 
 def method(name: str) -> Method:
-    """Returns what a name means; int8 methods may carry options (see `jaxint8.schemes.parse`).
+    """Returns what a name means; int8 methods may carry options (see `as_quantization`).
 
     Raises:
       ValueError: a name or an option that is not known.
@@ -81,6 +82,40 @@ def parse_methods(names: Iterable[str]) -> list[str]:
         except ValueError as error:
             raise ValueError(f"methods: {error}") from None
     return list(expanded)
+
+
+def define_kv_cache(values: flags.FlagValues) -> None:
+    """Adds the flag kv_cache to `values`."""
+    flags.DEFINE_enum(
+        "kv_cache",
+        "float",
+        ["float", "int8"],
+        "Keys and values that attention sees, for int8 methods: as activations are, or int8 vectors, for a small loss, "
+        "which take about a quarter of the memory of float32, half of bfloat16's. For one method alone: its name with "
+        ":kv_int8.",
+        flag_values=values,
+    )
+
+
+def with_kv_cache(names: Sequence[str], kv_cache: str) -> list[str]:
+    """The names of the same methods, of those in int8 with an int8 cache if the flag kv_cache says so.
+
+    So that it is in the name under which a method is reported, and under which its results are kept.
+
+    Raises:
+      ValueError: it is to be int8, and no method is.
+    """
+    if kv_cache == "float":
+        return list(names)
+    found = {name: method(name).quantization for name in names}
+    if not any(found.values()):
+        raise ValueError("kv_cache: int8 goes with the int8 methods only")
+    return list(
+        dict.fromkeys(
+            name if how is None or how.kv_cache == "int8" else f"{name}:kv_int8"
+            for name, how in found.items()
+        )
+    )
 
 
 def by_weights(names: Iterable[str]) -> list[list[str]]:

@@ -2,6 +2,7 @@
 
 jaxint8-plan --model=facebook/opt-175b --devices=8 --device_memory=24GiB
 jaxint8-plan --model=DIR --devices=4 --device_memory=80GiB --batch=32 --context=4096 --methods=llm_int8
+jaxint8-plan --model=DIR --batch=32 --context=4096 --methods=topk --kv_cache=int8
 jaxint8-plan --table=paper
 """
 
@@ -65,6 +66,7 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_enum(
         "lm_head", "float", ["float", "int8"], "Precision of the logits.", flag_values=values
     )
+    methods.define_kv_cache(values)
     flags.DEFINE_integer("batch", 1, "Sequences at once.", lower_bound=1, flag_values=values)
     flags.DEFINE_integer(
         "context",
@@ -102,6 +104,7 @@ def run(options: app.Options) -> None:
         config = read_config(options["model"])
         mesh = _mesh(options["mesh"], options["devices"])
         names = methods.parse_methods(options["methods"])
+        names = methods.with_kv_cache(names, options["kv_cache"])
         planned = {name: _planner(config, name, options, reserve) for name in names}
         plans = {name: of(mesh, options["batch"]) for name, of in planned.items()}
     found = [

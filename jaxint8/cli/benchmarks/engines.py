@@ -17,12 +17,19 @@ import numpy as np
 from jaxint8.cli.methods import METHODS
 from jaxint8.evaluation import datasets
 from jaxint8.evaluation.benchmark.machine import Work
-from jaxint8.models import LanguageModel, load
+from jaxint8.models import LanguageModel, QuantizationConfig, load
+from jaxint8.models.cache import is_coded
 from jaxint8.models.generate import CHUNK, stream_tokens
 
 INT8_HEAD = "relative, int8 head"
-OURS = ("float32", "llm_int8", "relative", INT8_HEAD)
-"""Names of our engines: methods of the command lines, and one with its logits in int8 as well."""
+INT8_CACHE = "relative, int8 head and cache"
+OURS = ("float32", "llm_int8", "relative", INT8_HEAD, INT8_CACHE)
+"""Names of our engines: methods of the command lines, and one with its logits, and its cache, in int8 as well."""
+
+_MORE: dict[str, dict[str, Any]] = {
+    INT8_HEAD: {"lm_head": "int8"},
+    INT8_CACHE: {"lm_head": "int8", "kv_cache": "int8"},
+}
 
 
 class Times(NamedTuple):
@@ -67,8 +74,10 @@ class Ours:
     def cache_bytes(self, tokens: int) -> int:
         """Bytes of keys and values of so many tokens."""
         config = self.model.config
-        width = self.model.params["embedding"].dtype.itemsize
-        return 2 * config.layers * config.key_value_size * tokens * width
+        vector = config.head_dim * self.model.params["embedding"].dtype.itemsize
+        if is_coded(self.model.quantization):  # a byte each, and a scale
+            vector = config.head_dim + 4
+        return 2 * config.layers * config.kv_heads * tokens * vector
 
     def __call__(self, prompts: Sequence[Sequence[int]], new: int) -> Times:
         """Continues each prompt; see `Engine`."""
@@ -100,22 +109,25 @@ def load_ours(source: str, names: Iterable[str] = OURS) -> dict[str, Ours]:
         engines["float32"] = Ours(load(source, quantization="float32"))
     methods = [name for name in names if name != "float32"]
     if methods:
-        how = {name: METHODS[name.partition(",")[0]].quantization for name in methods}
-        if INT8_HEAD in how:
-            relative = how[INT8_HEAD]
-            assert relative is not None
-            how[INT8_HEAD] = dataclasses.replace(relative, lm_head="int8")
+        how = {name: _quantization(name) for name in methods}
         # Every int8 method has the same weights, but for the head.
-        model = load(source, quantization=how.get(INT8_HEAD, how[methods[0]]))
+        most = next((name for name in methods if name in _MORE), methods[0])
+        model = load(source, quantization=how[most])
         plain = {name: value for name, value in model.params.items() if name != "int8_head"}
         for name in methods:
-            params = model.params if name == INT8_HEAD else plain
+            params = model.params if name in _MORE else plain
             engines[name] = Ours(
                 LanguageModel(
                     model.config, params, tokenizer=model.tokenizer, quantization=how[name]
                 )
             )
     return {name: engines[name] for name in names}
+
+
+def _quantization(name: str) -> QuantizationConfig:
+    quantization = METHODS[name.partition(",")[0]].quantization
+    assert quantization is not None
+    return dataclasses.replace(quantization, **_MORE.get(name, {}))
 
 
 def prompt_tokens(source: LanguageModel, count: int, rows: int = 1) -> list[list[int]]:

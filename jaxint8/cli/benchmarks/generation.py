@@ -9,7 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from jaxint8.cli.benchmarks.engines import INT8_HEAD, Engine, Ours, Times, prompt_tokens
+from jaxint8.cli.benchmarks.engines import (
+    INT8_CACHE,
+    INT8_HEAD,
+    Engine,
+    Ours,
+    Times,
+    prompt_tokens,
+)
 from jaxint8.cli.benchmarks.peers import CTRANSLATE2, LLAMA
 from jaxint8.evaluation.benchmark import machine, results
 from jaxint8.evaluation.benchmark.machine import Ceiling, Work
@@ -17,7 +24,7 @@ from jaxint8.evaluation.benchmark.results import Group, Line
 from jaxint8.evaluation.benchmark.timing import interleave
 
 CEILING = "ceiling"
-COMPARED = ("relative", INT8_HEAD)
+COMPARED = ("relative", INT8_HEAD, INT8_CACHE)
 AGAINST = ("float32", "llm_int8", LLAMA, CTRANSLATE2)
 
 

@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 
 from jaxint8.cli.benchmarks import growth
-from jaxint8.cli.benchmarks.engines import OURS, Engine, Ours, load_ours
+from jaxint8.cli.benchmarks.engines import INT8_CACHE, OURS, Engine, Ours, load_ours
 from jaxint8.cli.benchmarks.generation import generation_groups
 from jaxint8.cli.benchmarks.load import load_group
 from jaxint8.cli.benchmarks.peers import peer_engines
@@ -20,6 +20,8 @@ from jaxint8.evaluation.benchmark.layers import Effort, Shape, layer_groups
 from jaxint8.evaluation.benchmark.results import Group
 from jaxint8.models.loading import describe
 
+GROWING = ("relative", INT8_CACHE)
+"""Our engines of the suite growth; the second only where the context grows, which is what it is for."""
 SUITES = ("layer", "decode", "prefill", "load", "growth", "scale")
 
 
@@ -87,7 +89,7 @@ def run(suites: Sequence[str], source: str, plan: Plan) -> Iterator[Group]:
     with contextlib.ExitStack() as stack:
         engines, others = {}, {}
         if generation or "growth" in suites:
-            engines = load_ours(source, OURS if generation else ("relative",))
+            engines = load_ours(source, OURS if generation else GROWING)
         if generation and plan.peers:
             others = stack.enter_context(_peers(source, engines, plan))
         elif "load" in suites:
@@ -125,12 +127,13 @@ def _peers(
 
 
 def _growth(source: str, engines: Mapping[str, Ours], plan: Plan) -> Iterator[Group]:
+    growing = {name: engines[name] for name in GROWING}
     ours = {"relative": engines["relative"]}
     positions = ours["relative"].model.config.max_positions
     rows = rows_axis(plan.most_rows)
     yield rows_group(plan.growth_shape, rows, plan.effort, with_peers=plan.peers)
     contexts = [context for context in plan.contexts if context + growth.NEW <= positions]
-    yield growth.context_group(ours, contexts, plan.rounds)
+    yield growth.context_group(growing, contexts, plan.rounds)
     yield growth.batch_group(ours, plan.batches, plan.rounds)
     threads = [count for count in (1, 2, 4, 8, 16, 32) if count < machine.cores()]
     threads.append(machine.cores())
