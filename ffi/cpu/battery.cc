@@ -261,7 +261,7 @@ bool HelpersStandBy() {
   p.residual = in.residual.data();
   p.y = y.data();
   Job job(p);
-  Job* const jobs[] = {&job};
+  Phased* const jobs[] = {&job};
   job.set_threads(2);
   const auto nothing = std::make_shared<Team>(nullptr, 0, 2), team = std::make_shared<Team>(jobs, 1, 2);
   bool taken = false;
