@@ -14,7 +14,7 @@ from jaxint8 import kernels
 from jaxint8.shards import vary_like
 from jaxint8.vectors import Vectors
 
-PLATFORMS: tuple[kernels.Platform, ...] = ("cuda",)
+PLATFORMS: tuple[kernels.Platform, ...] = ("cpu", "cuda")
 """Those that have a kernel."""
 HEAD_DIMS = (64, 128)
 QUERIES_MOST = 8

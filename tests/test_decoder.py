@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxint8 import QuantizedMatrix, RelativeThreshold, Threshold, quantize
+from jaxint8 import QuantizedMatrix, RelativeThreshold, Threshold, kernels, quantize
 from jaxint8.checkpoint import open_checkpoint
 from jaxint8.models.attention import rope_frequencies
 from jaxint8.models.cache import init_cache
@@ -106,6 +106,48 @@ def test_an_int8_cache_holds_what_prompts_see(case: str) -> None:
     moved = np.abs(whole - golden["logits"])
     assert 1e-3 < moved.mean() < 0.03
     assert np.abs(found - whole).mean() < moved.mean() / 10
+
+
+@pytest.mark.skipif("cpu" not in kernels.platforms(), reason="no compiled CPU kernels")
+def test_a_token_and_an_int8_cache_take_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    config, params, golden = load_case("llama_gqa_tied")
+    config = dataclasses.replace(config, head_dim=64)  # as kernels have it
+    rng, wide = np.random.default_rng(0), 64 * (config.heads + 2 * config.kv_heads)
+
+    def weight(n: int, k: int) -> dict[str, jax.Array]:
+        return {"weight": jnp.asarray(rng.normal(size=(n, k)) / np.sqrt(k), jnp.float32)}
+
+    hidden = params["embedding"].shape[1]
+    layers = [
+        {**layer, "qkv": weight(wide, hidden), "out": weight(hidden, 64 * config.heads)}
+        for layer in params["layers"]
+    ]
+    params = {**params, "layers": layers}
+    how = QuantizationConfig(outliers=None, kv_cache="int8")
+    tokens = jnp.asarray(golden["tokens"])
+    start = jnp.asarray([0, 3], jnp.int32)
+
+    def steps() -> tuple[jax.Array, bool]:
+        cache = init_cache(config, 32, start, jnp.float32, how)
+        _, cache = run(config, params, tokens[:, :10], cache, quantization=how)
+        text = run.lower(config, params, tokens[:, :1], cache, quantization=how).as_text()
+        logits = []
+        for at in range(10, 20):
+            one = tokens[:, at : at + 1]
+            found, cache = run(config, params, one, cache, quantization=how)
+            logits.append(found)
+        return jnp.concatenate(logits), "jaxint8_attend" in text
+
+    jax.clear_caches()
+    found, has_kernel = steps()
+    assert has_kernel
+    monkeypatch.setattr("jaxint8.attend.PLATFORMS", ())
+    jax.clear_caches()
+    portable, has_kernel = steps()
+    assert not has_kernel
+    jax.clear_caches()
+    # Both hold the same codes but for those that a float rounding moves.
+    assert np.abs(found - portable).mean() < 1e-3 * np.abs(portable).mean()
 
 
 def test_a_cache_of_another_kind_is_refused() -> None:

@@ -9,6 +9,7 @@
 // of the AVX512-VNNI rung.
 #include <immintrin.h>
 
+#include "attend_avx512.h"
 #include "int8.h"
 #include "processor.h"
 #include "prologue_avx512.h"
@@ -340,13 +341,14 @@ bool Supported() { return HasAmxInt8() && kAvx512Vnni.supported(); }
 
 #if defined(JAXINT8_EMULATED_TILES)
 extern const Rung kAmxInt8Emulated;
-const Rung kAmxInt8Emulated = {
-    "amx_int8 emulated", Supported, EnterRowWide, MarkRow,  QuantizeRow,  MultiplyAmx, kChunkM,
-    sizeof(AmxScratch),  0,         Arrange,      kFewRows, kMostHighRows};
+const Rung kAmxInt8Emulated = {"amx_int8 emulated", Supported, EnterRowWide,       MarkRow, QuantizeRow, MultiplyAmx,
+                               &kAttendWide,        kChunkM,   sizeof(AmxScratch), 0,       Arrange,     kFewRows,
+                               kMostHighRows};
 #else
 extern const Rung kAmxInt8;
-const Rung kAmxInt8 = {"amx_int8",         Supported, EnterRowWide, MarkRow,  QuantizeRow,  MultiplyAmx, kChunkM,
-                       sizeof(AmxScratch), 0,         Arrange,      kFewRows, kMostHighRows};
+const Rung kAmxInt8 = {"amx_int8",   Supported, EnterRowWide,       MarkRow, QuantizeRow, MultiplyAmx,
+                       &kAttendWide, kChunkM,   sizeof(AmxScratch), 0,       Arrange,     kFewRows,
+                       kMostHighRows};
 #endif
 
 }  // namespace jaxint8::cpu

@@ -7,6 +7,7 @@
 // fit if no code is -128, as the quantiser guarantees.
 #include <immintrin.h>
 
+#include "attend_rows.h"
 #include "avx256.h"
 #include "int8.h"
 #include "processor.h"
@@ -93,7 +94,14 @@ void MultiplyAvx2(const Block& b) {
 }  // namespace
 
 extern const Rung kAvx2;
-const Rung kAvx2 = {
-    "avx2", HasAvx2, EnterRow, MarkRow, QuantizeRow, MultiplyAvx2, /*chunk_m=*/kChunkM, sizeof(TileScratch<Avx2>)};
+const Rung kAvx2 = {"avx2",
+                    HasAvx2,
+                    EnterRow,
+                    MarkRow,
+                    QuantizeRow,
+                    MultiplyAvx2,
+                    &kAttendPlain,
+                    /*chunk_m=*/kChunkM,
+                    sizeof(TileScratch<Avx2>)};
 
 }  // namespace jaxint8::cpu

@@ -10,6 +10,7 @@
 // (fours_avx512.h, strips_avx512.h).
 #include <immintrin.h>
 
+#include "attend_avx512.h"
 #include "fours_avx512.h"
 #include "int8.h"
 #include "lanes_avx512.h"
@@ -415,11 +416,13 @@ void MultiplyWithLanes(const Block& b) {
 }  // namespace
 
 extern const Rung kAvx512VnniLanes, kAvx512VnniStrips, kAvx512Vnni;
-const Rung kAvx512VnniLanes = {"avx512_vnni_lanes", SupportedLanes, EnterRowWide,         MarkRow, QuantizeRow,
-                               MultiplyWithLanes,   kChunkM,        sizeof(LanesScratch), kPanelK};
-const Rung kAvx512VnniStrips = {"avx512_vnni_strips", SupportedStrips, EnterRowWide,        MarkRow, QuantizeRow,
-                                MultiplyWithStrips,   kChunkM,         sizeof(TileScratch), kPanelK};
-const Rung kAvx512Vnni = {"avx512_vnni", Supported, EnterRowWide,        MarkRow, QuantizeRow,
-                          Multiply,      kChunkM,   sizeof(TileScratch), kPanelK};
+const Rung kAvx512VnniLanes = {
+    "avx512_vnni_lanes", SupportedLanes, EnterRowWide,         MarkRow, QuantizeRow, MultiplyWithLanes,
+    &kAttendWide,        kChunkM,        sizeof(LanesScratch), kPanelK};
+const Rung kAvx512VnniStrips = {
+    "avx512_vnni_strips", SupportedStrips, EnterRowWide,        MarkRow, QuantizeRow, MultiplyWithStrips,
+    &kAttendWide,         kChunkM,         sizeof(TileScratch), kPanelK};
+const Rung kAvx512Vnni = {"avx512_vnni", Supported, EnterRowWide,        MarkRow, QuantizeRow, Multiply,
+                          &kAttendWide,  kChunkM,   sizeof(TileScratch), kPanelK};
 
 }  // namespace jaxint8::cpu

@@ -3,6 +3,7 @@
 // As in avx512_vnni.cc the weight is the unsigned operand, w + 128, and the correction comes from the quantiser.
 #include <immintrin.h>
 
+#include "attend_rows.h"
 #include "avx256.h"
 #include "int8.h"
 #include "processor.h"
@@ -65,6 +66,7 @@ const Rung kAvxVnniEvex = {"avx_vnni as EVEX",
                            MarkRow,
                            QuantizeRow,
                            Multiply<AvxVnni>,
+                           &kAttendPlain,
                            /*chunk_m=*/kChunkM,
                            sizeof(TileScratch<AvxVnni>)};
 #else
@@ -75,6 +77,7 @@ const Rung kAvxVnni = {"avx_vnni",
                        MarkRow,
                        QuantizeRow,
                        Multiply<AvxVnni>,
+                       &kAttendPlain,
                        /*chunk_m=*/kChunkM,
                        sizeof(TileScratch<AvxVnni>)};
 #endif

@@ -14,6 +14,7 @@
 #include <thread>
 #include <vector>
 
+#include "attend.h"
 #include "int8.h"
 #include "team.h"
 
@@ -124,11 +125,15 @@ Inputs Make(const Case& c, uint32_t seed) {
 }
 
 // Runs on threads made for the occasion; the calling thread takes part.
-void RunOn(int threads, const Problem& problem) {
-  Job job(problem);
+void RunOn(int threads, Phased& job) {
   std::vector<std::thread> helpers;
   RunJob(job, threads, [&](auto task) { helpers.emplace_back(std::move(task)); });
   for (std::thread& helper : helpers) helper.join();
+}
+
+void RunOn(int threads, const Problem& problem) {
+  Job job(problem);
+  RunOn(threads, job);
 }
 
 Outputs Run(const Case& c, const Inputs& in, const Rung* rung, int threads) {
@@ -205,6 +210,115 @@ uint64_t Checksum(uint64_t sum, const Bytes& bytes) {  // FNV-1a
   return sum;
 }
 
+// Attention to a cache, of which rows see the slots from start to slot.
+struct AttendCase {
+  int64_t b, heads, kv_heads, d, slots, slot;
+  Type type;
+  bool turns;
+};
+
+struct Cache {
+  Bytes key_codes, key_scale, value_codes, value_scale;
+};
+
+// Starts of rows: zero, in the last chunk and before, the slot itself.
+int64_t StartOf(const AttendCase& c, int64_t row) {
+  const int64_t starts[] = {0, c.slot / 2, c.slot, c.slot - c.slot % kChunkSlots, std::max<int64_t>(0, c.slot - 17)};
+  return starts[row % 5];
+}
+
+Cache MakeCache(const AttendCase& c, std::mt19937& random) {
+  Cache cache;
+  const int64_t units = c.b * c.kv_heads;
+  for (Bytes* codes : {&cache.key_codes, &cache.value_codes}) {
+    codes->resize(units * c.d * c.slots);
+    for (uint8_t& code : *codes) code = static_cast<uint8_t>(random());
+  }
+  for (Bytes* scales : {&cache.key_scale, &cache.value_scale}) {
+    scales->resize(units * c.slots * 4);
+    for (int64_t i = 0; i < units * c.slots; ++i) {
+      const int64_t row = i / c.slots / c.kv_heads, slot = i % c.slots;
+      const bool seen = slot >= StartOf(c, row) && slot <= c.slot;
+      float scale = 0.02f * (Uniform(random) + 1.0f);
+      if (row == 3) scale *= 20;  // exponentials of everything but the largest vanish
+      if (row == 4) scale *= 0x1p-110f;
+      if (row == 6 && scales == &cache.value_scale && slot == c.slot / 3)
+        scale = std::numeric_limits<float>::infinity();
+      Put(*scales, i, seen ? scale : std::numeric_limits<float>::quiet_NaN());
+    }
+  }
+  return cache;
+}
+
+// y, and the cache as it is afterwards.
+Bytes RunAttend(const AttendCase& c, const Bytes& qkv, const Bytes& angles, Cache* cache, const Rung* rung,
+                int threads) {
+  std::vector<int32_t> start;
+  for (int64_t row = 0; row < c.b; ++row) start.push_back(static_cast<int32_t>(StartOf(c, row)));
+  const auto* turns = reinterpret_cast<const float*>(angles.data());
+  Bytes y(c.b * c.heads * c.d * (c.type == Type::kF32 ? 4 : 2));
+  AttendProblem p{};
+  p.rung = rung, p.type = c.type;
+  p.b = c.b, p.heads = c.heads, p.kv_heads = c.kv_heads, p.d = c.d, p.slots = c.slots, p.slot = c.slot;
+  p.qkv = qkv.data(), p.y = y.data(), p.start = start.data();
+  if (c.turns) p.cosine = turns, p.sine = turns + c.b * c.d / 2;
+  p.key_codes = reinterpret_cast<int8_t*>(cache->key_codes.data());
+  p.value_codes = reinterpret_cast<int8_t*>(cache->value_codes.data());
+  p.key_scale = reinterpret_cast<float*>(cache->key_scale.data());
+  p.value_scale = reinterpret_cast<float*>(cache->value_scale.data());
+  AttendJob job(p);
+  RunOn(threads, job);
+  UnifyNans(y, c.type);
+  UnifyNans(cache->key_scale, Type::kF32);
+  UnifyNans(cache->value_scale, Type::kF32);
+  return y;
+}
+
+// Attention of every rung against the scalar one; adds to the checksum, and says which failed.
+void CheckAttention(const std::vector<const Rung*>& rungs, std::vector<int>* failures, uint64_t* sum) {
+  const AttendCase cases[] = {{1, 9, 3, 64, 32, 0, Type::kF32, true},       {1, 9, 3, 64, 544, 527, Type::kF32, true},
+                              {7, 3, 1, 64, 288, 287, Type::kBF16, false},  {5, 8, 1, 128, 96, 95, Type::kF16, true},
+                              {7, 8, 2, 128, 800, 511, Type::kF32, true},   {7, 2, 2, 64, 1056, 1040, Type::kF16, true},
+                              {7, 16, 4, 128, 608, 600, Type::kBF16, true}, {7, 3, 3, 128, 352, 256, Type::kF32, false},
+                              {6, 4, 1, 64, 160, 63, Type::kF32, true},     {7, 8, 1, 64, 608, 575, Type::kF32, true}};
+  uint32_t seed = 0;
+  for (const AttendCase& c : cases) {
+    std::mt19937 random(++seed);
+    const int64_t heads = c.heads + 2 * c.kv_heads, size = c.type == Type::kF32 ? 4 : 2;
+    Bytes qkv(c.b * heads * c.d * size), angles(c.b * c.d * 4);
+    for (int64_t i = 0; i < c.b * heads * c.d; ++i) {
+      const int64_t row = i / (heads * c.d), head = i / c.d % heads;
+      float value = 2 * Uniform(random) * (i % c.d == 5 ? 16 : 1);
+      if (row == 1 && head == heads - 1) value *= 0x1p-130f;
+      if (row == 2 && head == 0) value = 0;
+      if (row == 5 && i % c.d == 7 && head % 3 == 0) value = std::numeric_limits<float>::quiet_NaN();
+      if (row == 5 && i % c.d == 9 && head == heads - 1) value = -std::numeric_limits<float>::infinity();
+      PutActivation(qkv, c.type, i, value);
+    }
+    for (int64_t i = 0; i < c.b * c.d; ++i) Put(angles, i, Uniform(random));
+    const Cache before = MakeCache(c, random);
+    Cache cache = before;
+    const Bytes expected = RunAttend(c, qkv, angles, &cache, rungs.back(), 1);
+    const Bytes* const parts[] = {&expected, &cache.key_codes, &cache.key_scale, &cache.value_codes,
+                                  &cache.value_scale};
+    for (const Bytes* part : parts) {
+      *sum = Checksum(*sum, *part);
+    }
+    for (size_t r = 0; r < rungs.size(); ++r) {
+      if (!rungs[r]->supported()) continue;
+      Cache own = before;
+      const Bytes y = RunAttend(c, qkv, angles, &own, rungs[r], 1 + static_cast<int>(seed % 3));
+      if (y == expected && own.key_codes == cache.key_codes && own.key_scale == cache.key_scale &&
+          own.value_codes == cache.value_codes && own.value_scale == cache.value_scale) {
+        continue;
+      }
+      ++(*failures)[r];
+      std::printf("%s differs: attention %ld of d %ld, slot %ld\n", rungs[r]->name, static_cast<long>(seed),
+                  static_cast<long>(c.d), static_cast<long>(c.slot));
+    }
+  }
+}
+
 std::vector<Options> Rules() {
   std::vector<Options> rules(10);
   rules[1].rule = Rule::kThreshold, rules[1].value = 2;
@@ -261,7 +375,7 @@ bool HelpersStandBy() {
   p.residual = in.residual.data();
   p.y = y.data();
   Job job(p);
-  Job* const jobs[] = {&job};
+  Phased* const jobs[] = {&job};
   job.set_threads(2);
   const auto nothing = std::make_shared<Team>(nullptr, 0, 2), team = std::make_shared<Team>(jobs, 1, 2);
   bool taken = false;
@@ -328,6 +442,7 @@ int Main() {
       }
     }
   }
+  CheckAttention(rungs, &failures, &sum);
   int failed = 0;
   const auto expect = [&failed](bool holds, const char* otherwise) {
     failed += !holds;

@@ -5,6 +5,7 @@
 #include <string>
 #include <utility>
 
+#include "attend.h"
 #include "ceilings.h"
 #include "int8.h"
 #include "team.h"
@@ -39,20 +40,26 @@ ffi::Error Decode(const Attributes& attributes, Problem* p) {
   return ffi::Error::Success();
 }
 
+bool DecodeType(ffi::DataType given, Type* type) {
+  switch (given) {
+    case ffi::DataType::F32:
+      *type = Type::kF32;
+      return true;
+    case ffi::DataType::BF16:
+      *type = Type::kBF16;
+      return true;
+    case ffi::DataType::F16:
+      *type = Type::kF16;
+      return true;
+    default:
+      return false;
+  }
+}
+
 ffi::Error DecodeRows(const ffi::AnyBuffer& x, Problem* p) {
   if (x.dimensions().size() != 2) return ffi::Error::InvalidArgument("x: expected rank 2");
-  switch (x.element_type()) {
-    case ffi::DataType::F32:
-      p->type = Type::kF32;
-      break;
-    case ffi::DataType::BF16:
-      p->type = Type::kBF16;
-      break;
-    case ffi::DataType::F16:
-      p->type = Type::kF16;
-      break;
-    default:
-      return ffi::Error::InvalidArgument("x: expected float32, bfloat16 or float16");
+  if (!DecodeType(x.element_type(), &p->type)) {
+    return ffi::Error::InvalidArgument("x: expected float32, bfloat16 or float16");
   }
   p->m = x.dimensions()[0];
   p->k = x.dimensions()[1];
@@ -77,16 +84,20 @@ ffi::Error DecodePrologue(int64_t prologue, float epsilon, const ffi::BufferR1<f
   return ffi::Error::Success();
 }
 
-ffi::Error Run(const Problem& problem, ffi::ThreadPool& pool) {
-  Job job(problem);
+ffi::Error RunOn(ffi::ThreadPool& pool, Phased& job) {
   const bool ok = RunJob(job, pool.num_threads(), [&pool](auto task) { pool.Schedule(std::move(task)); });
   return ok ? ffi::Error::Success() : ffi::Error(ffi::ErrorCode::kResourceExhausted, "jaxint8: out of memory");
+}
+
+ffi::Error Run(const Problem& problem, ffi::ThreadPool& pool) {
+  Job job(problem);
+  return RunOn(pool, job);
 }
 
 // Three layers of one call, each of which reads what the one before it wrote.
 ffi::Error RunAll(const Problem (&problems)[3], ffi::ThreadPool& pool) {
   Job first(problems[0]), second(problems[1]), third(problems[2]);
-  Job* const jobs[] = {&first, &second, &third};
+  Phased* const jobs[] = {&first, &second, &third};
   const bool ok = RunJobs(jobs, 3, pool.num_threads(), [&pool](auto task) { pool.Schedule(std::move(task)); });
   return ok ? ffi::Error::Success() : ffi::Error(ffi::ErrorCode::kResourceExhausted, "jaxint8: out of memory");
 }
@@ -226,6 +237,94 @@ ffi::Error MlpBlock(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer resid
   return RunAll({out, up, down}, pool);
 }
 
+// Keys or values of a cache: codes and a scale for each slot, of which one changes.
+struct Vectors {
+  ffi::BufferR4<ffi::S8> codes;
+  ffi::BufferR3<ffi::F32> scale;
+};
+
+bool Is(const Vectors& v, int64_t b, int64_t kv_heads, int64_t rows, int64_t columns, int64_t slots) {
+  const auto codes = v.codes.dimensions(), scale = v.scale.dimensions();
+  return codes[0] == b && codes[1] == kv_heads && codes[2] == rows && codes[3] == columns && scale[0] == b &&
+         scale[1] == kv_heads && scale[2] == slots;
+}
+
+ffi::Error Attend(ffi::ThreadPool pool, ffi::AnyBuffer qkv, ffi::BufferR2<ffi::F32> cosine,
+                  ffi::BufferR2<ffi::F32> sine, ffi::BufferR1<ffi::S32> start, ffi::BufferR1<ffi::S32> slot,
+                  ffi::BufferR4<ffi::S8> key_codes, ffi::BufferR3<ffi::F32> key_scale,
+                  ffi::BufferR4<ffi::S8> value_codes, ffi::BufferR3<ffi::F32> value_scale,
+                  ffi::Result<ffi::AnyBuffer> y, ffi::Result<ffi::BufferR4<ffi::S8>> new_key_codes,
+                  ffi::Result<ffi::BufferR3<ffi::F32>> new_key_scale,
+                  ffi::Result<ffi::BufferR4<ffi::S8>> new_value_codes,
+                  ffi::Result<ffi::BufferR3<ffi::F32>> new_value_scale) {
+  AttendProblem p{};
+  p.rung = FindRung(-1);
+  if (!DecodeType(qkv.element_type(), &p.type) || qkv.dimensions().size() != 2) {
+    return ffi::Error::InvalidArgument("qkv: expected float32, bfloat16 or float16 of rank 2");
+  }
+  const auto shape = value_codes.dimensions();
+  p.b = shape[0], p.kv_heads = shape[1], p.d = shape[2], p.slots = shape[3];
+  if ((p.d != 64 && p.d != 128) || p.slots < 32 || p.slots % 32 != 0 || p.kv_heads < 1) {
+    return ffi::Error::InvalidArgument("value_codes: expected int8[b, kv_heads, 64 or 128, a multiple of 32]");
+  }
+  p.heads = qkv.dimensions()[1] / p.d - 2 * p.kv_heads;
+  if (!Is(qkv.dimensions(), p.b, (p.heads + 2 * p.kv_heads) * p.d) || p.heads < 1 || p.heads % p.kv_heads != 0 ||
+      p.heads > kMostQueries * p.kv_heads) {
+    return ffi::Error::InvalidArgument("qkv: expected [b, (heads + 2 * kv_heads) * d], up to 8 heads a kv_head");
+  }
+  if (!Is({key_codes, key_scale}, p.b, p.kv_heads, p.slots, p.d, p.slots) ||
+      !Is({value_codes, value_scale}, p.b, p.kv_heads, p.d, p.slots, p.slots)) {
+    return ffi::Error::InvalidArgument(
+        "cache: expected int8[b, kv_heads, slots, d], int8[b, kv_heads, d, slots], float32[b, kv_heads, slots]");
+  }
+  const bool turns = !Is(cosine.dimensions(), 0, 0);
+  if (turns && (!Is(cosine.dimensions(), p.b, p.d / 2) || !Is(sine.dimensions(), p.b, p.d / 2))) {
+    return ffi::Error::InvalidArgument("cosine, sine: expected float32[b, d / 2], or [0, 0] without rotation");
+  }
+  if (start.dimensions()[0] != p.b || slot.dimensions()[0] != 1) {
+    return ffi::Error::InvalidArgument("start, slot: expected int32[b], int32[1]");
+  }
+  if (!Is(y->dimensions(), p.b, p.heads * p.d) || y->element_type() != qkv.element_type()) {
+    return ffi::Error::InvalidArgument("y: expected [b, heads * d] of the dtype of qkv");
+  }
+  if (new_key_codes->typed_data() != key_codes.typed_data() || new_key_scale->typed_data() != key_scale.typed_data() ||
+      new_value_codes->typed_data() != value_codes.typed_data() ||
+      new_value_scale->typed_data() != value_scale.typed_data()) {
+    return ffi::Error::InvalidArgument("cache: expected results in the place of the operands");
+  }
+  if (p.b == 0) return ffi::Error::Success();
+  p.qkv = qkv.untyped_data();
+  p.cosine = turns ? cosine.typed_data() : nullptr;
+  p.sine = turns ? sine.typed_data() : nullptr;
+  p.start = start.typed_data();
+  p.slot = slot.typed_data()[0];
+  p.key_codes = new_key_codes->typed_data();
+  p.key_scale = new_key_scale->typed_data();
+  p.value_codes = new_value_codes->typed_data();
+  p.value_scale = new_value_scale->typed_data();
+  p.y = y->untyped_data();
+  AttendJob job(p);
+  return RunOn(pool, job);
+}
+
+XLA_FFI_DEFINE_HANDLER(kAttend, Attend,
+                       ffi::Ffi::Bind()
+                           .Ctx<ffi::ThreadPool>()
+                           .Arg<ffi::AnyBuffer>()
+                           .Arg<ffi::BufferR2<ffi::F32>>()
+                           .Arg<ffi::BufferR2<ffi::F32>>()
+                           .Arg<ffi::BufferR1<ffi::S32>>()
+                           .Arg<ffi::BufferR1<ffi::S32>>()
+                           .Arg<ffi::BufferR4<ffi::S8>>()
+                           .Arg<ffi::BufferR3<ffi::F32>>()
+                           .Arg<ffi::BufferR4<ffi::S8>>()
+                           .Arg<ffi::BufferR3<ffi::F32>>()
+                           .Ret<ffi::AnyBuffer>()
+                           .Ret<ffi::BufferR4<ffi::S8>>()
+                           .Ret<ffi::BufferR3<ffi::F32>>()
+                           .Ret<ffi::BufferR4<ffi::S8>>()
+                           .Ret<ffi::BufferR3<ffi::F32>>());
+
 XLA_FFI_DEFINE_HANDLER(kQuantize, Quantize,
                        ffi::Ffi::Bind()
                            .Ctx<ffi::ThreadPool>()
@@ -315,6 +414,7 @@ py::dict Registrations() {
   targets["jaxint8_linear"] = Capsule(kLinear);
   targets["jaxint8_prologue"] = Capsule(kEnter);
   targets["jaxint8_mlp_block"] = Capsule(kMlpBlock);
+  targets["jaxint8_attend"] = Capsule(kAttend);
   return targets;
 }
 

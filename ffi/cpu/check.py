@@ -33,6 +33,7 @@ CODE = {
     "x86_64": {
         "scalar": (r"mulps", r"%[yz]mm"),
         "job": (r"ret", r"%[yz]mm"),
+        "attend": (r"ret", r"%[yz]mm"),
         "dispatch": (r"ret", r"%[yz]mm"),
         "processor": (r"cpuid|__cpu_model", r"%[yz]mm"),
         "avx2": (r"vpmaddwd .*%ymm", rf"vpdp|{NEWER}"),
@@ -133,7 +134,12 @@ def check_code(folder: pathlib.Path, machine: str, prefix: str = "") -> None:
             raise CheckError(f"{path}: too new for its processors: {match[0].strip()}")
         symbols = subprocess.run([nm, "-C", str(path)], capture_output=True, text=True, check=True)
         shared = re.findall(r"^\w+ [WVu] (.*)$", symbols.stdout, re.M)
-        if name in ("job", "dispatch", "processor"):  # compiled for any machine: may be shared
+        if name in (
+            "job",
+            "attend",
+            "dispatch",
+            "processor",
+        ):  # compiled for any machine: may be shared
             shared = []
         if shared:
             raise CheckError(f"{path}: shares {shared[0]} with files for other processors")

@@ -12,6 +12,8 @@
 #include <cstdint>
 #include <memory>
 
+#include "phased.h"
+
 namespace jaxint8::cpu {
 
 // 127^2 * k must stay below 2^31 for a row of codes to have an exact int32 product.
@@ -152,6 +154,8 @@ struct Columns {
   const uint64_t* mask;  // one bit per column, zero-padded to a multiple of 64
 };
 
+struct AttendFunctions;  // attend.h
+
 // The function table of one instruction set.
 struct Rung {
   const char* name;
@@ -165,6 +169,7 @@ struct Rung {
   // none: the split of a code does not change the sum.
   Row (*quantize)(const Options&, Type, const void* x, int64_t k, const Columns&, const RowScratch&, int8_t* lo);
   void (*block)(const Block&);
+  const AttendFunctions* attend;
   int64_t chunk_m;        // rows per block of a large product
   int64_t scratch_bytes;  // per thread
   // Up to this k the high parts of large products are to be listed as quads, in the place of words.
@@ -210,30 +215,17 @@ struct Problem {
 
 struct Workspace;
 
-// A computation cut into phases. Items of one phase are independent and may run on any threads at once; a phase may
-// start when every item of the one before has finished.
-class Job {
+// A quantisation, a product or a layer.
+class Job : public Phased {
  public:
   explicit Job(const Problem& problem);
-  ~Job();
-  Job(const Job&) = delete;
-  Job& operator=(const Job&) = delete;
+  ~Job() override;
 
-  static constexpr int kPhases = 4;  // mark columns, quantise rows, plan the high parts, multiply
-  int64_t items(int phase) const { return items_[phase]; }
-  // Rough nanoseconds of the whole phase on one thread: decides whether waking another thread pays.
-  double cost(int phase) const { return cost_[phase]; }
-  // How many threads share the items of the last phase, which are cut such that all of them end together.
-  void set_threads(int64_t threads);
-  // The first item of a thread's share, its lane: a stretch of adjacent blocks, so that it reads the weights as one
-  // stream, and in the next call the same ones.
-  int64_t lane(int64_t thread) const {
-    return items_[kPhases - 1] / threads_ * thread + std::min(thread, items_[kPhases - 1] % threads_);
-  }
-  // The weights that a thread reads first, and how many of them are worth fetching ahead: none of a large product,
-  // which takes longer to multiply than to read.
-  const int8_t* WeightsOf(int64_t thread, int64_t* bytes) const;
-  void Run(int phase, int64_t item);
+  // Phases: mark columns, quantise rows, plan the high parts, multiply.
+  void set_threads(int64_t threads) override;
+  // None of a large product, which takes longer to multiply than to read.
+  const int8_t* WeightsOf(int64_t thread, int64_t* bytes) const override;
+  void Run(int phase, int64_t item) override;
 
  private:
   const void* RowOf(int64_t i, bool keeps);
@@ -261,14 +253,11 @@ class Job {
 
   Problem p_;
   Workspace* ws_;
-  int64_t items_[kPhases] = {};
-  double cost_[kPhases] = {};
   int64_t rows_per_item_ = 1;
   bool plans_ = false;  // whether high parts are planned: in a phase of their own, or with the one item that quantises
   bool quads_ = false;  // whether high parts are listed as quads, not as words
   bool arranged_ = false;             // whether codes are arranged, by whoever quantises the last of 16 rows
   int64_t chunk_m_ = 0, chunks_ = 0;  // rows of an item of the last phase, items of a block; 0 if there are none
-  int64_t threads_ = 1;
   bool from_memory_ = false;
   uint64_t id_;
 };

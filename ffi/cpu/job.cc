@@ -9,13 +9,10 @@
 #include <cstring>
 #include <functional>
 
+#include "float_state.h"
 #include "int8.h"
 #include "recent.h"
 #include "workspace.h"
-
-#if defined(__SSE__)
-#include <xmmintrin.h>
-#endif
 
 namespace jaxint8::cpu {
 namespace {
@@ -28,27 +25,6 @@ constexpr int64_t kLeastChunk = 128;
 constexpr int64_t kLeastQuadRows = 96;
 static_assert(kLeastQuadRows > kSmallM);
 constexpr int64_t kArrangedRows = 16;  // see Rung::arrange
-
-// Standard rounding, subnormals kept: XLA may run its threads otherwise. Restored on leaving.
-class ScopedFloatState {
- public:
-#if defined(__SSE__)
-  ScopedFloatState() : saved_(_mm_getcsr()) { _mm_setcsr(0x1f80); }
-  ~ScopedFloatState() { _mm_setcsr(saved_); }
-
- private:
-  unsigned saved_;
-#elif defined(__aarch64__)
-  ScopedFloatState() {
-    asm volatile("mrs %0, fpcr" : "=r"(saved_));
-    asm volatile("msr fpcr, %0" : : "r"(uint64_t{0}));
-  }
-  ~ScopedFloatState() { asm volatile("msr fpcr, %0" : : "r"(saved_)); }
-
- private:
-  uint64_t saved_;
-#endif
-};
 
 int64_t TypeSize(Type type) { return type == Type::kF32 || type == Type::kS32 ? 4 : 2; }
 

@@ -1,4 +1,5 @@
 // The reference rung: what every other rung must equal to the bit, for any machine that has a C++ compiler.
+#include "attend_rows.h"
 #include "int8.h"
 #include "rows.h"
 
@@ -31,7 +32,7 @@ void MultiplyBlock(const Block& b) {
 }  // namespace
 
 extern const Rung kScalar;
-const Rung kScalar = {"scalar",    Supported,     EnterRow,        MarkRow,
-                      QuantizeRow, MultiplyBlock, /*chunk_m=*/256, /*scratch_bytes=*/0};
+const Rung kScalar = {"scalar",      Supported,       EnterRow,           MarkRow, QuantizeRow, MultiplyBlock,
+                      &kAttendPlain, /*chunk_m=*/256, /*scratch_bytes=*/0};
 
 }  // namespace jaxint8::cpu

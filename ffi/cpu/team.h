@@ -1,5 +1,5 @@
-// Runs Jobs one after the other on the calling thread and on helpers of a thread pool, without ever waiting for the
-// pool.
+// Runs computations (phased.h) one after the other on the calling thread and on helpers of a thread pool, without ever
+// waiting for the pool.
 //
 // All helpers are scheduled up front and the caller works like any of them: items are claimed from one counter per
 // phase, in the last phase of a job from one per lane: a thread takes those of its own lane, then what the others have
@@ -28,7 +28,7 @@
 #include <sched.h>
 #endif
 
-#include "int8.h"
+#include "phased.h"
 
 namespace jaxint8::cpu {
 
@@ -37,10 +37,10 @@ inline constexpr double kNanosecondsPerThread = 6000;
 
 class Team {
  public:
-  Team(Job* const* jobs, int count, int64_t threads) {
+  Team(Phased* const* jobs, int count, int64_t threads) {
     size_t phases = 0, lanes = 0;
     for (int j = 0; j < count; ++j) {
-      for (int phase = 0; phase < Job::kPhases; ++phase) {
+      for (int phase = 0; phase < Phased::kPhases; ++phase) {
         phases += jobs[j]->items(phase) > 0;
         if (jobs[j]->items(phase) > 0) cost_ += jobs[j]->cost(phase) / static_cast<double>(threads);
         lanes += phase < kLast ? 1 : static_cast<size_t>(threads);
@@ -51,7 +51,7 @@ class Team {
     Phase* next = phases_.data();
     Lane* lane = lanes_.data();
     for (int j = 0; j < count; ++j) {
-      for (int phase = 0; phase < Job::kPhases; ++phase) {
+      for (int phase = 0; phase < Phased::kPhases; ++phase) {
         if (jobs[j]->items(phase) == 0) continue;
         *next = {jobs[j], phase, jobs[j]->items(phase), lane, phase < kLast ? 1 : threads};
         if (phase < kLast) {
@@ -109,7 +109,7 @@ class Team {
   };
 
   struct Phase {
-    Job* job = nullptr;
+    Phased* job = nullptr;
     int phase = 0;
     int64_t items = 0;
     Lane* lanes = nullptr;  // one, in the last phase of a job one for each thread
@@ -156,7 +156,7 @@ class Team {
     if (done > 0) phase.done.fetch_add(done, std::memory_order_release);
   }
 
-  static constexpr int kLast = Job::kPhases - 1;
+  static constexpr int kLast = Phased::kPhases - 1;
   std::vector<Phase> phases_;  // those that have items
   std::vector<Lane> lanes_;
   std::atomic<bool> failed_{false};
@@ -164,10 +164,10 @@ class Team {
 };
 
 // Threads that the costliest phase of a job deserves, the caller included.
-inline int64_t ThreadsFor(const Job& job, int64_t available) {
+inline int64_t ThreadsFor(const Phased& job, int64_t available) {
   static const int64_t cores = std::thread::hardware_concurrency();
   int64_t threads = 1;
-  for (int phase = 0; phase < Job::kPhases; ++phase) {
+  for (int phase = 0; phase < Phased::kPhases; ++phase) {
     const auto worth = static_cast<int64_t>(job.cost(phase) / kNanosecondsPerThread);
     const int64_t useful = worth < job.items(phase) ? worth : job.items(phase);
     threads = threads < useful ? useful : threads;
@@ -279,7 +279,7 @@ class Standby {
 // Runs jobs, each of which may read what those before it write. `schedule(task)` hands a nullary function to the pool.
 // Returns false if memory ran out.
 template <typename Schedule>
-bool RunJobs(Job* const* jobs, int count, int64_t available, Schedule&& schedule) {
+bool RunJobs(Phased* const* jobs, int count, int64_t available, Schedule&& schedule) {
   int64_t threads = 1;
   for (int j = 0; j < count; ++j) threads = std::max(threads, ThreadsFor(*jobs[j], available));
   for (int j = 0; j < count; ++j) jobs[j]->set_threads(threads);
@@ -301,8 +301,8 @@ bool RunJobs(Job* const* jobs, int count, int64_t available, Schedule&& schedule
 }
 
 template <typename Schedule>
-bool RunJob(Job& job, int64_t available, Schedule&& schedule) {
-  Job* const jobs[] = {&job};
+bool RunJob(Phased& job, int64_t available, Schedule&& schedule) {
+  Phased* const jobs[] = {&job};
   return RunJobs(jobs, 1, available, std::forward<Schedule>(schedule));
 }
 

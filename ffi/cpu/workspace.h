@@ -163,8 +163,12 @@ struct Workspace {
   std::vector<uint64_t> used;
   std::vector<int32_t> rank, groups, slots;
 
+  // Of attention: see AttendJob.
+  Buffer queries, shares, first, left;
+
   size_t bytes() const {
-    size_t total = lo.size() + marks.size() + entered.size() + rows.capacity() * sizeof(Row);
+    size_t total = lo.size() + marks.size() + entered.size() + rows.capacity() * sizeof(Row) + queries.size() +
+                   shares.size() + first.size() + left.size();
     for (const Lists& list : lists) {
       total += list.outliers.bytes() + list.words.bytes() + list.quads.bytes();
     }
