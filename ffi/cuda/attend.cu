@@ -49,7 +49,6 @@ const char* RunAttention(const Attention& a, CUstream_st* stream) {
   const int64_t apart = hopper && few ? SpreadBytes(heads * p.blocks, true, multiprocessors) : 0;
   const auto launch = [&](auto tag) {
     using Kernel = typename decltype(tag)::Kernel;
-    p.ring = Kernel::Ring(p.queries, p.blocks);
     const int64_t needed = Kernel::SharedBytes(p.queries, p.blocks), shared = apart > needed ? apart : needed;
     return Launch<Kernel>(stream, heads * p.blocks, Kernel::kMaxThreads, shared, p, true, p.blocks);
   };

@@ -46,7 +46,7 @@ struct AttendParams {
   Ptr<float> value_scale;          // [rows][kv_heads][slots]
   Ptr<uint8_t> y;                  // [rows][queries * kv_heads][d], of the type
   Type type;
-  int kv_heads, queries, slots, blocks, ring;
+  int kv_heads, queries, slots, blocks;
   float scale;  // of scores, as powers of two, for a query and keys that have been spread
 };
 
@@ -64,12 +64,6 @@ class AttendKernel {
   static constexpr int kFours = kDim / 4;                 // of the outputs of a head
   static_assert(kDim == 64 || kDim == 128);
 
-  // Groups of slots that a warp has asked for ahead, and what they take.
-  static constexpr int kStages = 2;
-  static constexpr int kStageScales = 16 * kAttendThreads * 4 * kPieces;
-  static constexpr int kStageValues = kStageScales + 16 * kAttendThreads * 4;
-  static constexpr int kStageBytes = kStageValues + 8 * kAttendThreads * (kDim / 8);
-
   // Shared memory: codes of the queries and their scales, of the new key and value, and of each warp the sums of each
   // head, its maximum and its sum of exponentials.
   static constexpr int kCodes = 0, kScales = 16 * kDim, kNew = kScales + 4 * kAttendQueries;
@@ -81,11 +75,9 @@ class AttendKernel {
   // and the sum of exponentials of each head.
   static JAXINT8_HOST_DEVICE int SumBytes(int queries) { return 4 * queries * kDim; }
   static JAXINT8_HOST_DEVICE int BytesOfBlock(int queries) { return SumBytes(queries) + 16 * queries; }
-  // Where the ring begins, of what warps have asked for.
-  static int Ring(int queries, int blocks) {
+  static int64_t SharedBytes(int queries, int blocks) {
     return kSums + kAttendWarps * SumBytes(queries) + (blocks - 1) * BytesOfBlock(queries);
   }
-  static int64_t SharedBytes(int queries, int blocks) { return Ring(queries, blocks) + kStages * kStageBytes; }
 
   static JAXINT8_DEVICE void Run(const Params& p) {
     AskForParameters(p);
@@ -116,57 +108,27 @@ class AttendKernel {
     Word4 key_scale[2], value_scale[2];
   };
 
-  // Has copied what of 32 slots is this thread's: of the keys of four, 16 bytes a piece, and of the values of eight
-  // those of a dimension in eight. Each thread reads what it has asked for itself, so nobody waits for others.
-  JAXINT8_DEVICE void Ask(int first, int stage) const {
+  // What of 32 slots is this thread's: of the keys of four, 16 bytes a piece.
+  JAXINT8_DEVICE void LoadKeys(int first, Loaded& loaded) const {
     const int g = lane_ / 4, t = lane_ % 4;
-    const Ptr<uint8_t> to = StageOf(stage);
-    const Ptr<const int8_t> keys = keys_ + ((first + 8 * (g / 2) + g % 2) * kDim + 16 * t);
+    const Ptr<int8_t> keys = keys_ + ((first + 8 * (g / 2) + g % 2) * kDim + 16 * t);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
 #pragma unroll
-      for (int j = 0; j < kPieces; ++j) {
-        CopyAsync<16>(to + 16 * kAttendThreads * (i * kPieces + j), keys + (2 * i * kDim + 64 * j));
-      }
-    }
-    const Ptr<uint8_t> scales = to + kStageScales;
-    const Ptr<const int8_t> key_scale = Cast<const int8_t>(key_scale_ + (first + 8 * t));
-    const Ptr<const int8_t> value_scale = Cast<const int8_t>(value_scale_ + (first + 8 * t));
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      CopyAsync<16>(scales + 16 * kAttendThreads * i, key_scale + 16 * i);
-      CopyAsync<16>(scales + 16 * kAttendThreads * (2 + i), value_scale + 16 * i);
-    }
-    const Ptr<uint8_t> pieces = ValuesOf(stage);
-    const Ptr<const int8_t> values = values_ + (g * p_.slots + first + 8 * t);
-#pragma unroll
-    for (int i = 0; i < kDim / 8; ++i) CopyAsync<8>(pieces + 8 * kAttendThreads * i, values + 8 * i * p_.slots);
-  }
-
-  // This thread's part of a stage of the ring: pieces of 16 bytes, then the values' of 8.
-  JAXINT8_DEVICE Ptr<uint8_t> StageOf(int stage) const {
-    return shared_ + (p_.ring + stage * kStageBytes + 16 * ThreadIndex());
-  }
-  JAXINT8_DEVICE Ptr<uint8_t> ValuesOf(int stage) const {
-    return shared_ + (p_.ring + stage * kStageBytes + kStageValues + 8 * ThreadIndex());
-  }
-
-  JAXINT8_DEVICE void Take(int stage, Loaded& loaded) const {
-    const Ptr<uint8_t> from = StageOf(stage), scales = from + kStageScales, values = ValuesOf(stage);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-#pragma unroll
-      for (int j = 0; j < kPieces; ++j) {
-        loaded.keys[i][j] = LoadAs<Word4>(from + 16 * kAttendThreads * (i * kPieces + j));
-      }
+      for (int j = 0; j < kPieces; ++j) loaded.keys[i][j] = LoadAs<Word4>(keys + (2 * i * kDim + 64 * j));
     }
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      loaded.key_scale[i] = LoadAs<Word4>(scales + 16 * kAttendThreads * i);
-      loaded.value_scale[i] = LoadAs<Word4>(scales + 16 * kAttendThreads * (2 + i));
+      loaded.key_scale[i] = LoadAs<Word4>(key_scale_ + (first + 8 * t + 4 * i));
+      loaded.value_scale[i] = LoadAs<Word4>(value_scale_ + (first + 8 * t + 4 * i));
     }
+  }
+  // And of the values of eight those of a dimension in eight.
+  JAXINT8_DEVICE void LoadValues(int first, Loaded& loaded) const {
+    const int g = lane_ / 4, t = lane_ % 4;
+    const Ptr<int8_t> values = values_ + (g * p_.slots + first + 8 * t);
 #pragma unroll
-    for (int i = 0; i < kDim / 8; ++i) loaded.values[i] = LoadAs<Word2>(values + 8 * kAttendThreads * i);
+    for (int i = 0; i < kDim / 8; ++i) loaded.values[i] = LoadAs<Word2>(values + 8 * i * p_.slots);
   }
 
   // Puts the new key and value in the place of what was in their slot.
@@ -223,11 +185,10 @@ class AttendKernel {
     const int step = kAttendWarps * (kClustered ? p_.blocks : 1);
     int group = first + kAttendWarps * rank_ + warp_;
     // What is there is asked for before anything else is done, the slot of the new key and value too.
-    int next = group;
-#pragma unroll
-    for (int i = 0; i < kStages; ++i, next += step) {
-      if (next <= last) Ask(kAttendSlots * next, i);
-      CopyAsyncCommit();
+    Loaded loaded;
+    if (group <= last) {
+      LoadKeys(kAttendSlots * group, loaded);
+      LoadValues(kAttendSlots * group, loaded);
     }
     const bool owner = !kClustered || (last - first) / kAttendWarps % p_.blocks == rank_;
     Enter(owner);
@@ -243,21 +204,17 @@ class AttendKernel {
     query_scale_ = FloatFromBits(LoadAs<uint32_t>(shared_ + (kScales + 4 * (lane_ / 4))));
 #pragma unroll
     for (int i = 0; i < kDim / 8; ++i) sums_[i][0] = sums_[i][1] = 0;
-    int stage = 0;
 #pragma unroll 1
-    for (; group <= last; group += step, next += step) {
-      CopyAsyncWait<kStages - 1>();
-      Loaded loaded;
-      Take(stage, loaded);
+    for (; group <= last; group += step) {
       if (group == last) Replace(kAttendSlots * group, loaded);
       float shares[8];
       Score(kAttendSlots * group, query, loaded, shares);
+      // What comes next is on its way while this is multiplied.
+      const int next = kAttendSlots * (group + step);
+      if (group + step <= last) LoadKeys(next, loaded);
       AddValues(shares, loaded);
-      if (next <= last) Ask(kAttendSlots * next, stage);
-      CopyAsyncCommit();
-      stage = stage + 1 == kStages ? 0 : stage + 1;
+      if (group + step <= last) LoadValues(next, loaded);
     }
-    CopyAsyncWait<0>();
     SumUp();
     Barrier();
     if (owner) StoreNew();

@@ -136,17 +136,6 @@ JAXINT8_DEVICE void CopyAsync16(uint8_t* shared, const int8_t* global, bool vali
                "l"(global), "r"(valid ? 16 : 0)
                : "memory");
 }
-// 16 bytes past the first-level cache, or 8 through it.
-template <int kBytes>
-JAXINT8_DEVICE void CopyAsync(uint8_t* shared, const int8_t* global) {
-  const auto to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
-  if constexpr (kBytes == 16) {
-    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(to), "l"(global) : "memory");
-  } else {
-    static_assert(kBytes == 8);
-    asm volatile("cp.async.ca.shared.global.L2::128B [%0], [%1], 8;" ::"r"(to), "l"(global) : "memory");
-  }
-}
 JAXINT8_DEVICE void CopyAsyncCommit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Waits until at most kPending of this thread's committed groups are under way.
 template <int kPending>

@@ -306,7 +306,6 @@ class Machine {
   struct Copy {
     uint8_t* to;
     const uint8_t* from;  // null: zeros
-    size_t bytes;
   };
   std::vector<Copy>& open_copies() { return fibers_[current_].open; }
   std::vector<std::vector<Copy>>& groups() { return fibers_[current_].groups; }

@@ -179,16 +179,7 @@ inline void CopyAsync16(Ptr<uint8_t> shared, Ptr<const int8_t> global, bool vali
   if (valid) from = m.Access(global.buffer, global.low, global.high, global.offset, 16, 16, false, false, site);
   uint8_t* to = m.Access(shared.buffer, shared.low, shared.high, shared.offset, 16, 16, true, false, site);
   std::memset(to, 0x5b, 16);
-  m.open_copies().push_back({to, from, 16});
-}
-template <int kBytes>
-void CopyAsync(Ptr<uint8_t> shared, Ptr<const int8_t> global, Site site = Site::Here()) {
-  Machine& m = TheMachine();
-  const uint8_t* from =
-      m.Access(global.buffer, global.low, global.high, global.offset, kBytes, kBytes, false, false, site);
-  uint8_t* to = m.Access(shared.buffer, shared.low, shared.high, shared.offset, kBytes, kBytes, true, false, site);
-  std::memset(to, 0x5b, kBytes);
-  m.open_copies().push_back({to, from, kBytes});
+  m.open_copies().push_back({to, from});
 }
 inline void CopyAsyncCommit() {
   Machine& m = TheMachine();
@@ -207,9 +198,9 @@ void CopyAsyncWait(Site site = Site::Here()) {
   while (groups.size() > keep) {
     for (const auto& copy : groups.front()) {
       if (copy.from) {
-        std::memcpy(copy.to, copy.from, copy.bytes);
+        std::memcpy(copy.to, copy.from, 16);
       } else {
-        std::memset(copy.to, 0, copy.bytes);
+        std::memset(copy.to, 0, 16);
       }
     }
     groups.erase(groups.begin());
