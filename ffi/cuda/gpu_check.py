@@ -24,7 +24,7 @@ SITE = BUILD / "site"
 # Stage -> seconds it may take at most.
 STAGES = {
     "build": 420,
-    "native": 120,
+    "native": 180,
     "probe": 60,
     "jax": 120,
     "model": 120,
