@@ -87,6 +87,8 @@ def _attend_in_blocks(
         for first in range(0, t, block):
             last = min(first + block, t)
             seen = last if t == s else s
+            if parts:  # or a compiler that runs all blocks side by side holds the scores of all
+                query, parts[-1] = jax.lax.optimization_barrier((query, parts[-1]))
             parts.append(
                 attend_block(
                     query[:, first:last],

@@ -107,7 +107,7 @@ def plan(
     if is_coded(quantization):  # a byte each, and a scale for each vector
         local = placement.local
         per_token = 2 * config.layers * (local.key_value_size + 4 * local.kv_heads)
-    activations = _activations(placement, rows, tokens, size, is_coded(quantization))
+    activations = _activations(placement, rows, tokens, size)
     if tokens < capacity:  # the prompt has a cache of its own, which is copied into the larger one
         activations += rows * tokens * per_token
     return Plan(
@@ -166,18 +166,15 @@ def abstract_params(
     return params
 
 
-def _activations(placement: Placement, rows: int, tokens: int, size: int, coded: bool) -> int:
+def _activations(placement: Placement, rows: int, tokens: int, size: int) -> int:
     """The arrays of one layer, or of the head, that are alive together."""
     local, m, hidden = placement.local, rows * tokens, placement.config.hidden_size
     block = min(tokens, max(SMALLEST_BLOCK, -(-tokens // MOST_BLOCKS)))
     turned = local.query_size + local.key_value_size
-    # q, k, v as they come and as they are turned, and what attention gives; scores and shares in float32.
-    attention = m * (2 * turned + local.key_value_size + local.query_size) * size
+    # q, k, v as they come and as they are turned, keys and values as a block takes them (or as they are
+    # read from codes), and what attention gives; scores and shares of a block in float32.
+    attention = m * (2 * turned + 3 * local.key_value_size + local.query_size) * size
     attention += 2 * rows * local.heads * block * tokens * 4 + m * local.head_dim * 4
-    if coded:
-        # What is left of keys and values. Rounding them takes copies in float32, but those are gone
-        # before there are scores, which are larger.
-        attention += 2 * m * local.key_value_size * size
     mlp = m * local.mlp_size * (2 + local.gated) * size
     head = 2 * rows * placement.config.vocab_size * 4
     # Sums over a layer's inputs that several devices hold, before and after they are added up.
