@@ -1,6 +1,6 @@
 """A token's attention to an int8 cache as one kernel: rotation, codes, storing them, scores, softmax and sum of values.
 
-The kernel exists for what lies between: on a GPU a decoder's attention to one token is six kernels of XLA's, which
+The kernel exists for what lies between: on a GPU a decoder's attention to one token is several kernels of XLA's, which
 read an int8 cache no faster than one of 16 bits. The query is an integer too, as outliers are (128 * hi + lo), and so
 are the shares of values, so both products are exact sums of bytes.
 """
@@ -14,8 +14,7 @@ from jaxint8 import kernels
 from jaxint8.shards import vary_like
 from jaxint8.vectors import Vectors
 
-PLATFORMS: tuple[kernels.Platform, ...] = ("cpu", "cuda")
-"""Those that have a kernel."""
+TARGET = "jaxint8_attend"
 HEAD_DIMS = (64, 128)
 QUERIES_MOST = 8
 """The kernels' limits: the dimensions of a head, and how many query heads share keys."""
@@ -43,13 +42,16 @@ def kernel_platforms(width: int, values: Vectors) -> tuple[kernels.Platform, ...
     queries = width // d - 2 * kv_heads
     if d not in HEAD_DIMS or queries > QUERIES_MOST * kv_heads or slots % 32:
         return ()
-    return tuple(name for name in PLATFORMS if name in kernels.platforms())
+    return kernels.platforms(TARGET)
 
 
 def attend(token: Token, keys: Vectors, values: Vectors) -> tuple[jax.Array, Vectors, Vectors]:
     """Stores a token's key and value and attends to all that it sees; the function of `reference.attend`.
 
-    The arrays of the cache are updated in place where nobody else needs them.
+    The arrays of the cache are updated in place where nobody else needs them. Codes and scales have the same bits
+    everywhere, for the same ``qkv``. Outputs are those of a softmax in float32 (the tests derive how far off they may
+    be): on a CPU a row's bits depend on that row alone, on CUDA also on how many rows there are, which say how many
+    blocks share a head.
 
     Args:
       token: the token.
@@ -68,6 +70,6 @@ def attend(token: Token, keys: Vectors, values: Vectors) -> tuple[jax.Array, Vec
     results = [jax.ShapeDtypeStruct((b, heads * d), token.qkv.dtype)]
     results += [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in cache]
     aliases = {5 + i: 1 + i for i in range(len(cache))}
-    y, *held = kernels.call_in_place("jaxint8_attend", results, operands, {}, aliases)
+    y, *held = kernels.call_target(TARGET, results, operands, {}, aliases)
     y, *held = (vary_like(a, *operands) for a in (y, *held))
     return y, Vectors(*held[:2]), Vectors(*held[2:])

@@ -79,10 +79,11 @@ _register(_cpu, "cpu")
 _register(_cuda, "CUDA")
 
 
-def platforms() -> tuple[Platform, ...]:
-    """Returns the JAX platforms that have compiled kernels in this installation."""
+def platforms(target: str | None = None) -> tuple[Platform, ...]:
+    """Returns the JAX platforms that have compiled kernels, or that one of them, in this installation."""
     modules: dict[Platform, ModuleType | None] = {"cpu": _cpu, "cuda": _cuda}
-    return tuple(name for name, module in modules.items() if module is not None)
+    found = ((name, module.registrations()) for name, module in modules.items() if module)
+    return tuple(name for name, held in found if target is None or target in held)
 
 
 def available() -> tuple[str, ...]:
@@ -202,15 +203,15 @@ def _call(
     if platform == "cuda":
         size = _workspace_bytes(target, shape, attributes, operands[0].dtype)
         results = (*results, jax.ShapeDtypeStruct((size,), jnp.uint8))
-    return call_in_place(target, results, operands, attributes, {})
+    return call_target(target, results, operands, attributes)
 
 
-def call_in_place(
+def call_target(
     target: str,
     results: Sequence[jax.ShapeDtypeStruct],
     operands: Sequence[jax.Array],
     attributes: Mapping[str, np.generic | int],
-    aliases: dict[int, int],
+    aliases: dict[int, int] | None = None,
 ) -> Sequence[jax.Array]:
     """Makes the FFI call; ``aliases`` gives operands by number the results that take their place."""
     call = jax.ffi.ffi_call(target, results, vmap_method="sequential", input_output_aliases=aliases)
@@ -395,4 +396,4 @@ def mlp_block(
         ]
         results.append(jax.ShapeDtypeStruct((max(sizes),), jnp.uint8))
     attributes["epsilon"] = _prologue_attributes(prologue)["epsilon"]
-    return call_in_place("jaxint8_mlp_block", results, operands, attributes, {})[0]
+    return call_target("jaxint8_mlp_block", results, operands, attributes)[0]

@@ -81,7 +81,8 @@ def largest(x: jax.Array, count: int) -> jax.Array:
     what an int8 head costs beside its product. On CUDA a kernel does, where there is one: XLA's are
     no part of its CUDA graphs, and would cut a step of decoding in three.
     """
-    if x.dtype != jnp.float32 or count > kernels.LARGEST_MOST or "cuda" not in kernels.platforms():
+    has_kernel = "cuda" in kernels.platforms("jaxint8_largest")
+    if x.dtype != jnp.float32 or count > kernels.LARGEST_MOST or not has_kernel:
         return _of_blocks(x, count)
     portable = functools.partial(_of_blocks, count=count)
     x = jax.lax.stop_gradient(x)  # indices have none, and a kernel would be asked for its own

@@ -470,7 +470,7 @@ def test_operands_that_do_not_fit_are_refused(change: dict[int, tuple], message:
 
     def call(*operands: jax.Array) -> object:
         aliases = {5 + i: 1 + i for i in range(4)}
-        return kernels.call_in_place("jaxint8_attend", results, operands, {}, aliases)
+        return kernels.call_target("jaxint8_attend", results, operands, {}, aliases)
 
     with pytest.raises(jax.errors.JaxRuntimeError, match=message):
         jax.block_until_ready(jax.jit(call)(*operands))
