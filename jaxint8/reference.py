@@ -323,9 +323,19 @@ def attend(
     Returns:
       float64[b, heads, d].
     """
+    return attend_spread(spread(query), keys, values, seen)
+
+
+def attend_spread(
+    query: np.ndarray,
+    keys: tuple[np.ndarray, np.ndarray],
+    values: tuple[np.ndarray, np.ndarray],
+    seen: np.ndarray,
+) -> np.ndarray:
+    """`attend` for queries float[b, heads, d] that have been spread, and rounded since as kernels do."""
     b, heads, d = query.shape
     kv_heads = keys[0].shape[1]
-    grouped = spread(query).astype(np.float64).reshape(b, kv_heads, heads // kv_heads, d)
+    grouped = query.astype(np.float64).reshape(b, kv_heads, heads // kv_heads, d)
     size = d & -d
     scores = np.einsum("bkgd,bksd->bkgs", grouped, keys[0].astype(np.float64))
     with np.errstate(invalid="ignore"):
