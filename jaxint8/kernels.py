@@ -81,9 +81,8 @@ _register(_cuda, "CUDA")
 
 def platforms(target: str | None = None) -> tuple[Platform, ...]:
     """Returns the JAX platforms that have compiled kernels, or that one of them, in this installation."""
-    modules: dict[Platform, ModuleType | None] = {"cpu": _cpu, "cuda": _cuda}
-    found = ((name, module.registrations()) for name, module in modules.items() if module)
-    return tuple(name for name, held in found if target is None or target in held)
+    has: dict[Platform, ModuleType | None] = {"cpu": _cpu, "cuda": _cuda}
+    return tuple(p for p, m in has.items() if m and (not target or target in m.registrations()))
 
 
 def available() -> tuple[str, ...]:

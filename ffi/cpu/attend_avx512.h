@@ -65,16 +65,7 @@ struct WideRows {
 // 16 registers of 16 words.
 ALWAYS_INLINE inline void TransposeWords(__m512i (&r)[16]) {
   __m512i t[16];
-  Unroll<8>([&](auto i) ALWAYS_INLINE {
-    t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
-    t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
-  });
-  Unroll<4>([&](auto g) ALWAYS_INLINE {
-    r[4 * g] = _mm512_unpacklo_epi64(t[4 * g], t[4 * g + 2]);
-    r[4 * g + 1] = _mm512_unpackhi_epi64(t[4 * g], t[4 * g + 2]);
-    r[4 * g + 2] = _mm512_unpacklo_epi64(t[4 * g + 1], t[4 * g + 3]);
-    r[4 * g + 3] = _mm512_unpackhi_epi64(t[4 * g + 1], t[4 * g + 3]);
-  });
+  UnpackFours(r, t);
   Unroll<4>([&](auto i) ALWAYS_INLINE {
     t[i] = _mm512_shuffle_i32x4(r[i], r[4 + i], 0x88);
     t[4 + i] = _mm512_shuffle_i32x4(r[i], r[4 + i], 0xdd);

@@ -22,6 +22,21 @@ inline __mmask16 FirstWords(int64_t count) { return static_cast<__mmask16>(First
 
 inline int64_t Padded(int64_t k) { return (k + 63) / 64 * 64; }
 
+// Of words, by fours of registers, as far as they go without crossing lanes: afterwards lane l of r[4 * g + q] has word
+// 4 * l + q of each of the registers 4 * g to 4 * g + 3. t: for what lies between.
+ALWAYS_INLINE inline void UnpackFours(__m512i (&r)[16], __m512i (&t)[16]) {
+  Unroll<8>([&](auto i) ALWAYS_INLINE {
+    t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
+    t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
+  });
+  Unroll<4>([&](auto g) ALWAYS_INLINE {
+    r[4 * g] = _mm512_unpacklo_epi64(t[4 * g], t[4 * g + 2]);
+    r[4 * g + 1] = _mm512_unpackhi_epi64(t[4 * g], t[4 * g + 2]);
+    r[4 * g + 2] = _mm512_unpacklo_epi64(t[4 * g + 1], t[4 * g + 3]);
+    r[4 * g + 3] = _mm512_unpackhi_epi64(t[4 * g + 1], t[4 * g + 3]);
+  });
+}
+
 template <Type kType>
 inline __m512 LoadFloats(const void* x, int64_t i, __mmask16 mask) {
   if constexpr (kType == Type::kF32) {

@@ -60,16 +60,7 @@ inline void PackSquare(const int8_t* w, int64_t stride, int64_t rows, int64_t by
       a[i] = _mm512_xor_si512(_mm512_maskz_loadu_epi8(i < rows ? mask : 0, w + (i < rows ? i * stride : 0)), flip);
     }
   });
-  Unroll<8>([&](auto i) ALWAYS_INLINE {
-    b[2 * i] = _mm512_unpacklo_epi32(a[2 * i], a[2 * i + 1]);
-    b[2 * i + 1] = _mm512_unpackhi_epi32(a[2 * i], a[2 * i + 1]);
-  });
-  Unroll<4>([&](auto r) ALWAYS_INLINE {
-    a[4 * r] = _mm512_unpacklo_epi64(b[4 * r], b[4 * r + 2]);
-    a[4 * r + 1] = _mm512_unpackhi_epi64(b[4 * r], b[4 * r + 2]);
-    a[4 * r + 2] = _mm512_unpacklo_epi64(b[4 * r + 1], b[4 * r + 3]);
-    a[4 * r + 3] = _mm512_unpackhi_epi64(b[4 * r + 1], b[4 * r + 3]);
-  });
+  UnpackFours(a, b);
   // a[4 * r + q]: lane l holds columns 4 * (4 * l + q).. of rows 4 * r..4 * r + 3.
   Unroll<4>([&](auto q) ALWAYS_INLINE {
     const __m512i even01 = _mm512_shuffle_i32x4(a[q], a[4 + q], 0x88);
