@@ -57,7 +57,7 @@ class AttendCall(ctypes.Structure):
     BUFFERS = ("qkv", "cosine", "sine", "start", "slot")
     IN_PLACE = ("keys", "key_scale", "values", "value_scale", "y")
     _fields_ = (
-        *((name, ctypes.c_int32) for name in ("type", "planted_fault", "order", "unused")),
+        *((name, ctypes.c_int32) for name in ("type", "planted_fault", "order")),
         *(
             (name, ctypes.c_int64)
             for name in ("rows", "kv_heads", "queries", "d", "slots", "multiprocessors")

@@ -4,9 +4,6 @@
 #include "attend.h"
 #include "host.h"
 #include "quantize.h"
-#if !defined(__CUDACC__) || defined(JAXINT8_WGMMA)
-#define JAXINT8_HAS_WGMMA
-#endif
 
 namespace jaxint8::cuda {
 

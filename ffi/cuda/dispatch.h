@@ -13,9 +13,6 @@
 #include "queue.h"
 #include "sparse_codes.h"
 #include "tiled.h"
-#if !defined(__CUDACC__) || defined(JAXINT8_WGMMA)
-#define JAXINT8_HAS_WGMMA
-#endif
 
 namespace jaxint8::cuda {
 

@@ -15,6 +15,7 @@ from gpu_timing import REPEATS
 
 import cuda_executor as tests
 from jaxint8 import RelativeThreshold
+from jaxint8.models.cache import init_cache
 from jaxint8.models.config import QuantizationConfig
 from jaxint8.models.decoder import forward
 from jaxint8.models.generate import generate_tokens
@@ -64,26 +65,27 @@ def _time(executor: tests.Executor, shape: tuple[int, ...]) -> float:
 
 
 def check_attend() -> dict[str, Any]:
-    """Steps of a decoder in a loop that XLA replays as a CUDA graph, by the kernel and without one."""
+    """Generation with an int8 cache, whose steps are kernels in CUDA graphs, against whole prompts, which have none."""
     config = dataclasses.replace(CONFIG, layers=2, hidden_size=1024, mlp_size=2048, vocab_size=4096)
     config = dataclasses.replace(config, embedding_size=1024)
     params = make_params(True, config)
     how = QuantizationConfig(outliers=RelativeThreshold(6.0), kv_cache="int8")
     prompts = [np.random.default_rng(n).integers(0, 4096, n).tolist() for n in (70, 3, 40)]
     tokens = generate_tokens(config, params, prompts, 100, quantization=how)
+    # Alone a sequence has more blocks to a head.
+    alone = generate_tokens(config, params, prompts[:1], 100, quantization=how)
     failures = []
-    for prompt, made in zip(prompts, tokens, strict=True):
+    for prompt, made in zip([*prompts, prompts[0]], [*tokens, *alone], strict=True):
         logits = _logits(params, jnp.asarray([prompt + made[:-1]]), config, how)[len(prompt) - 1 :]
         chosen = logits[jnp.arange(len(made)), jnp.asarray(made)]
         worst = float(jnp.max(jnp.max(logits, axis=-1) - chosen))
         if worst > 0.1 * float(jnp.std(logits)):
             failures.append(f"attend: {worst} below the largest logit after {len(prompt)} tokens")
-    # Alone a sequence has more blocks to a head.
-    alone = generate_tokens(config, params, prompts[:1], 100, quantization=how)
-    same = np.mean(np.asarray(alone[0]) == np.asarray(tokens[0]))
-    if same < 0.5:
-        failures.append(f"attend: alone {same:.0%} of the tokens are the same")
-    return {"cases": 4, "failures": failures}
+    cache = init_cache(config, 128, jnp.zeros((1,), jnp.int32), jnp.bfloat16, how)
+    step = jax.jit(functools.partial(forward, config, quantization=how))
+    if "jaxint8_attend" not in step.lower(params, jnp.zeros((1, 1), jnp.int32), cache).as_text():
+        failures.append("attend: not the kernel")
+    return {"cases": 5, "failures": failures}
 
 
 @functools.partial(jax.jit, static_argnames=("config", "how"))

@@ -2,6 +2,11 @@
 #ifndef JAXINT8_FFI_CUDA_HOST_H_
 #define JAXINT8_FFI_CUDA_HOST_H_
 
+// Whether the kernels for sm_90a are there; the executor has all.
+#if !defined(__CUDACC__) || defined(JAXINT8_WGMMA)
+#define JAXINT8_HAS_WGMMA
+#endif
+
 #ifdef __CUDACC__
 
 #include <cuda.h>

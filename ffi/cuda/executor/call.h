@@ -30,7 +30,7 @@ struct ExecutorCall {
 
 // A token's attention: mirrored by AttendCall in tests/cuda_executor.py.
 struct ExecutorAttendCall {
-  int32_t type, planted_fault, order, unused;
+  int32_t type, planted_fault, order;
   int64_t rows, kv_heads, queries, d, slots, multiprocessors;
   const void* qkv;
   const float* cosine;

@@ -19,6 +19,17 @@ Machine& TheMachine() {
 
 static std::string text;  // what the last call returned
 
+// The machine as a call wants it, without buffers.
+template <typename Call>
+static jaxint8::cuda::Machine& FreshMachine(const Call& c) {
+  jaxint8::cuda::Machine& machine = jaxint8::cuda::TheMachine();
+  machine.Reset();
+  machine.order = static_cast<unsigned>(c.order);
+  machine.multiprocessors = c.multiprocessors;
+  machine.plant = {static_cast<jaxint8::cuda::Fault>(c.planted_fault), c.planted_site ? c.planted_site : ""};
+  return machine;
+}
+
 template <typename Body>
 static const char* Checked(Body run) {
   try {
@@ -35,11 +46,7 @@ static const char* Checked(Body run) {
 template <typename Body>
 static const char* RunChecked(const ExecutorCall* calls, int count, Body run) {
   using namespace jaxint8::cuda;
-  Machine& machine = TheMachine();
-  machine.Reset();
-  machine.order = static_cast<unsigned>(calls->order);
-  machine.multiprocessors = calls->multiprocessors;
-  machine.plant = {static_cast<Fault>(calls->planted_fault), calls->planted_site ? calls->planted_site : ""};
+  Machine& machine = FreshMachine(*calls);
   const auto add = [&machine](const void* p, int64_t bytes, bool defined) {
     if (p != nullptr && bytes > 0 && machine.Find(p) == nullptr) machine.Add(const_cast<void*>(p), bytes, defined);
   };
@@ -74,11 +81,7 @@ const char* executor_run(const ExecutorCall* c) {
 // The same for a token's attention.
 const char* executor_attend(const ExecutorAttendCall* c) {
   using namespace jaxint8::cuda;
-  Machine& machine = TheMachine();
-  machine.Reset();
-  machine.order = static_cast<unsigned>(c->order);
-  machine.multiprocessors = c->multiprocessors;
-  machine.plant = {static_cast<Fault>(c->planted_fault), c->planted_site ? c->planted_site : ""};
+  Machine& machine = FreshMachine(*c);
   ExecutorAttendCall call = *c;
   ForEachBuffer(call, [&machine](auto& p, int64_t bytes, bool read, bool) {
     const void* data = p;
