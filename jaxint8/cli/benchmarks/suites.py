@@ -134,7 +134,7 @@ def _growth(source: str, engines: Mapping[str, Ours], plan: Plan) -> Iterator[Gr
     yield rows_group(plan.growth_shape, rows, plan.effort, with_peers=plan.peers)
     contexts = [context for context in plan.contexts if context + growth.NEW <= positions]
     yield growth.context_group(growing, contexts, plan.rounds)
-    yield growth.batch_group(ours, plan.batches, plan.rounds)
+    yield growth.batch_group(growing, plan.batches, plan.rounds)
     threads = [count for count in (1, 2, 4, 8, 16, 32) if count < machine.cores()]
     threads.append(machine.cores())
     if growth.CAN_LIMIT and len(threads) > 1:
