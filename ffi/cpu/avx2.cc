@@ -7,7 +7,7 @@
 // fit if no code is -128, as the quantiser guarantees.
 #include <immintrin.h>
 
-#include "attend_rows.h"
+#include "attend_avx256.h"
 #include "avx256.h"
 #include "int8.h"
 #include "processor.h"
@@ -25,15 +25,13 @@ struct Avx2 : Avx256 {
   static constexpr int kDotsN[kDotsM] = {8, 4, 2, 2};
   static constexpr int64_t kPanelK = 512;
 
-  static __m256i Widen(const int8_t* p) {
-    return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-  }
   // One sum after the other: the compiler would rather finish all products first, and keep most sums in memory.
   ALWAYS_INLINE static Sums MulAdd(Sums sum, __m256i w, __m256i x) {
     sum = Add(sum, _mm256_madd_epi16(w, x));
     asm volatile("" : "+x"(sum));
     return sum;
   }
+  static Sums MulAddPairs(Sums sum, __m256i w, __m256i x) { return MulAdd(sum, w, x); }
   static __m256i LoadWeights(const int8_t* w) { return Widen(w); }
   static __m256i LoadCodes(const int8_t* x) { return Widen(x); }
   static __m256i LoadRow(const int8_t* w) { return Widen(w); }
@@ -100,7 +98,7 @@ const Rung kAvx2 = {"avx2",
                     MarkRow,
                     QuantizeRow,
                     MultiplyAvx2,
-                    &kAttendPlain,
+                    &kAttend256<Avx2>,
                     /*chunk_m=*/kChunkM,
                     sizeof(TileScratch<Avx2>)};
 

@@ -26,6 +26,9 @@ struct Avx256 {
   static Sums LoadSums(const int32_t* c) { return Load(c); }
   static void StoreSums(int32_t* c, Sums a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(c), a); }
   static __m256i Load(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+  static __m256i Widen(const int8_t* p) {
+    return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
   static Packed LoadPacked(const uint8_t* p) { return _mm256_load_si256(reinterpret_cast<const __m256i*>(p)); }
   static void StorePacked(uint8_t* p, Packed a) { _mm256_store_si256(reinterpret_cast<__m256i*>(p), a); }
 

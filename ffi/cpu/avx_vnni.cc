@@ -3,7 +3,7 @@
 // As in avx512_vnni.cc the weight is the unsigned operand, w + 128, and the correction comes from the quantiser.
 #include <immintrin.h>
 
-#include "attend_rows.h"
+#include "attend_avx256.h"
 #include "avx256.h"
 #include "int8.h"
 #include "processor.h"
@@ -28,6 +28,16 @@ struct AvxVnni : Avx256 {
     sum = _mm256_dpbusd_epi32(sum, w, x);
 #else
     sum = _mm256_dpbusd_avx_epi32(sum, w, x);
+#endif
+    asm volatile("" : "+x"(sum));
+    return sum;
+  }
+  // Of 16-bit integers, without the offset.
+  ALWAYS_INLINE static Sums MulAddPairs(Sums sum, __m256i w, __m256i x) {
+#if defined(JAXINT8_EVEX)
+    sum = _mm256_dpwssd_epi32(sum, w, x);
+#else
+    sum = _mm256_dpwssd_avx_epi32(sum, w, x);
 #endif
     asm volatile("" : "+x"(sum));
     return sum;
@@ -66,7 +76,7 @@ const Rung kAvxVnniEvex = {"avx_vnni as EVEX",
                            MarkRow,
                            QuantizeRow,
                            Multiply<AvxVnni>,
-                           &kAttendPlain,
+                           &kAttend256<AvxVnni>,
                            /*chunk_m=*/kChunkM,
                            sizeof(TileScratch<AvxVnni>)};
 #else
@@ -77,7 +87,7 @@ const Rung kAvxVnni = {"avx_vnni",
                        MarkRow,
                        QuantizeRow,
                        Multiply<AvxVnni>,
-                       &kAttendPlain,
+                       &kAttend256<AvxVnni>,
                        /*chunk_m=*/kChunkM,
                        sizeof(TileScratch<AvxVnni>)};
 #endif
