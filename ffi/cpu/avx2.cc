@@ -98,7 +98,7 @@ const Rung kAvx2 = {"avx2",
                     MarkRow,
                     QuantizeRow,
                     MultiplyAvx2,
-                    &kAttend256<Avx2>,
+                    &AttendVectors<Attend256<Avx2>>::kFunctions,
                     /*chunk_m=*/kChunkM,
                     sizeof(TileScratch<Avx2>)};
 

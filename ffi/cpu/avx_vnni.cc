@@ -76,7 +76,7 @@ const Rung kAvxVnniEvex = {"avx_vnni as EVEX",
                            MarkRow,
                            QuantizeRow,
                            Multiply<AvxVnni>,
-                           &kAttend256<AvxVnni>,
+                           &AttendVectors<Attend256<AvxVnni>>::kFunctions,
                            /*chunk_m=*/kChunkM,
                            sizeof(TileScratch<AvxVnni>)};
 #else
@@ -87,7 +87,7 @@ const Rung kAvxVnni = {"avx_vnni",
                        MarkRow,
                        QuantizeRow,
                        Multiply<AvxVnni>,
-                       &kAttend256<AvxVnni>,
+                       &AttendVectors<Attend256<AvxVnni>>::kFunctions,
                        /*chunk_m=*/kChunkM,
                        sizeof(TileScratch<AvxVnni>)};
 #endif

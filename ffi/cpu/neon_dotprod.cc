@@ -1,5 +1,5 @@
 // The NEON rung with dot products (sdot: Cortex-A76, Neoverse N1, Apple M1 and later).
-#include "attend_rows.h"
+#include "attend_neon.h"
 #include "int8.h"
 #include "neon.h"
 #include "processor.h"
@@ -58,7 +58,7 @@ const Rung kNeonDotprod = {"neon_dotprod",
                            MarkRow,
                            QuantizeRow,
                            Multiply<NeonDotprod>,
-                           &kAttendPlain,
+                           &AttendVectors<AttendNeon>::kFunctions,
                            /*chunk_m=*/kChunkM,
                            sizeof(TileScratch<NeonDotprod>)};
 

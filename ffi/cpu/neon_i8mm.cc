@@ -1,6 +1,6 @@
 // The NEON rung with matrix products of bytes (smmla: Neoverse V1 and N2, Apple M2 and later): two rows by two outputs,
 // eight columns, in one instruction.
-#include "attend_rows.h"
+#include "attend_neon.h"
 #include "int8.h"
 #include "neon.h"
 #include "processor.h"
@@ -79,7 +79,7 @@ const Rung kNeonI8mm = {"neon_i8mm",
                         MarkRow,
                         QuantizeRow,
                         Multiply<NeonI8mm>,
-                        &kAttendPlain,
+                        &AttendVectors<AttendNeon>::kFunctions,
                         /*chunk_m=*/kChunkM,
                         sizeof(TileScratch<NeonI8mm>)};
 
