@@ -45,6 +45,7 @@ struct AttendVectors {
   static Words All(int32_t x) { return x - Words{}; }
   static Floats Where(Words mask, Floats x) { return (Floats)(mask & (Words)x); }
   static Words LargerOf(Words a, Words b) { return a > b ? a : b; }
+  static Words SmallerOf(Words a, Words b) { return a < b ? a : b; }
   static Words Magnitudes(Floats x) { return (Words)x & All(static_cast<int32_t>(kMagnitude)); }
   static Floats Rounded(Floats x) { return (x + All(12582912.0f)) - All(12582912.0f); }  // as Round
 
@@ -117,7 +118,7 @@ struct AttendVectors {
       Unroll<kParts>([&](auto i) ALWAYS_INLINE {
         const Floats w = Rounded(Load(score + step + kLanes * i) * All(u.inverse));
         const Words v = LargerOf(__builtin_convertvector(w, Words), All(0));
-        code[i] = -LargerOf(-v, All(static_cast<int32_t>(-kMostShare)));
+        code[i] = SmallerOf(v, All(static_cast<int32_t>(kMostShare)));
       });
       P::Store(code, step, to);
     }

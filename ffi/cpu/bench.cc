@@ -1,10 +1,12 @@
 // Times the kernels without JAX, beside what the machine can do: multiply rate, read bandwidth.
 //
-//   bench [threads] [rung=NAME] [m,k,n ...]
+//   bench [threads] [rung=NAME] [m,k,n ...] [attend,b,heads,kv_heads,d,slots ...]
 //
 // One line per product: nanoseconds of the fastest call without and with outliers, the ratio of the two, the rate as a
 // share of the peak multiply rate and the weights' bytes per second as a share of the read bandwidth at their size.
-// Fastest rather than median: on a shared machine the fastest call is the one that nothing disturbed.
+// Of attention to an int8 cache, all of whose slots are seen, the fastest and the median call and the cache's bytes per
+// second of the fastest. Fastest rather than median: on a shared machine the fastest call is the one that nothing
+// disturbed.
 #include <algorithm>
 #include <atomic>
 #include <condition_variable>
@@ -20,6 +22,7 @@
 #include <thread>
 #include <vector>
 
+#include "attend.h"
 #include "ceilings.h"
 #include "int8.h"
 #include "team.h"
@@ -155,6 +158,45 @@ void Run(const Shape& s, int threads, Pool* pool, double peak, const int8_t* wei
   std::fflush(stdout);
 }
 
+struct Attention {
+  int64_t b, heads, kv_heads, d, slots;
+};
+
+void Run(const Attention& a, int threads, Pool* pool) {
+  std::mt19937 random(1);
+  std::normal_distribution<float> normal;
+  const int64_t units = a.b * a.kv_heads;
+  std::vector<float> qkv(a.b * (a.heads + 2 * a.kv_heads) * a.d), y(a.b * a.heads * a.d);
+  std::vector<float> cosine(a.b * a.d / 2, 0.8f), sine(a.b * a.d / 2, 0.6f);
+  std::vector<float> key_scale(units * a.slots, 0.01f), value_scale(units * a.slots, 0.02f);
+  std::vector<int8_t> keys(units * a.slots * a.d), values(keys.size());
+  std::vector<int32_t> start(a.b, 0);
+  for (float& v : qkv) v = normal(random);
+  for (std::vector<int8_t>* codes : {&keys, &values}) {
+    for (int8_t& code : *codes) code = static_cast<int8_t>(random());
+  }
+  AttendProblem p{};
+  p.rung = rung;
+  p.type = Type::kF32;
+  p.b = a.b, p.heads = a.heads, p.kv_heads = a.kv_heads, p.d = a.d, p.slots = a.slots, p.slot = a.slots - 1;
+  p.qkv = qkv.data(), p.cosine = cosine.data(), p.sine = sine.data(), p.start = start.data();
+  p.key_codes = keys.data(), p.key_scale = key_scale.data();
+  p.value_codes = values.data(), p.value_scale = value_scale.data(), p.y = y.data();
+  std::vector<double> taken;
+  for (const double begin = Now(); taken.size() < 5 || Now() - begin < 2e9;) {
+    const double before = Now();
+    AttendJob job(p);
+    RunJob(job, threads, [&](auto task) { pool->Schedule(task); });
+    taken.push_back(Now() - before);
+  }
+  std::sort(taken.begin(), taken.end());
+  std::printf("attend %ld,%ld,%ld,%ld,%ld %9.0f ns, median %9.0f, %.1f GB/s\n", static_cast<long>(a.b),
+              static_cast<long>(a.heads), static_cast<long>(a.kv_heads), static_cast<long>(a.d),
+              static_cast<long>(a.slots), taken[0], taken[taken.size() / 2],
+              2 * static_cast<double>(keys.size()) / taken[0]);
+  std::fflush(stdout);
+}
+
 }  // namespace
 }  // namespace jaxint8::cpu
 
@@ -162,10 +204,15 @@ int main(int argc, char** argv) {
   using namespace jaxint8::cpu;
   const int threads = argc > 1 ? std::atoi(argv[1]) : 1;
   std::vector<Shape> shapes;
+  std::vector<Attention> attentions;
   rung = FindRung(-1);
   for (int i = 2; i < argc; ++i) {
     if (std::strncmp(argv[i], "rung=", 5) == 0) rung = NamedRung(argv[i] + 5);
     if (rung == nullptr) return std::fprintf(stderr, "%s: no such rung here\n", argv[i]), 2;
+    long b, heads, kv_heads, d, slots;
+    if (std::sscanf(argv[i], "attend,%ld,%ld,%ld,%ld,%ld", &b, &heads, &kv_heads, &d, &slots) == 5) {
+      attentions.push_back({b, heads, kv_heads, d, slots});
+    }
     long m, k, n;
     if (std::sscanf(argv[i], "%ld,%ld,%ld", &m, &k, &n) == 3) shapes.push_back({m, k, n});
   }
@@ -180,5 +227,6 @@ int main(int argc, char** argv) {
   std::printf("%s, %d threads, peak %.0f multiplies per ns\n", rung->name, threads, peak);
   Pool pool(threads - 1);
   for (const Shape& s : shapes) Run(s, threads, &pool, peak, weights);
+  for (const Attention& a : attentions) Run(a, threads, &pool);
   std::free(weights);
 }
