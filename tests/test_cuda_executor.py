@@ -188,6 +188,29 @@ def test_wgmma(executor: Executor, shape: tuple[int, int, int], rule: Any, order
     expect_linear(executor, battery.make(shape, battery.DTYPES[order]), rule, WGMMA)
 
 
+# Warpgroups that take turns, each a tile at a time, in clusters of one and two, with tiles for one of them only;
+# columns gathered by chunks, of which there are more than fit at once, and where weights are too many for that.
+@pytest.mark.parametrize("order", range(3))
+@pytest.mark.parametrize(
+    ("multiprocessors", "shape", "rule"),
+    [
+        (1, (130, 64, 136), None),
+        (1, (300, 400, 136), RelativeThreshold(3.0)),
+        (1, (300, 400, 520), RelativeThreshold(3.0)),
+        (2, (257, 64, 136), Threshold(0.5, "token")),
+        (2, (520, 72, 74), None),
+        (3, (130, 600, 264), Threshold(3.0, "token")),
+    ],
+    ids=str,
+)
+def test_turns(
+    executor: Executor, multiprocessors: int, shape: tuple[int, int, int], rule: Any, order: int
+) -> None:
+    executor.order, executor.multiprocessors = order, multiprocessors
+    case, around = make_around(shape, battery.DTYPES[order], 0)
+    expect_linear(executor, case, rule, WGMMA, around)
+
+
 # More rows than 64 of long rows of weights, which are one block's or shared by two, four and eight: without high parts
 # in half tiles, with them in tiles of 64 rows of activations, the last of them with 2 to 64 rows.
 @pytest.mark.parametrize("order", range(3))

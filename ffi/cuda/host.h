@@ -95,10 +95,6 @@ const char* Launch(CUstream_st* stream, int64_t blocks, int threads, int64_t sha
   return Check(cudaLaunchKernelEx(&config, Entry<Kernel>, params), "kernel launch");
 }
 
-inline const char* Clear(CUstream_st* stream, void* p, int64_t bytes) {
-  return Check(cudaMemsetAsync(p, 0, static_cast<size_t>(bytes), stream), "memset");
-}
-
 inline const char* Multiprocessors(int64_t* count) {
   Device device;
   int index = 0;

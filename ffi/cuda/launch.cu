@@ -3,6 +3,7 @@
 #include <cstdint>
 
 #include "dispatch.h"
+#include "gather.h"
 #include "host.h"
 #include "int8.h"
 #include "plan.h"
@@ -19,7 +20,10 @@ const char* Call::Run() {
   // Where it pays, and the first kernel reads nothing before it waits: the stream does.
   const bool few = p_.m <= kSpreadMost * multiprocessors_ || (!plan_.has_rule && p_.k <= 2048);
   if (plan_.gemv || (wgmma_ && !plan_.stream && few)) queue_.StartEarly();
-  if (plan_.clear && plan_.bits_bytes > 0) JAXINT8_TRY(queue_.Clear(p_.workspace + plan_.bits, plan_.bits_bytes));
+  if (plan_.clear && plan_.bits_bytes > 0) {
+    JAXINT8_TRY(queue_.Launch<ClearKernel>(1, ClearKernel::kMaxThreads, 0,
+                                           {Scratch<uint32_t>(plan_.bits, plan_.bits_bytes), plan_.bits_bytes / 4}));
+  }
   switch (p_.kind) {
     case Problem::Kind::kQuantize:
       return Quantize();
@@ -115,10 +119,21 @@ const char* Call::GatherOutliers(Ptr<const int8_t> hi, Ptr<const int8_t> w, int6
   g.out_a = Scratch<int8_t>(plan_.gathered_a, p_.m * plan_.capacity);
   g.out_b = Scratch<int8_t>(plan_.gathered_w, p_.n * plan_.capacity);
   g.count = Scratch<uint32_t>(plan_.count, 4);
-  const int64_t blocks = (p_.m + p_.n + GatherKernel::kMaxThreads / 32 - 1) / (GatherKernel::kMaxThreads / 32);
-  const int64_t most = 8 * multiprocessors_;
-  JAXINT8_TRY(queue_.Launch<GatherKernel>(blocks < most ? blocks : most, GatherKernel::kMaxThreads,
-                                          GatherKernel::Shared(plan_.capacity), g));
+  g.k = p_.k;
+  g.aligned = plan_.align_w;
+  if (wgmma_ && ChunkGatherKernel::Takes(g, multiprocessors_)) {
+    g.share_a = static_cast<int>((p_.m + multiprocessors_ - 1) / multiprocessors_);
+    g.share_b = static_cast<int>((p_.n + multiprocessors_ - 1) / multiprocessors_);
+    g.chunk_a = static_cast<int>(ChunkGatherKernel::kChunk / g.stride_a);
+    g.chunk_b = static_cast<int>(ChunkGatherKernel::kChunk / g.stride_b);
+    JAXINT8_TRY(queue_.Launch<ChunkGatherKernel>(multiprocessors_, ChunkGatherKernel::kMaxThreads,
+                                                 ChunkGatherKernel::Shared(plan_.capacity), g));
+  } else {
+    const int64_t blocks = (p_.m + p_.n + GatherKernel::kMaxThreads / 32 - 1) / (GatherKernel::kMaxThreads / 32);
+    const int64_t most = 8 * multiprocessors_;
+    JAXINT8_TRY(queue_.Launch<GatherKernel>(blocks < most ? blocks : most, GatherKernel::kMaxThreads,
+                                            GatherKernel::Shared(plan_.capacity), g));
+  }
   t->count = g.count;
   t->capacity = plan_.capacity;
   t->gathered = {g.out_a, g.out_b, plan_.capacity, plan_.capacity, 0};

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "gather.h"
 #include "gemv.h"
 #include "int8.h"
 #include "largest.h"
@@ -54,28 +55,35 @@ inline int ChooseTile(int64_t m, int64_t n, int64_t multiprocessors) {
   return best;
 }
 
-// The same for the wgmma kernel: columns of a tile of 128 rows, blocks of a cluster, time per k; measured on an H200.
+// The same for the wgmma kernels: columns of a tile of 128 rows, blocks of a cluster, whether warpgroups take turns
+// (wgmma.h); nanoseconds of 128 columns of k, of what else a tile takes, and of what comes once: measured on an H200.
 struct WgmmaShape {
   int64_t n, cluster;
-  double cost;
+  bool turns;
+  int64_t step, tile, end;
 };
-inline constexpr WgmmaShape kWgmmaShapes[] = {
-    {256, 2, 1.0}, {128, 2, 0.53}, {192, 1, 0.76}, {128, 1, 0.54}, {64, 1, 0.39}};
-// And for the one with sparse high parts.
-inline constexpr WgmmaShape kSparseShapes[] = {{192, 1, 1.0}, {160, 1, 0.855}, {128, 1, 0.755},
-                                               {112, 1, 0.7}, {96, 1, 0.62},   {64, 1, 0.54}};
+inline constexpr WgmmaShape kWgmmaShapes[] = {{256, 2, false, 600, 5000, 0}, {128, 2, false, 310, 2100, 0},
+                                              {192, 1, false, 470, 1700, 0}, {128, 1, false, 358, 1550, 0},
+                                              {64, 1, false, 300, 900, 0},   {128, 2, true, 325, 0, 3500},
+                                              {128, 1, true, 325, 0, 3200},  {160, 2, true, 405, 0, 5000}};
+// Of longer rows outputs are a small part, and taking turns reads them more often from the second-level cache.
+inline constexpr int64_t kTurnsK = 8192;
+// And for the one with sparse high parts, by the ratios of their steps.
+inline constexpr WgmmaShape kSparseShapes[] = {{192, 1, false, 1000, 0, 0}, {160, 1, false, 855, 0, 0},
+                                               {128, 1, false, 755, 0, 0},  {112, 1, false, 700, 0, 0},
+                                               {96, 1, false, 620, 0, 0},   {64, 1, false, 540, 0, 0}};
 
 template <int kCount>
-int ChooseWgmma(const WgmmaShape (&shapes)[kCount], int64_t m, int64_t n, int64_t multiprocessors) {
+int ChooseWgmma(const WgmmaShape (&shapes)[kCount], int64_t m, int64_t n, int64_t k, int64_t multiprocessors) {
   int best = -1;
-  double least = 0;
-  const int64_t tiles_m = (m + 127) / 128;
+  int64_t least = 0;
+  const int64_t tiles_m = (m + 127) / 128, steps = (k + 127) / 128;
   for (int i = 0; i < kCount; ++i) {
     const WgmmaShape& s = shapes[i];
-    if (s.cluster > tiles_m) continue;
-    const int64_t turns = (tiles_m + s.cluster - 1) / s.cluster * ((n + s.n - 1) / s.n);
+    if (s.cluster > tiles_m || (s.turns && k > kTurnsK)) continue;
+    const int64_t tiles = (tiles_m + s.cluster - 1) / s.cluster * ((n + s.n - 1) / s.n);
     const int64_t at_once = multiprocessors / s.cluster > 0 ? multiprocessors / s.cluster : 1;
-    const double cost = static_cast<double>((turns + at_once - 1) / at_once) * s.cost;
+    const int64_t cost = (tiles + at_once - 1) / at_once * (steps * s.step + s.tile) + s.end;
     if (best < 0 || cost < least) {
       best = i;
       least = cost;
@@ -84,13 +92,13 @@ int ChooseWgmma(const WgmmaShape (&shapes)[kCount], int64_t m, int64_t n, int64_
   return best;
 }
 
-// Whether high parts are multiplied as sparse operands, at half the cost of all low parts, or gathered by columns,
+// Whether high parts are multiplied as sparse operands, at two thirds of the cost of low parts, or gathered by columns,
 // which costs another reading of all weights and fewer products: measured on an H200. The largest values of each row
 // stand in more columns than values above a threshold do.
 inline bool PrefersSparse(const Problem& p, bool by_column) {
   const double products = static_cast<double>(p.m) * static_cast<double>(p.n) * static_cast<double>(p.k);
   if (p.options.rule == Rule::kTopK) return products <= 5e11;
-  return by_column ? p.m <= 512 || products <= 4e9 : p.m <= 768 || products <= 2e10;
+  return by_column ? p.m <= 512 || products <= 4e9 : p.m <= 768 || products <= 8e9;
 }
 
 // Up to this many rows Hopper's product has the weights in the place of the rows (swapped.h): measured on an H200.

@@ -1,4 +1,4 @@
-// The kernels around a large product: quantise rows, find the columns that hold outliers, gather them, align weights.
+// The kernels around a large product: quantise rows, find the columns that hold outliers, align weights.
 #ifndef JAXINT8_FFI_CUDA_QUANTIZE_H_
 #define JAXINT8_FFI_CUDA_QUANTIZE_H_
 
@@ -302,94 +302,6 @@ struct QuantizeKernel {
         CopyAsync16(to + at, Cast<const int8_t>(from + at), true);
       }
     }
-  }
-};
-
-// Gathered columns are read in steps of this many bytes: the list is padded with zeros to a multiple.
-inline constexpr int64_t kGatherStep = 128;
-// The list of columns is kept in shared memory.
-inline constexpr int64_t kGatherMost = 8192;
-
-struct GatherParams {
-  Ptr<const int8_t> a, b;  // [rows_a][stride_a], [rows_b][stride_b]
-  int64_t rows_a, rows_b, stride_a, stride_b;
-  Ptr<const uint32_t> used;  // [words]: bit per column
-  int64_t words;
-  int64_t capacity;          // a multiple of kGatherStep, at most kGatherMost
-  Ptr<int8_t> out_a, out_b;  // [rows][capacity]
-  Ptr<uint32_t> count;       // of all columns, also those beyond the capacity
-};
-
-// With `columns` the places of the bits, ascending: out[r][j] = in[r][columns[j]] for two matrices, one warp per row.
-// Writes the count alone if there are more than fit. Every block makes the list for itself: that is sooner done than
-// another kernel launched.
-struct GatherKernel {
-  using Params = GatherParams;
-  static constexpr int kMaxThreads = 256;
-  static constexpr int kMinBlocks = 4;
-  static constexpr int64_t Shared(int64_t capacity) { return 4 * (32 + capacity); }
-
-  static JAXINT8_DEVICE void Run(const Params& p) {
-    WaitForPreviousKernel();
-    AllowNextKernel();
-    const int64_t count = List(p);
-    if (BlockIndex() == 0 && ThreadIndex() == 0) Store(p.count, static_cast<uint32_t>(count));
-    if (count > p.capacity) return;
-    const int64_t width = (count + kGatherStep - 1) / kGatherStep * kGatherStep;
-    const int lane = ThreadIndex() % 32, warps = BlockThreads() / 32;
-    const Ptr<const int32_t> columns = Columns();
-    for (int64_t r = BlockIndex() * warps + ThreadIndex() / 32; r < p.rows_a + p.rows_b; r += BlockCount() * warps) {
-      const bool first = r < p.rows_a;
-      const int64_t row = first ? r : r - p.rows_a;
-      const Ptr<const int8_t> in = first ? p.a + row * p.stride_a : p.b + row * p.stride_b;
-      const Ptr<int8_t> out = (first ? p.out_a : p.out_b) + row * p.capacity;
-      for (int64_t j = 4 * lane; j < width; j += 4 * 32) {
-        uint32_t word = 0;
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          if (j + e < count) {
-            word |= static_cast<uint32_t>(static_cast<uint8_t>(Load(in + Load(columns + j + e)))) << (8 * e);
-          }
-        }
-        StoreAs<uint32_t>(out + j, word);
-      }
-    }
-  }
-
- private:
-  static JAXINT8_DEVICE Ptr<int32_t> Columns() { return Cast<int32_t>(SharedMemory() + 4 * 32); }
-
-  // Lists the columns in shared memory, as many as fit, and returns how many there are.
-  static JAXINT8_DEVICE int64_t List(const Params& p) {
-    const int lane = ThreadIndex() % 32, warp = ThreadIndex() / 32, warps = BlockThreads() / 32;
-    const Ptr<uint32_t> sums = Cast<uint32_t>(SharedMemory());
-    const int64_t share = (p.words + BlockThreads() - 1) / BlockThreads();
-    const int64_t begin = share * ThreadIndex();
-    const int64_t end = begin + share < p.words ? begin + share : p.words;
-    uint32_t own = 0;
-    for (int64_t i = begin; i < end; ++i) own += static_cast<uint32_t>(PopulationCount(Load(p.used + i)));
-    const uint32_t scan = InclusiveScan(own);
-    if (lane == 31) Store(sums + warp, scan);
-    Barrier();
-    const uint32_t others = InclusiveScan(lane < warps ? Load(sums + lane) : 0);
-    const uint32_t before = Shuffle(others, warp > 0 ? warp - 1 : 0), all = Shuffle(others, warps - 1);
-    int64_t at = scan - own + (warp > 0 ? before : 0);
-    for (int64_t i = begin; i < end; ++i) {
-      for (uint32_t bits = Load(p.used + i); bits; bits &= bits - 1, ++at) {
-        if (at < p.capacity) Store(Columns() + at, static_cast<int32_t>(32 * i + LowestBit(bits)));
-      }
-    }
-    Barrier();
-    return all;
-  }
-
-  static JAXINT8_DEVICE uint32_t InclusiveScan(uint32_t v) {
-    const int lane = ThreadIndex() % 32;
-    for (int d = 1; d < 32; d *= 2) {
-      const uint32_t other = Shuffle(v, lane >= d ? lane - d : lane);
-      v += lane >= d ? other : 0;
-    }
-    return v;
   }
 };
 

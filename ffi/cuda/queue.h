@@ -47,11 +47,6 @@ class LaunchQueue {
     return cuda::Launch<Kernel>(stream_, blocks, threads, shared, params, overlapped, cluster);
   }
 
-  const char* Clear(uint8_t* at, int64_t bytes) {
-    follows_ = early_ = false;  // a kernel behind a memset cannot start early
-    return cuda::Clear(stream_, at, bytes);
-  }
-
  private:
   CUstream_st* const stream_;
   bool follows_, early_ = false;

@@ -16,7 +16,7 @@ const char* Call::SparseShaped(const SparseParams& s, int chosen) {
 
 const char* Call::SparseProduct(Ptr<const int8_t> lo, int64_t stride, Ptr<const int8_t> hi, Ptr<const int8_t> w,
                                 int64_t w_stride) {
-  const int chosen = ChooseWgmma(kSparseShapes, p_.m, p_.n, multiprocessors_);
+  const int chosen = ChooseWgmma(kSparseShapes, p_.m, p_.n, p_.k, multiprocessors_);
   SparseParams s{};
   s.sparse = Sparse<const uint8_t>();
   s.m = p_.m;

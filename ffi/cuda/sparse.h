@@ -196,17 +196,18 @@ class SparseKernel {
   JAXINT8_DEVICE void Consume() const {
     Turn turn{0, 0};
     uint32_t parity = 0;
-    int32_t c[kSums], high[kSums];
+    int32_t sums[1][kSums], high[kSums];
+    int32_t (&c)[kSums] = sums[0];
     TileOutput<kTileN> output = output_;
     order_.ForEach([&](TilePlace place) {
-      const typename TileOutput<kTileN>::Rows rows = output.RowsOf(place);
+      const typename TileOutput<kTileN>::Rows rows[1] = {output.RowsOf(place)};
       WaitBarrier(flags_ready_, parity);
       Accumulate(c, high, turn);
       Arrive(flags_read_);
       parity ^= 1;
 #pragma unroll
       for (int i = 0; i < kSums; ++i) c[i] = Combine(c[i], high[i]);
-      output.Finish(c, place, rows);
+      output.Finish(sums, place, rows);
     });
   }
 

@@ -54,7 +54,7 @@ class TileOrder {
 
 // Outputs of tiles of 128 rows and kTileN columns, of which two warpgroups have 64 rows each. Threads 128 and up are
 // theirs.
-template <int kTileN>
+template <int kTileN, int kGroups = 2>
 class TileOutput {
  public:
   static constexpr int kSums = kTileN / 2;  // of a thread: 64 x kTileN in 128 threads
@@ -69,8 +69,8 @@ class TileOutput {
         empty_(full_ + 8) {}
 
   JAXINT8_DEVICE void InitBarriers() const {
-    InitBarrier(full_, 32);  // one arrival of each lane that fetches
-    InitBarrier(empty_, 8);  // one arrival of each multiplying warp
+    InitBarrier(full_, 32);            // one arrival of each lane that fetches
+    InitBarrier(empty_, 4 * kGroups);  // one arrival of each multiplying warp
   }
 
   // By one warp, for each tile in turn.
@@ -102,10 +102,16 @@ class TileOutput {
     return rows;
   }
 
-  // By all threads of both warpgroups, for each tile in turn.
-  JAXINT8_DEVICE void Finish(const int32_t (&c)[kSums], TilePlace place, const Rows& rows) {
+  // By all threads of the warpgroups, for each tile in turn; the sums are those of 64 rows of each.
+  template <int kHalves>
+  JAXINT8_DEVICE void Finish(const int32_t (&c)[kHalves][kSums], TilePlace place, const Rows (&rows)[kHalves]) {
     WaitBarrier(full_, parity_);
-    WithTypeOf(e_, [&](auto type) { FinishAs<decltype(type)::kType>(c, place, rows); });
+    WithTypeOf(e_, [&](auto type) {
+#pragma unroll
+      for (int h = 0; h < kHalves; ++h) {
+        FinishAs<decltype(type)::kType>(c[h], TilePlace{place.m + 64 * h, place.n}, rows[h]);
+      }
+    });
     WarpBarrier();
     if (ThreadIndex() % 32 == 0) Arrive(empty_);
     parity_ ^= 1;
@@ -113,7 +119,7 @@ class TileOutput {
 
  private:
   static JAXINT8_DEVICE int64_t Row(TilePlace place) {  // and Row + 8
-    const int thread = ThreadIndex() - 128;
+    const int thread = (ThreadIndex() - 128) % (128 * kGroups);
     return place.m + thread / 32 * 16 + thread % 32 / 4;
   }
 
@@ -159,7 +165,7 @@ class TileOutput {
   template <Type kType, bool kAdds>
   JAXINT8_DEVICE void FinishWords(const Epilogue& e, const int32_t (&c)[kSums], TilePlace place,
                                   const Rows& rows) const {
-    constexpr int kAhead = kAdds ? 16 / kWords<kType> : 1;
+    constexpr int kAhead = kAdds && kGroups > 1 ? 16 / kWords<kType> : 1;
     uint32_t added[kAhead][2][kWords<kType>] = {};
 #pragma unroll
     for (int j = 0; kAdds && j < kAhead && j < kChunks; ++j) LoadWords<kType>(e.residual, place, j, added[j]);

@@ -31,13 +31,13 @@ const char* Call::WgmmaWith(const TiledParams& t, const WgmmaShape& shape) {
 template <int kShape>
 const char* Call::WgmmaShaped(const TiledParams& t, int chosen) {
   constexpr const WgmmaShape& shape = kWgmmaShapes[kShape];
-  if (chosen == kShape) return WgmmaWith<WgmmaKernel<shape.n, shape.cluster>>(t, shape);
+  if (chosen == kShape) return WgmmaWith<WgmmaKernel<shape.n, shape.cluster, shape.turns>>(t, shape);
   if constexpr (kShape + 1 < std::size(kWgmmaShapes)) return WgmmaShaped<kShape + 1>(t, chosen);
   return nullptr;
 }
 
 const char* Call::Wgmma(const TiledParams& t) {
-  return WgmmaShaped<0>(t, ChooseWgmma(kWgmmaShapes, p_.m, p_.n, multiprocessors_));
+  return WgmmaShaped<0>(t, ChooseWgmma(kWgmmaShapes, p_.m, p_.n, p_.k, multiprocessors_));
 }
 
 }  // namespace jaxint8::cuda

@@ -29,7 +29,8 @@ struct WgmmaParams {
   Epilogue epilogue;
 };
 
-template <int kTileN, int kBlocks>
+// kTurns: each multiplying warpgroup takes every other tile for itself, and multiplies while the other writes outputs.
+template <int kTileN, int kBlocks, bool kTurns>
 class WgmmaKernel {
  public:
   using Params = WgmmaParams;
@@ -39,8 +40,9 @@ class WgmmaKernel {
   static constexpr int kMinBlocks = 1;
   static constexpr int kBytesA = kTileM * kTileK, kBytesB = kTileN * kTileK;
   static constexpr int kStages = 196608 / (kBytesA + kBytesB);
+  static constexpr int kOutputBytes = TileOutputBytes(kTileN);
   // Stages first, in 1024-byte units; then two barriers per stage, and what the outputs need.
-  static constexpr int64_t kShared = 1024 + kStages * (kBytesA + kBytesB + 16) + TileOutputBytes(kTileN);
+  static constexpr int64_t kShared = 1024 + kStages * (kBytesA + kBytesB + 16) + (kTurns ? 2 : 1) * kOutputBytes + 16;
 
   static JAXINT8_DEVICE void Run(const Params& p) {
 #ifdef JAXINT8_HOPPER
@@ -52,7 +54,10 @@ class WgmmaKernel {
 #ifdef JAXINT8_HOPPER
 
  private:
-  static constexpr int kSums = kTileN / 2;  // of a thread: 64 x kTileN in 128 threads
+  static constexpr int kSums = kTileN / 2;        // of a thread: 64 x kTileN in 128 threads
+  static constexpr int kGroups = kTurns ? 1 : 2;  // warpgroups that share a tile
+  static constexpr int kHalves = kTurns ? 2 : 1;  // of its rows that one has
+  using Output = TileOutput<kTileN, kGroups>;
 
   JAXINT8_DEVICE explicit WgmmaKernel(const Params& p)
       : p_(p),
@@ -61,7 +66,13 @@ class WgmmaKernel {
         full_(stages_ + kStages * (kBytesA + kBytesB)),
         empty_(full_ + 8 * kStages),
         order_(p.m, p.n, rank_),
-        output_(p.epilogue, p.m, p.n, empty_ + 8 * kStages - SharedAddress(SharedMemory())) {}
+        turns_(empty_ + 8 * kStages),
+        outputs_(turns_ + 16 - SharedAddress(SharedMemory())) {}
+
+  // Of a warpgroup, where they take turns.
+  JAXINT8_DEVICE Output MakeOutput(int group) const {
+    return Output(p_.epilogue, p_.m, p_.n, outputs_ + static_cast<uint32_t>(group * kOutputBytes));
+  }
 
   JAXINT8_DEVICE void Work() {
     if (ThreadIndex() == 0) {
@@ -69,9 +80,10 @@ class WgmmaKernel {
       FetchMap(&p_.lo.b);
       for (int s = 0; s < kStages; ++s) {
         InitBarrier(full_ + 8 * s, 1);
-        InitBarrier(empty_ + 8 * s, 8 * kBlocks);  // one arrival of each multiplying warp of the cluster
+        InitBarrier(empty_ + 8 * s, 4 * kGroups * kBlocks);  // one arrival of each warp of the cluster that reads it
       }
-      output_.InitBarriers();
+      for (int g = 0; g < kHalves; ++g) MakeOutput(g).InitBarriers();
+      for (int g = 0; g < 2; ++g) InitBarrier(turns_ + 8 * g, 4);  // one arrival of each warp of the other warpgroup
       FenceBarrierInit();
     }
     if constexpr (kBlocks > 1) {
@@ -129,41 +141,87 @@ class WgmmaKernel {
   }
 
   JAXINT8_DEVICE void Provide() const {
-    TileOutput<kTileN> output = output_;
-    order_.ForEach([&](TilePlace place) { output.Provide(place); });
+    Output outputs[2] = {MakeOutput(0), MakeOutput(kTurns ? 1 : 0)};
+    bool second = false;
+    order_.ForEach([&](TilePlace place) {
+      if (second) {
+        outputs[1].Provide(place);
+      } else {
+        outputs[0].Provide(place);
+      }
+      second = kTurns && !second;
+    });
   }
 
   JAXINT8_DEVICE void Consume() {
-    int stage = 0;
-    uint32_t parity = 0;
-    int32_t c[kSums];
-    TileOutput<kTileN> output = output_;
+    // From another lane, so that the compiler sees that all lanes have the same.
+    const int group = static_cast<int>(Shuffle(static_cast<uint32_t>(ThreadIndex() / 128), 0)) - 1;
+    Ring ring;
+    int32_t c[kHalves][kSums];
+    Output output = MakeOutput(kTurns ? group : 0);
+    bool others = kTurns && group > 0;
+    uint32_t turn = group > 0 ? 0 : 1;  // the first one's first turn has come
     order_.ForEach([&](TilePlace place) {
-      const typename TileOutput<kTileN>::Rows rows = output.RowsOf(place);
-      if (high_ > 0) {
-        Accumulate(c, high_, 0, stage, parity);
-#pragma unroll
-        for (int i = 0; i < kSums; ++i) c[i] = Combine(0, c[i]);
+      if (others) {
+        others = false;
+        return ring.Skip(high_ + low_);
       }
-      Accumulate(c, low_, high_ > 0, stage, parity);
+      others = kTurns;
+      typename Output::Rows rows[kHalves];
+#pragma unroll
+      for (int h = 0; h < kHalves; ++h) rows[h] = output.RowsOf({place.m + 64 * h, place.n});
+      // No earlier, or a stage that is filled could not be told from one that was filled two rounds ago.
+      if constexpr (kTurns) WaitBarrier(turns_ + 8 * group, turn);
+      turn ^= 1;
+      if (high_ > 0) {
+        Accumulate(c, high_, 0, group, false, ring);
+#pragma unroll
+        for (int h = 0; h < kHalves; ++h) {
+#pragma unroll
+          for (int i = 0; i < kSums; ++i) c[h][i] = Combine(0, c[h][i]);
+        }
+      }
+      Accumulate(c, low_, high_ > 0, group, kTurns, ring);
       output.Finish(c, place, rows);
     });
   }
 
+  // A place in the ring of stages.
+  struct Ring {
+    int stage = 0;
+    uint32_t parity = 0;
+    JAXINT8_DEVICE void Skip(int steps) {
+      const auto end = static_cast<unsigned>(stage + steps);
+      stage = static_cast<int>(end % kStages);
+      parity ^= end / kStages & 1;
+    }
+    JAXINT8_DEVICE void Next() {
+      if (++stage == kStages) {
+        stage = 0;
+        parity ^= 1;
+      }
+    }
+  };
+
   // c = (add ? c : 0) + the products of the next `steps` stages. One stage's products run while the next are issued.
-  JAXINT8_DEVICE void Accumulate(int32_t (&c)[kSums], int steps, uint32_t add, int& stage, uint32_t& parity) const {
-    const uint32_t rows = static_cast<uint32_t>(ThreadIndex() / 128 - 1) * 64 * kTileK;
+  JAXINT8_DEVICE void Accumulate(int32_t (&c)[kHalves][kSums], int steps, uint32_t add, int group, bool ends,
+                                 Ring& ring) const {
+    const uint32_t rows = kTurns ? 0 : static_cast<uint32_t>(group) * 64 * kTileK;
     int last = 0;
-    Pin(c);
+#pragma unroll
+    for (int h = 0; h < kHalves; ++h) Pin(c[h]);
 #pragma unroll 1
     for (int step = 0; step < steps; ++step) {
-      WaitBarrier(full_ + 8 * stage, parity);
-      const uint32_t at = stages_ + stage * (kBytesA + kBytesB);
+      WaitBarrier(full_ + 8 * ring.stage, ring.parity);
+      const uint32_t at = stages_ + ring.stage * (kBytesA + kBytesB);
       const uint64_t a = TileDescriptor<128>(at + rows), b = TileDescriptor<128>(at + kBytesA);
       ProductFence();
 #pragma unroll
       for (int j = 0; j < kTileK / 32; ++j) {
-        Product(c, a + 2 * j, b + 2 * j, add);  // 32 bytes further, in units of 16
+#pragma unroll
+        for (int h = 0; h < kHalves; ++h) {
+          Product(c[h], a + 2 * j + h * (64 * kTileK / 16), b + 2 * j, add);  // 32 bytes further, in units of 16
+        }
         add = 1;
       }
       ProductCommit();
@@ -171,14 +229,13 @@ class WgmmaKernel {
         ProductWait<1>();
         Release(last);
       }
-      last = stage;
-      if (++stage == kStages) {
-        stage = 0;
-        parity ^= 1;
-      }
+      last = ring.stage;
+      ring.Next();
     }
+    if (ends && ThreadIndex() % 32 == 0) Arrive(turns_ + 8 * (1 - group));
     ProductWait<0>();
-    Pin(c);
+#pragma unroll
+    for (int h = 0; h < kHalves; ++h) Pin(c[h]);
     Release(last);
   }
 
@@ -191,7 +248,7 @@ class WgmmaKernel {
   const Params& p_;
   const uint32_t rank_, stages_, full_, empty_;
   const TileOrder<kTileM, kTileN, kBlocks> order_;
-  const TileOutput<kTileN> output_;
+  const uint32_t turns_, outputs_;  // two barriers; where bytes of outputs are
   bool fits_ = true;
   int high_ = 0, low_ = 0;
 #endif

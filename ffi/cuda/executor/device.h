@@ -355,13 +355,6 @@ Ptr<T> Memory(const void* p, int64_t bytes) {
   return {buffer, low, low + bytes, low};
 }
 
-inline const char* Clear(CUstream_st*, void* p, int64_t bytes) {
-  const Ptr<uint8_t> range = Memory<uint8_t>(p, bytes);
-  std::memset(p, 0, static_cast<size_t>(bytes));
-  TheMachine().Define(range.buffer, range.offset, bytes);
-  return nullptr;
-}
-
 inline const char* HasWgmma(bool* has) {
   *has = true;
   return nullptr;
