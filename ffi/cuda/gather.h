@@ -211,6 +211,12 @@ struct ChunkGatherKernel {
     return {in, out, static_cast<int>(stride), row, left < 0 ? 0 : left < share ? left : share, chunk};
   }
 
+  // Field by field: a choice between the two would be one of their addresses.
+  JAXINT8_DEVICE Share Of(bool in_b) const {
+    return {in_b ? b_.in : a_.in,   in_b ? b_.out : a_.out,   in_b ? b_.stride : a_.stride,
+            in_b ? b_.row : a_.row, in_b ? b_.rows : a_.rows, in_b ? b_.each : a_.each};
+  }
+
   JAXINT8_DEVICE explicit ChunkGatherKernel(const Params& p)
       : p_(p),
         chunks_(SharedAddress(SharedMemory())),
@@ -227,6 +233,7 @@ struct ChunkGatherKernel {
       for (int c = 0; c < kChunks; ++c) InitBarrier(Copied(c), 1);
       FenceBarrierInit();
     }
+    Barrier();  // for memory checkers: the end of the list is one as well
     const int early = p_.aligned ? 0 : b_.Chunks() < kChunks ? b_.Chunks() : kChunks;
     const int first = all_ < kChunks ? all_ : kChunks;
     if (ThreadIndex() == 0) {
@@ -240,7 +247,6 @@ struct ChunkGatherKernel {
 #pragma unroll 1
       for (int c = early; c < first; ++c) CopyChunk(c);
     }
-    // Its end is a barrier, behind which all may look at those above.
     const GatherList list(SharedMemory() + kListAt);
     const int count = list.Make<kMaxThreads / 32>(p_);
     if (BlockIndex() == 0 && ThreadIndex() == 0) Store(p_.count, static_cast<uint32_t>(count));
@@ -250,7 +256,7 @@ struct ChunkGatherKernel {
       WaitBarrier(Copied(c), static_cast<uint32_t>(c / kChunks & 1));
       if (!fits) continue;
       const bool in_b = c < b_.Chunks();
-      Pick(in_b ? b_ : a_, in_b ? c : c - b_.Chunks(), c % kChunks * kChunk, list, count);
+      Pick(Of(in_b), in_b ? c : c - b_.Chunks(), c % kChunks * kChunk, list, count);
       Barrier();
       if (ThreadIndex() == 0 && c + kChunks < all_) CopyChunk(c + kChunks);
     }
@@ -258,7 +264,7 @@ struct ChunkGatherKernel {
 
   JAXINT8_DEVICE void CopyChunk(int c) const {
     const bool in_b = c < b_.Chunks();
-    const Share& share = in_b ? b_ : a_;
+    const Share share = Of(in_b);
     const int chunk = in_b ? c : c - b_.Chunks();
     const auto bytes =
         static_cast<uint32_t>((share.RowsOf(chunk) - 1) * share.stride + (static_cast<int>(p_.k) + 15) / 16 * 16);
