@@ -36,11 +36,11 @@ class Loaded:
 
 def load(sources: Sequence[str], limit: int | None) -> list[tuple[str, list[tasks.Document]]]:
     """Reads tasks, each once; see `jaxint8.evaluation.tasks.load_task`."""
-    found = [tasks.load_task(source, limit) for source in dict.fromkeys(sources)]
-    names = [name for name, _ in found]
+    once = dict.fromkeys(sources)
+    names = [tasks.name_of(source) for source in once]  # all, before any is downloaded
     if len(set(names)) < len(names):
         raise ValueError(f"tasks: expected each task once, got {', '.join(names)}")
-    return found
+    return [tasks.load_task(source, limit) for source in once]
 
 
 def encode(

