@@ -1,10 +1,12 @@
 """Correctness on a GPU, for gpu_check.py: the battery without XLA, under the sanitizer, and through jit."""
 
+import collections
 import ctypes
 import functools
 import json
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -17,7 +19,7 @@ import ml_dtypes
 import numpy as np
 import test_cuda_block
 import test_cuda_largest
-from gpu_check import BUILD, ROOT, SITE, run
+from gpu_check import BUILD, ROOT, SITE
 
 import battery
 import cuda_executor as tests
@@ -231,7 +233,16 @@ def _sanitized(tool: str, extra: list[str]) -> dict[str, Any]:
         str(pathlib.Path(__file__).with_name("gpu_check.py")),
         "--stage=quick",
     ]
-    output = run(command)
+    done = subprocess.run(
+        command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False
+    )
+    output = done.stdout
+    if done.returncode != 0:
+        # All kernels it names: a report is long, and only its end is kept.
+        named = collections.Counter(re.findall(r"\bat .*?(\w+Kernel)\b", output))
+        raise RuntimeError(
+            f"{tool}: status {done.returncode}, names {dict(named)}\n{output[-4000:]}"
+        )
     summary = [
         line
         for line in output.split("\n")
