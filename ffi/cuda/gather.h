@@ -118,9 +118,10 @@ struct GatherKernel {
   }
 };
 
-// The columns with bits, in shared memory, listed by few warps, and soon. Their order does not matter: of 128 columns,
-// ascending, those of a place and 32, 64 and 96 places further stand together, so that the bytes that the lanes of a
-// warp pick at once lie near each other and in different banks.
+// The columns with bits, in shared memory, listed by a block that is alone on its multiprocessor: every warp works at
+// all of them, which is sooner done than what GatherKernel does, and would take more where blocks share the processor.
+// Their order does not matter: of 128 columns, ascending, those of a place and 32, 64 and 96 places further stand
+// together, so that the bytes that the lanes of a warp pick at once lie near each other and in different banks.
 class GatherList {
  public:
   static constexpr int64_t Bytes(int64_t capacity) { return 4 * capacity; }
