@@ -1,10 +1,14 @@
 // The AVX2 rung (Haswell, Zen and later).
 //
 // AVX2 has a product of bytes, vpmaddubsw, but it adds two products in 16 bits and saturates: 255 * 127 * 2 does not
-// fit. So weights and codes are widened to 16 bits and multiplied by vpmaddwd, which is exact for any two bytes. Both
-// ways come to 16 products per multiplication, and packed panels are widened once for all rows. Only where weights are
-// used as they lie would widening be a cost: there vpmaddubsw takes |w| and the code with the sign of w, whose products
-// fit if no code is -128, as the quantiser guarantees.
+// fit. With weights as the unsigned bytes it is exact all the same where two codes side by side add up to no more than
+// 128, either way, for 255 * 128 fits. Few pairs of a row do not, one in a hundred of normally distributed ones: there
+// the larger code is split like an outlier's, into 128 and a low part of the other sign (SettleRow). So large products
+// take three instructions for 32 of them, where codes of 16 bits (vpmaddwd) take four that crowd the same two units.
+//
+// Rows with many such pairs, and bare products, whose codes are any bytes, are widened to 16 bits. Of few rows weights
+// are used as they lie: vpmaddubsw takes |w| and the code with the sign of w, whose products fit if no code is -128, as
+// the quantiser guarantees.
 #include <immintrin.h>
 
 #include "attend_avx256.h"
@@ -59,7 +63,7 @@ struct Avx2 : Avx256 {
     return MulAddBytes(sum, _mm256_abs_epi8(w), w, _mm256_set1_epi32(static_cast<int32_t>(four)));
   }
 
-  static void MulAddHi(Sums (&sum)[kHiRegisters], const uint8_t* panel, int64_t group, uint32_t four) {
+  ALWAYS_INLINE static void MulAddHi(Sums (&sum)[kHiRegisters], const uint8_t* panel, int64_t group, uint32_t four) {
     const __m128i wide = _mm_cvtepi8_epi16(_mm_cvtsi32_si128(static_cast<int32_t>(four)));
     const __m256i low = _mm256_broadcastd_epi32(wide), high = _mm256_broadcastd_epi32(_mm_srli_si128(wide, 4));
     const uint8_t* w = panel + group * 2 * kTileZ * kBytes;
@@ -84,7 +88,43 @@ struct Avx2Bytes : Avx2 {
   }
 };
 
+// Tiles of codes that are settled.
+struct Avx2Pairs : Bytes256<Avx2Pairs> {
+  ALWAYS_INLINE static Sums MulAdd(Sums sum, __m256i w, __m256i x) {
+    return Avx2::MulAdd(sum, _mm256_maddubs_epi16(w, x), _mm256_set1_epi16(1));
+  }
+};
+
+constexpr int64_t kSettleM = 12;  // for fewer rows packing costs as much as it gains
+constexpr int kPairMost = 128;
+
+int64_t SettleRow(int8_t* lo, int64_t k, int64_t most, int32_t* columns) {
+  int64_t count = 0;
+  for (int64_t t = 0; t < k; t += 32) {
+    const __m256i sums = _mm256_maddubs_epi16(_mm256_set1_epi8(1), Avx256::Load(lo + t));
+    const __m256i beyond = _mm256_cmpgt_epi16(_mm256_abs_epi16(sums), _mm256_set1_epi16(kPairMost));
+    auto pairs = static_cast<uint32_t>(_mm256_movemask_epi8(beyond)) & 0x55555555;
+    for (; pairs != 0; pairs &= pairs - 1) {
+      if (count == most) return -1;
+      const auto column = static_cast<int32_t>(t + __builtin_ctz(pairs));
+      columns[count++] = column + (__builtin_abs(lo[column + 1]) > __builtin_abs(lo[column]));
+    }
+  }
+  for (int64_t i = 0; i < count; ++i) lo[columns[i]] = static_cast<int8_t>(lo[columns[i]] ^ 0x80);
+  return count;
+}
+
+static_assert(sizeof(TileScratch<Avx2Pairs>) <= sizeof(TileScratch<Avx2>));
+
+bool Settled(const Block& b) {
+  for (int64_t i = 0; i < b.m; ++i) {
+    if (!b.rows[i].settled) return false;
+  }
+  return true;
+}
+
 void MultiplyAvx2(const Block& b) {
+  if (b.m >= kSettleM && Settled(b)) return MultiplyTiled<Avx2Pairs>(b);
   if (b.epilogue) return Multiply<Avx2, Avx2Bytes>(b);
   Multiply<Avx2, Avx2>(b);  // the codes of a bare product are any bytes
 }
@@ -100,6 +140,12 @@ const Rung kAvx2 = {"avx2",
                     MultiplyAvx2,
                     &AttendVectors<Attend256<Avx2>>::kFunctions,
                     /*chunk_m=*/kChunkM,
-                    sizeof(TileScratch<Avx2>)};
+                    sizeof(TileScratch<Avx2>),
+                    /*quads_k=*/0,
+                    /*arrange=*/nullptr,
+                    /*arranged_m=*/0,
+                    /*arranged_high_m=*/0,
+                    SettleRow,
+                    kSettleM};
 
 }  // namespace jaxint8::cpu

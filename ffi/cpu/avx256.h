@@ -18,7 +18,7 @@ struct Avx256 {
   using Packed = __m256i;
   static constexpr int kLanes32 = 8, kLanes = 8, kBytes = 32, kRows = 1;
   static constexpr int kTileM = 6, kTileZ = 2;  // 12 sums, 2 weights, 1 word of codes: 15 of 16 registers
-  static constexpr int kHiRegisters = kTileZ, kWords = 1, kCodeBytes = 4;
+  static constexpr int kHiRegisters = kTileZ, kHiPanels = 4, kWords = 1, kCodeBytes = 4;
 
   static Sums Zero() { return _mm256_setzero_si256(); }
   static Sums Add(Sums a, Sums b) { return _mm256_add_epi32(a, b); }
@@ -55,7 +55,7 @@ struct Avx256 {
     Unroll<kTileZ>([&](auto z) ALWAYS_INLINE { StoreSums(c + z * 8, Add(LoadSums(c + z * 8), acc[z])); });
   }
 
-  static void AddHi(const Sums (&sum)[kHiRegisters], int32_t* c) {
+  ALWAYS_INLINE static void AddHi(const Sums (&sum)[kHiRegisters], int32_t* c) {
     Unroll<kTileZ>([&](auto z) ALWAYS_INLINE { StoreSums(c + z * 8, Add(LoadSums(c + z * 8), Shift7(sum[z]))); });
   }
 
@@ -76,6 +76,28 @@ struct Avx256 {
       r[q] = _mm256_permute2x128_si256(b[q], b[4 + q], 0x20);
       r[4 + q] = _mm256_permute2x128_si256(b[q], b[4 + q], 0x31);
     });
+  }
+};
+
+// Weights as unsigned bytes, w + 128, packed four columns to a word; P, the instruction set, has MulAdd of 32 bytes.
+template <class P>
+struct Bytes256 : Avx256 {
+  static constexpr bool kOffset = true, kArranged = false;
+  static constexpr int kDot = 32, kWord = 4;
+  static constexpr int64_t kPanelK = 1024;
+
+  static __m256i Flip(__m256i w) { return _mm256_xor_si256(w, _mm256_set1_epi8(static_cast<char>(0x80))); }
+  static __m256i LoadRow(const int8_t* w) { return Flip(Load(w)); }
+
+  template <int>
+  ALWAYS_INLINE static Sums MulAddTile(Sums sum, Packed w, __m256i four) {
+    return P::MulAdd(sum, w, four);
+  }
+
+  ALWAYS_INLINE static void MulAddHi(Sums (&sum)[kHiRegisters], const uint8_t* panel, int64_t group, uint32_t four) {
+    const __m256i codes = _mm256_set1_epi32(static_cast<int32_t>(four));
+    const uint8_t* w = panel + group * kTileZ * kBytes;
+    Unroll<kTileZ>([&](auto z) ALWAYS_INLINE { sum[z] = P::MulAdd(sum[z], LoadPacked(w + z * kBytes), codes); });
   }
 };
 

@@ -13,15 +13,12 @@
 namespace jaxint8::cpu {
 namespace {
 
-struct AvxVnni : Avx256 {
+struct AvxVnni : Bytes256<AvxVnni> {
   using Weights = __m256i;
   using Codes = __m256i;
-  static constexpr bool kOffset = true, kArranged = false;
-  static constexpr int kDot = 32, kWord = 4, kDotsMost = kSmallM, kDenseN = 4;
+  static constexpr int kDotsMost = kSmallM, kDenseN = 4;
   static constexpr int kDotsN[kDotsM] = {8, 4, 2, 2};
-  static constexpr int64_t kPanelK = 1024;
 
-  static __m256i Flip(__m256i w) { return _mm256_xor_si256(w, _mm256_set1_epi8(static_cast<char>(0x80))); }
   // One sum after the other: the compiler would rather load all codes of a tile first, and has no registers for them.
   ALWAYS_INLINE static Sums MulAdd(Sums sum, __m256i w, __m256i x) {
 #if defined(JAXINT8_EVEX)  // the same instruction as AVX-512 encodes it: test only, for machines that have no other
@@ -44,21 +41,9 @@ struct AvxVnni : Avx256 {
   }
   static __m256i LoadWeights(const int8_t* w) { return Flip(Load(w)); }
   static __m256i LoadCodes(const int8_t* x) { return Load(x); }
-  static __m256i LoadRow(const int8_t* w) { return Flip(Load(w)); }
-
-  template <int>
-  static Sums MulAddTile(Sums sum, Packed w, __m256i four) {
-    return MulAdd(sum, w, four);
-  }
 
   static Sums MulAddWords(Sums sum, const uint8_t* words, uint32_t four) {
     return MulAdd(sum, Flip(Load(words)), _mm256_set1_epi32(static_cast<int32_t>(four)));
-  }
-
-  static void MulAddHi(Sums (&sum)[kHiRegisters], const uint8_t* panel, int64_t group, uint32_t four) {
-    const __m256i codes = _mm256_set1_epi32(static_cast<int32_t>(four));
-    const uint8_t* w = panel + group * kTileZ * kBytes;
-    Unroll<kTileZ>([&](auto z) ALWAYS_INLINE { sum[z] = MulAdd(sum[z], LoadPacked(w + z * kBytes), codes); });
   }
 };
 

@@ -67,10 +67,11 @@ struct HiQuad {
 struct Row {
   float scale = 1;               // NaN: the row holds a non-finite value, its codes are 0
   int32_t sum = 0;               // of the full codes 128 * hi + lo: cancels the offset of unsigned weights
-  int32_t count = 0;             // outliers with a high part; all of them with float_outliers
-  int32_t words = 0;             // groups of four columns with an outlier that has a high part
+  int32_t count = 0;             // codes with a high part; all outliers with float_outliers
+  int32_t words = 0;             // groups of four columns with an outlier that has a high part; settled, some twice
   int32_t quads = 0;             // in the place of words, if the rung asks for them (Rung::quads_k)
-  const Outlier* outliers = {};  // ascending columns
+  bool settled = false;          // see Rung::settle
+  const Outlier* outliers = {};  // those counted, ascending columns
   const HiWord* hi = {};         // ascending groups
   const HiQuad* quad = {};       // ascending columns
 };
@@ -179,6 +180,13 @@ struct Rung {
   // multiples of 16 then. Null: never.
   void (*arrange)(const int8_t* rows, int64_t stride, int64_t columns, int8_t* arranged) = nullptr;
   int64_t arranged_m = 0, arranged_high_m = 0;
+  // From settle_m rows on the codes of a layer are settled, unless outliers are floats: of columns 2t and 2t + 1 those
+  // of lo, and those of every word of hi, add up to no less than -128 and no more than 128. For this 128 is taken from
+  // the larger of two codes of lo (lo[j] ^ 0x80) and added to its high part, which was 0, since parts of lo beside one
+  // are at most 64. Lists these columns, ascending, and returns their number; or -1 if they would be more than `most`:
+  // then nothing is changed. k codes, zero-padded to a multiple of 64. Null: never.
+  int64_t (*settle)(int8_t* lo, int64_t k, int64_t most, int32_t* columns) = nullptr;
+  int64_t settle_m = 0;
 };
 
 // Bit pattern of the count-th largest of n magnitudes (reorders them); 1 <= count <= n.
@@ -256,6 +264,7 @@ class Job : public Phased {
   int64_t rows_per_item_ = 1;
   bool plans_ = false;  // whether high parts are planned: in a phase of their own, or with the one item that quantises
   bool quads_ = false;  // whether high parts are listed as quads, not as words
+  bool settles_ = false;              // whether codes are settled (Rung::settle)
   bool arranged_ = false;             // whether codes are arranged, by whoever quantises the last of 16 rows
   int64_t chunk_m_ = 0, chunks_ = 0;  // rows of an item of the last phase, items of a block; 0 if there are none
   bool from_memory_ = false;

@@ -28,11 +28,36 @@ constexpr int64_t kArrangedRows = 16;  // see Rung::arrange
 
 int64_t TypeSize(Type type) { return type == Type::kF32 || type == Type::kS32 ? 4 : 2; }
 
+// Of a row's codes the share that settling may change: an element of a list costs as much as some ten products.
+constexpr int64_t kSettledShare = 16;
+
+// Columns whose codes were settled, and the codes behind it.
+struct Settled {
+  const int8_t* lo;
+  const int32_t* columns;
+  int32_t count;
+};
+
+// Puts the high parts of settled codes among those of outliers, of which there are so many; there is room.
+void Merge(const Settled& settled, Outlier* high, int32_t count) {
+  Outlier* to = high + count + settled.count;
+  for (int32_t left = settled.count; left > 0;) {
+    const int32_t column = settled.columns[left - 1];
+    if (count > 0 && high[count - 1].column > column) {
+      *--to = high[--count];
+    } else {
+      *--to = {column, settled.lo[column] < 0 ? 1 : -1, 0};
+      --left;
+    }
+  }
+}
+
 // Adds to the lists what products need of the outliers of a row, of which few under column scope have a high part.
-void ListOutliers(const RowScratch& scratch, bool float_outliers, bool quads, Workspace::Lists* lists, Row* row) {
+void ListOutliers(const RowScratch& scratch, const Settled& settled, bool float_outliers, bool quads,
+                  Workspace::Lists* lists, Row* row) {
   const int32_t all = row->count;
-  if (all == 0) return;
-  Outlier* const first = lists->outliers.Room(all);
+  if (all + settled.count == 0) return;
+  Outlier* const first = lists->outliers.Room(all + settled.count);
   int32_t count = 0;
   if (float_outliers) {
     for (; count < all; ++count) first[count] = {scratch.index[count], 0, scratch.outliers[count]};
@@ -42,12 +67,14 @@ void ListOutliers(const RowScratch& scratch, bool float_outliers, bool quads, Wo
     const int32_t code = scratch.codes[j];
     if (std::abs(code) > 127) first[count++] = {scratch.index[j], (code + 64) >> 7, scratch.outliers[j]};
   }
+  Merge(settled, first, count);
+  count += settled.count;
   lists->outliers.Add(count);
   row->count = count;
   if (quads) {
     row->quads = lists->AddQuads(first, count);
   } else {
-    row->words = lists->AddWords(first, count);
+    row->words = lists->AddWords(first, count, row->settled);
   }
 }
 
@@ -124,7 +151,9 @@ Job::Job(const Problem& problem) : p_(problem), ws_(Acquire()), id_(NextId()) {
     ws_->row_tiles[i / kArrangedRows].left = std::min(kArrangedRows, p_.m - i);
   }
   if (arranged_) ws_->high_tiles.assign(room / kArrangedRows, HighTiles{});
-  plans_ = high && !arranged_ && p_.m <= kSmallM;
+  settles_ = p_.kind == Problem::Kind::kLinear && p_.k > 0 && p_.rung->settle != nullptr && p_.m >= p_.rung->settle_m &&
+             !p_.options.float_outliers;
+  plans_ = high && !arranged_ && !settles_ && p_.m <= kSmallM;
   items_[2] = plans_ && row_items > 1;
   quads_ = high && p_.m >= kLeastQuadRows && p_.k <= p_.rung->quads_k;
   // Both halves of a gate and its sums are to stay in the second-level cache, and so are arranged codes.
@@ -271,7 +300,15 @@ void Job::QuantizeRows(int64_t item) {
     }
     std::memset(lo + p_.k, 0, static_cast<size_t>(ws_->stride - p_.k));
     ws_->rows[i] = row;
-    ListOutliers(scratch, p_.options.float_outliers, quads_, &lists, &ws_->rows[i]);
+    Settled settled{lo, nullptr, 0};
+    if (settles_) {
+      const int64_t most = p_.k / kSettledShare;
+      int32_t* const columns = Scratch().settled.Get<int32_t>(most);
+      const int64_t count = p_.rung->settle(lo, p_.k, most, columns);
+      ws_->rows[i].settled = count >= 0;
+      settled = {lo, columns, static_cast<int32_t>(std::max<int64_t>(count, 0))};
+    }
+    ListOutliers(scratch, settled, p_.options.float_outliers, quads_, &lists, &ws_->rows[i]);
   }
   if (rows_only) return;
   const Outlier* outlier = lists.outliers.data();  // set last: the lists move while they grow
@@ -412,7 +449,8 @@ Block Job::BlockOf(int64_t item) const {
   b.stride = ws_->stride;
   b.lo = ws_->codes + i0 * ws_->stride;
   b.rows = ws_->rows.data() + i0;
-  b.with_hi = p_.kind == Problem::Kind::kLinear && p_.options.rule != Rule::kNone && !p_.options.float_outliers;
+  b.with_hi =
+      settles_ || (p_.kind == Problem::Kind::kLinear && p_.options.rule != Rule::kNone && !p_.options.float_outliers);
   b.plan = plans_ && ws_->plan.groups <= HiPlan::kMaxGroups ? &ws_->plan : nullptr;
   b.groups = quads_ ? GroupsOf(i0, i0 + b.m) : nullptr;
   b.arranged = arranged_;

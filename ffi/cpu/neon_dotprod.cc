@@ -14,7 +14,7 @@ struct NeonDotprod : Neon {
   static constexpr bool kArranged = false;
   static constexpr int kLanes = 4, kWord = 4, kRows = 1, kWords = 4;
   static constexpr int kTileM = 8, kTileZ = 2;  // 16 sums, 8 registers of codes, 2 weights: 26 of 32 registers
-  static constexpr int kHiRegisters = kTileZ;
+  static constexpr int kHiRegisters = kTileZ, kHiPanels = 8;
 
   template <int kWordOfStep>
   static Sums MulAddTile(Sums sum, Packed w, int8x16_t x) {
@@ -25,12 +25,12 @@ struct NeonDotprod : Neon {
     Unroll<kTileZ>([&](auto z) ALWAYS_INLINE { AddTo(c + z * 4, acc[z]); });
   }
 
-  static void MulAddHi(Sums (&sum)[kHiRegisters], const uint8_t* panel, int64_t group, uint32_t four) {
+  ALWAYS_INLINE static void MulAddHi(Sums (&sum)[kHiRegisters], const uint8_t* panel, int64_t group, uint32_t four) {
     const uint8_t* w = panel + group * kTileZ * kBytes;
     Unroll<kTileZ>([&](auto z) ALWAYS_INLINE { sum[z] = MulAddWords(sum[z], w + z * kBytes, four); });
   }
 
-  static void AddHi(const Sums (&sum)[kHiRegisters], int32_t* c) {
+  ALWAYS_INLINE static void AddHi(const Sums (&sum)[kHiRegisters], int32_t* c) {
     Unroll<kTileZ>([&](auto z) ALWAYS_INLINE { AddTo(c + z * 4, Shift7(sum[z])); });
   }
 

@@ -15,7 +15,7 @@ struct NeonI8mm : Neon {
   static constexpr int kDotsMost = 8;  // dot products are half as fast
   static constexpr int kLanes = 2, kWord = 8, kRows = 2, kWords = 1;
   static constexpr int kTileM = 5, kTileZ = 4;  // 20 sums, 4 weights, 5 pairs of rows: 29 of 32 registers
-  static constexpr int kHiRegisters = kTileZ;
+  static constexpr int kHiRegisters = kTileZ, kHiPanels = 4;
 
   template <int>
   static Sums MulAddTile(Sums sum, Packed w, int8x16_t pair) {
@@ -52,14 +52,14 @@ struct NeonI8mm : Neon {
   }
 
   // Of eight packed columns the high parts are the first or the last four; two partial sums for each output.
-  static void MulAddHi(Sums (&sum)[kHiRegisters], const uint8_t* panel, int64_t group, uint32_t four) {
+  ALWAYS_INLINE static void MulAddHi(Sums (&sum)[kHiRegisters], const uint8_t* panel, int64_t group, uint32_t four) {
     const uint64_t eight = static_cast<uint64_t>(four) << (group % 2 * 32);
     const int8x16_t codes = vreinterpretq_s8_u64(vdupq_n_u64(eight));
     const uint8_t* w = panel + group / 2 * kTileZ * kBytes;
     Unroll<kTileZ>([&](auto z) ALWAYS_INLINE { sum[z] = vdotq_s32(sum[z], LoadPacked(w + z * kBytes), codes); });
   }
 
-  static void AddHi(const Sums (&sum)[kHiRegisters], int32_t* c) {
+  ALWAYS_INLINE static void AddHi(const Sums (&sum)[kHiRegisters], int32_t* c) {
     Unroll<kTileZ / 2>([&](auto q) ALWAYS_INLINE { AddTo(c + q * 4, Shift7(vpaddq_s32(sum[2 * q], sum[2 * q + 1]))); });
   }
 

@@ -21,6 +21,7 @@
 //   MulAddTile<s>(sums, packed, codes): adds the products of word s of the step
 //   AddTile(acc[kTileZ], c, rows)       adds sums to c of at most kRows rows
 //   kHiRegisters, MulAddHi(sums[], sub_panel, group, four), AddHi(sums[], c): c += 128 * sums
+//   kHiPanels               sub-panels whose high parts are added together; they divide a block
 #ifndef JAXINT8_FFI_CPU_TILES_H_
 #define JAXINT8_FFI_CPU_TILES_H_
 
@@ -42,7 +43,6 @@ struct alignas(64) TileScratch {
   static constexpr int64_t kWeightBytes = V::kBytes / (V::kLanes * V::kWord);  // of one packed weight
   static constexpr int64_t kTileN = V::kTileZ * V::kLanes;
   static constexpr int64_t kPanelBytes = kBlockN * V::kPanelK * kWeightBytes;
-  static_assert(kPanelBytes >= HiPlan::kMaxGroups * kBlockN * 4);
   static_assert(kBlockN % kTileN == 0 && V::kPanelK % 64 == 0 && 64 % (V::kLanes * V::kWord) == 0);
   // Arranged codes of a register of rows; a line more, so that the rows of a tile fall into different sets.
   static constexpr int64_t kCodesStride = V::kPanelK / (V::kWords * V::kWord) * V::kCodeBytes + 64;
@@ -138,13 +138,17 @@ void AddHiWords(const Row& row, const PanelColumns& columns, int64_t n, const ui
   while (stop < row.words && row.hi[stop].group * 4 < columns.end) ++stop;
   *next = stop;
   if (begin == stop) return;
-  for (int64_t j = 0; j < n; j += TileScratch<V>::kTileN, panel += columns.sub_bytes) {
-    typename V::Sums sum[V::kHiRegisters];
-    Unroll<V::kHiRegisters>([&](auto z) ALWAYS_INLINE { sum[z] = V::Zero(); });
+  // So many sub-panels at once, as the end of the list is mispredicted for each of them.
+  constexpr int P = V::kHiPanels, R = V::kHiRegisters;
+  for (int64_t j = 0; j < n; j += P * TileScratch<V>::kTileN, panel += P * columns.sub_bytes) {
+    typename V::Sums sum[P][R];
+    Unroll<P * R>([&](auto z) ALWAYS_INLINE { sum[z / R][z % R] = V::Zero(); });
     for (int32_t word = begin; word < stop; ++word) {
-      V::MulAddHi(sum, panel, row.hi[word].group - columns.begin / 4, row.hi[word].four);
+      Unroll<P>([&](auto p) ALWAYS_INLINE {
+        V::MulAddHi(sum[p], panel + p * columns.sub_bytes, row.hi[word].group - columns.begin / 4, row.hi[word].four);
+      });
     }
-    V::AddHi(sum, c + j);
+    Unroll<P>([&](auto p) ALWAYS_INLINE { V::AddHi(sum[p], c + j + p * TileScratch<V>::kTileN); });
   }
 }
 
@@ -195,6 +199,7 @@ void MultiplyTiled(const Block& b) {
 // Dot products, by the traits D, where the weights are read more slowly than multiplied.
 template <class V, class D = V>
 void Multiply(const Block& b) {
+  static_assert(TileScratch<V>::kPanelBytes >= HiPlan::kMaxGroups * kBlockN * 4);
   const bool planned = b.plan || !b.with_hi;
   if (b.k == 0 || (b.m <= D::kDotsMost && planned)) {
     return MultiplyDots<D>(b, reinterpret_cast<TileScratch<V>*>(b.scratch)->panel);

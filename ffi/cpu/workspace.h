@@ -69,7 +69,7 @@ inline int8_t* HalfAPageFrom(const int8_t* w, int8_t* buffer, int64_t m) {
 // Buffers of one thread; used within one item, never across.
 struct ThreadScratch {
   Buffer values, index, codes, outliers, magnitude, columns, mask, entered;
-  Buffer rung, c, extra, gathered, halves, groups, rows;
+  Buffer rung, c, extra, gathered, halves, groups, rows, settled;
   std::vector<int32_t> slots;
   uint64_t columns_job = 0;  // whose columns and mask these are
   int64_t columns_count = 0;
@@ -117,13 +117,15 @@ struct Workspace {
     List<HiQuad> quads;
     std::vector<uint64_t> groups;  // with quads: of every four columns a bit, whether there is any
 
-    // Each takes the high parts of one row and returns how many elements they are.
-    int32_t AddWords(const Outlier* high, int32_t count) {
+    // Each takes the high parts of one row and returns how many elements they are. Settled: see Rung::settle.
+    int32_t AddWords(const Outlier* high, int32_t count, bool settled) {
       HiWord* const first = words.Room(count);
       int32_t number = 0;
       for (int32_t j = 0; j < count; ++j) {
         const int32_t column = high[j].column;
-        if (number == 0 || first[number - 1].group != column / 4) first[number++] = {column / 4, 0};
+        const bool apart = settled && column % 2 == 1 && j > 0 && high[j - 1].column == column - 1 &&
+                           std::abs(high[j - 1].hi + high[j].hi) > 128;
+        if (number == 0 || first[number - 1].group != column / 4 || apart) first[number++] = {column / 4, 0};
         first[number - 1].four |= static_cast<uint32_t>(high[j].hi & 0xff) << (column % 4 * 8);
       }
       words.Add(number);
