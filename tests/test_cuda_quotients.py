@@ -1,4 +1,4 @@
-"""Quotients as the CUDA kernels make them: corrected estimates in the place of divisions, to the bit."""
+"""Quotients as the CUDA kernels make them, without divisions, to the bit."""
 
 from typing import Any
 
@@ -50,7 +50,7 @@ def near_turns(bits: int, most: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 @pytest.mark.parametrize("bits", [8, 11])
-def test_one_correction_is_enough_for_few_bits(executor: Executor, bits: int) -> None:
+def test_a_reciprocal_in_two_parts_is_enough_for_few_bits(executor: Executor, bits: int) -> None:
     """bfloat16 and float16: every quotient up to the largest code that is near a turn, by any divisor."""
     x, divisors = near_turns(bits, 16260)
     assert x.size >= 3 and (x.view(np.int32) << (bits + 8) == 0).all()
@@ -63,7 +63,7 @@ def test_one_correction_is_enough_for_few_bits(executor: Executor, bits: int) ->
 def test_quotients_by_numbers_of_all_ones(executor: Executor, bits: int, scale: float) -> None:
     """The divisors by which Markstein's corrections may fail, and their neighbours; and any others."""
     if bits == 11:
-        scale = max(scale, 2.0**-38)  # no row of float16 has a smaller one
+        scale = min(max(scale, 2.0**-38), 2.0**9)  # no row of float16 has another
     rng = np.random.default_rng(bits)
     mantissas = rng.integers(1 << (bits - 1), 1 << bits, 20000)
     divisors = 2.0 - 2.0**-23 * rng.integers(1, 4, mantissas.size)

@@ -213,6 +213,7 @@ JAXINT8_DEVICE float Add(float x, float y) { return __fadd_rn(x, y); }
 JAXINT8_DEVICE float MultiplyAdd(float x, float y, float z) { return __fmaf_rn(x, y, z); }  // rounded once
 JAXINT8_DEVICE float Smaller(float x, float y) { return fminf(x, y); }                      // the other, if one is NaN
 JAXINT8_DEVICE float Larger(float x, float y) { return fmaxf(x, y); }
+JAXINT8_DEVICE float Absolute(float x) { return fabsf(x); }
 // The larger of each half of two words, as unsigned integers.
 JAXINT8_DEVICE uint32_t LargerHalves(uint32_t a, uint32_t b) { return __vmaxu2(a, b); }
 JAXINT8_DEVICE float IntToFloat(int32_t v) { return __int2float_rn(v); }

@@ -210,42 +210,66 @@ class IntegerDivisor {
   const float divisor_, reciprocal_;
 };
 
-// Divides by a float from 2^-125 to below 2^126 and rounds to integers, half to even, what is rounded to a float below
-// 2^21: quotients and corrections of them (Markstein), without branches.
+// Divides values of a type by a float from 2^-125 on and rounds to integers, half to even, what is rounded to a float
+// below 2^21: without divisions.
 //
-// After two corrections any quotient is rounded as Divide would, as the first leaves it within one unit in the last
-// place. Of values with 11 bits or fewer one is enough: it errs by less than 2^-23 units, and none of their quotients
-// is so near to a number where rounding to integers turns, by whatever divisor, but those whose mantissa is all ones.
-// There a first factor a little too small helps. tests/test_cuda_quotients.py tries all that come near.
+// Of float32, quotients are corrected (Markstein): after two corrections any is rounded as Divide would, as the first
+// leaves it within one unit in the last place. Values with 11 bits or fewer are multiplied by a reciprocal in two
+// parts: that errs by less than 2^-22 units, and none of their quotients is so near to a number where rounding to
+// integers turns, by whatever divisor. tests/test_cuda_quotients.py tries all that come near.
+template <Type kType>
 class Quotients {
  public:
-  JAXINT8_DEVICE explicit Quotients(float divisor) {
-    // Scaled so that no remainder of a quotient from 1/2 on is too small for a float.
-    up_ = divisor < 0x1p-60f ? 0x1p60f : 1.0f;
-    divisor_ = Multiply(divisor, up_);
-    reciprocal_ = PlainReciprocal(divisor_);
-    const bool ones = (Bits(divisor) & 0x7fffff) == 0x7fffff;
-    first_ = FloatFromBits(Bits(reciprocal_) - static_cast<uint32_t>(ones));
-  }
+  JAXINT8_DEVICE explicit Quotients(float divisor) : Quotients(divisor, 1.0f) {}
+  // For SumOfSquares.
+  static JAXINT8_DEVICE Quotients ForSquares(float divisor) { return {divisor, 0x1p-6f}; }
 
-  // shifted[j] = kMagicBits + the integer of v[j], which are values of this type.
-  template <Type kType>
+  // The low 22 bits of shifted[j] are those of the integer of v[j].
   JAXINT8_DEVICE void Round(const float (&v)[8], uint32_t (&shifted)[8]) const {
 #pragma unroll
+    for (int j = 0; j < 8; ++j) shifted[j] = Bits(Add(Of(v[j]), magic_));
+  }
+  static JAXINT8_DEVICE int32_t Integer(uint32_t shifted) { return static_cast<int32_t>(shifted << 10) >> 10; }
+
+  // Of eight integers of 4096 at most in magnitude. Added to 2^17 or 2^49, these are in the low bits of numbers whose
+  // other bits, and twice these, are 0 modulo 2^28: and so are the differences of their squares.
+  JAXINT8_DEVICE uint32_t SumOfSquares(const float (&v)[8]) const {
+    uint32_t sum = 0;
+#pragma unroll
     for (int j = 0; j < 8; ++j) {
-      const float a = kType == Type::kF16 ? v[j] : Multiply(v[j], up_);  // float16 has no such small ones
-      float q = Correct(Multiply(a, kType == Type::kF32 ? reciprocal_ : first_), a);
-      if constexpr (kType == Type::kF32) q = Correct(q, a);
-      shifted[j] = Bits(Add(q, kMagic));
+      const uint32_t shifted = Bits(Add(Absolute(Of(v[j])), square_magic_));
+      sum += shifted * shifted;
     }
+    return sum & ((1u << 28) - 1);
   }
 
  private:
+  // The quotients are multiplied by a power of two, `times` and another one by large divisors, as the second part of
+  // their reciprocals would be too small for a float.
+  JAXINT8_DEVICE Quotients(float divisor, float times) {
+    const float fold = divisor > 1.0f ? 0x1p32f : 1.0f;
+    magic_ = Multiply(kMagic, fold);
+    square_magic_ = Multiply(0x1p17f, fold);
+    // Scaled so that no remainder of a quotient of float32 from 1/2 on is too small.
+    up_ = kType == Type::kF32 && divisor < 0x1p-60f ? 0x1p60f : 1.0f;
+    divisor_ = Multiply(Multiply(divisor, divisor > 1.0f ? 0x1p-32f : 1.0f), up_ / times);
+    reciprocal_ = PlainReciprocal(divisor_);
+    const float error = MultiplyAdd(-divisor_, reciprocal_, 1.0f);
+    rest_ = Multiply(reciprocal_, MultiplyAdd(error, error, error));
+  }
+
+  JAXINT8_DEVICE float Of(float v) const {
+    if constexpr (kType == Type::kF32) {
+      const float a = Multiply(v, up_);
+      return Correct(Correct(Multiply(a, reciprocal_), a), a);
+    }
+    return MultiplyAdd(v, reciprocal_, Multiply(v, rest_));
+  }
   JAXINT8_DEVICE float Correct(float q, float a) const {
     return MultiplyAdd(MultiplyAdd(-q, divisor_, a), reciprocal_, q);
   }
 
-  float up_, divisor_, reciprocal_, first_;
+  float magic_, square_magic_, up_, divisor_, reciprocal_, rest_;
 };
 
 }  // namespace jaxint8::cuda

@@ -230,22 +230,11 @@ class Row {
   JAXINT8_DEVICE Selection SelectRelative(uint32_t absmax) {
     const float unit = DivideBy<kRmsLevels>(FloatFromBits(absmax));
     if (!(unit >= kSmallestScale)) return {kNothing, 0};
-    const Quotients quotients(unit);
+    const auto quotients = Quotients<Groups::kType>::ForSquares(unit);
     const IntegerDivisor columns(row_.k());
     uint64_t sum = 0;
     row_.ForEach([&](int, const Group& group) {
-      uint32_t shifted[8];
-      quotients.template Round<Groups::kType>(Widen(group).v, shifted);
-      // Eight squares of 24 bits, as no quotient is above 4095 but for its rounding: the sum of (s - b)^2 modulo 2^32,
-      // where b^2 is 0.
-      static_assert(kMagicBits * kMagicBits == 0);
-      uint32_t squares = 0, all = 0;
-#pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        squares += shifted[j] * shifted[j];
-        all += shifted[j];
-      }
-      sum += squares - 2 * kMagicBits * all;
+      sum += quotients.SumOfSquares(Widen(group).v);  // no quotient is above 4095 but for its rounding
     });
     sum = team_.template Sum<54>(sum);
     // In units of 4096 squares, and 64 = sqrt(4096).
@@ -364,11 +353,10 @@ class Row {
   template <typename Output>
   JAXINT8_DEVICE void WriteCodes(const Output& out, const Selection& selection, bool split, float scale) {
     const int stride = static_cast<int>(out.stride);
-    const Quotients quotients(scale);
+    const Quotients<Groups::kType> quotients(scale);
     row_.ForEach([&](int i, const Group& group) {
       const Values e = Widen(group);
-      uint32_t lo[8], mask = 0;
-      quotients.template Round<Groups::kType>(e.v, lo);
+      uint32_t codes[8], mask = 0;
       if (kRule != 0 && split) {
         if (ByColumn()) {
           mask = Marked(out.marks, i);
@@ -376,8 +364,10 @@ class Row {
           mask = Outliers(selection, i, e);
         }
       }
+      quotients.Round(e.v, codes);
+      Word2 lo = LowBytes(codes);
       if (mask) {
-        Split(out, i, mask, lo);
+        Split(out, i, mask, codes, &lo);
       } else {
         WriteNoHigh(out, i);
       }
@@ -388,17 +378,25 @@ class Row {
 
   // Of the outliers in a group: writes the high parts, and takes them from the codes.
   template <typename Output>
-  JAXINT8_DEVICE void Split(const Output& out, int i, uint32_t mask, uint32_t (&lo)[8]) {
-    uint32_t hi[8], high = 0;
+  JAXINT8_DEVICE void Split(const Output& out, int i, uint32_t mask, const uint32_t (&codes)[8], Word2* lo) {
+    if (ByColumn() && out.whole) {
 #pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      const auto code = static_cast<int32_t>(lo[j] - kMagicBits);
-      hi[j] = static_cast<uint32_t>((code + 64) >> 7) & (0u - (mask >> j & 1));
-      if (ByColumn() && out.whole && code >= -127 && code <= 127) hi[j] = 0;
-      high |= static_cast<uint32_t>(hi[j] != 0) << j;
-      lo[j] -= hi[j] << 7;
+      for (int j = 0; j < 8; ++j) {
+        const int32_t code = Quotients<Groups::kType>::Integer(codes[j]);
+        if (code >= -127 && code <= 127) mask &= ~(1u << j);
+      }
     }
+    uint32_t parts[8];
+#pragma unroll
+    for (int j = 0; j < 8; ++j) parts[j] = (codes[j] + 64) >> 7;
+    Word2 hi = LowBytes(parts);
+    hi.x &= 255 * BytesOfBits(mask);
+    hi.y &= 255 * BytesOfBits(mask >> 4);
+    // Of a code without 128 times its high part, the last byte differs at most in its first bit.
+    lo->x ^= (hi.x & 0x01010101) << 7;
+    lo->y ^= (hi.y & 0x01010101) << 7;
     Write(out.hi, static_cast<int>(out.stride), i, hi);
+    const uint32_t high = BitsOfBytes(hi.x) | BitsOfBytes(hi.y) << 4;
     if constexpr (Output::kSparse) out.sparse.Put(i, hi, high);
     if (!high) return;
     if (out.used) SetBits(out.used, i, high);
@@ -406,35 +404,41 @@ class Row {
     if (out.pieces) AtomicOr(out.pieces + piece / 32, 1u << piece % 32);
   }
 
-  // Zeros from a multiple of 8 on.
+  // Zeros from a multiple of 8 on, each thread in its own columns.
   template <typename Output>
   JAXINT8_DEVICE void WriteAllZeros(const Output& out, int from) {
     const int stride = static_cast<int>(out.stride);
+    if (from >= stride) return;
 #pragma unroll 1
-    for (int i = from + 8 * team_.Index(); i < stride; i += 8 * team_.Size()) {
-      WriteZeros(out.lo, stride, i);
+    for (int i = 8 * team_.Index(); i < stride; i += 8 * team_.Size()) {
+      if (i < from) continue;
+      Write(out.lo, stride, i, Word2{0, 0});
       WriteNoHigh(out, i);
     }
   }
   template <typename Output>
   static JAXINT8_DEVICE void WriteNoHigh(const Output& out, int i) {
-    WriteZeros(out.hi, static_cast<int>(out.stride), i);
+    if (kRule > 0 || out.hi) Write(out.hi, static_cast<int>(out.stride), i, Word2{0, 0});  // a rule has high parts
     if constexpr (Output::kSparse) out.sparse.PutZeros(i);
   }
-  static JAXINT8_DEVICE void WriteZeros(Ptr<int8_t> to, int stride, int i) {
-    constexpr uint32_t kZeros[8] = {};
-    if (to) Write(to, stride, i, kZeros);
+
+  static JAXINT8_DEVICE Word2 LowBytes(const uint32_t (&v)[8]) {
+    return {PackBytes(v[0], v[1], v[2], v[3]), PackBytes(v[4], v[5], v[6], v[7])};
+  }
+  // A byte for each of the last four bits, and a bit for each byte that is not 0.
+  static JAXINT8_DEVICE uint32_t BytesOfBits(uint32_t bits) { return (bits & 0xf) * 0x204081 & 0x01010101; }
+  static JAXINT8_DEVICE uint32_t BitsOfBytes(uint32_t bytes) {
+    const uint32_t set = (((bytes & 0x7f7f7f7f) + 0x7f7f7f7f) | bytes) & 0x80808080;
+    return (set >> 7) * 0x01020408 >> 24;
   }
 
-  // Writes the low bytes.
-  static JAXINT8_DEVICE void Write(Ptr<int8_t> to, int stride, int i, const uint32_t (&v)[8]) {
+  static JAXINT8_DEVICE void Write(Ptr<int8_t> to, int stride, int i, const Word2& bytes) {
     if constexpr (Groups::kVectors) {  // stride is a multiple of 8 as well
-      const Word2 w{PackBytes(v[0], v[1], v[2], v[3]), PackBytes(v[4], v[5], v[6], v[7])};
-      StoreAs<Word2>(to + i, w);
+      StoreAs<Word2>(to + i, bytes);
     } else {
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
-        if (i + j < stride) Store(to + i + j, static_cast<int8_t>(v[j]));
+        if (i + j < stride) Store(to + i + j, static_cast<int8_t>((j < 4 ? bytes.x : bytes.y) >> 8 * (j % 4)));
       }
     }
   }

@@ -31,21 +31,27 @@ struct SparseCodes {
   }
 };
 
-// One row of them. Its flags are gathered in shared memory: kSparseWords, which are zeros at first.
+// One row of them. Its flags are gathered in shared memory: kSparseWords, which are zeros at first. The block has whole
+// warps and each thread writes every so manyth eight columns from those of its index on: always at one place of blocks.
 class SparseRow {
  public:
   JAXINT8_DEVICE SparseRow(const SparseCodes<uint8_t>& codes, int64_t row, Ptr<uint32_t> bits)
-      : codes_(codes.codes + codes.Block(row / 64, 0)),
-        flags_(codes.flags + row / 64 * codes.blocks * 64 + row % 64),
+      : flags_(codes.flags + row / 64 * codes.blocks * 64 + row % 64),
         blocks_(static_cast<int>(codes.blocks)),
-        row_(static_cast<int>(row % 64)),
-        bits_(bits) {}
+        bits_(bits) {
+    const int in_block = static_cast<int>(row % 64), column = 8 * ThreadIndex() % 128;
+    const Ptr<uint8_t> block = codes.codes + codes.Block(row / 64, 0);
+    // Swizzled: bits 4 and 5 of the place are combined with bits 7 and 8.
+    values_ = Keep(block + ((in_block * 64 + column / 2) ^ (in_block / 2 % 4 * 16)));
+    // The words of columns 0 to 31 and 64 to 95 stand together, as do those of the others: a thread needs both.
+    places_ = Keep(block + kSparsePlaces + (in_block * 16 + column / 32 % 2 * 8 + column / 64 * 4 + column % 32 / 8));
+  }
 
-  // Eight columns from i on, a multiple of 8; bit j of high says whether hi[j] is not 0.
-  JAXINT8_DEVICE void Put(int i, const uint32_t (&hi)[8], uint32_t high) const {
+  // Eight columns from i on, a multiple of 8; bit j of high says whether byte j is not 0.
+  JAXINT8_DEVICE void Put(int i, const Word2& hi, uint32_t high) const {
     uint32_t values = 0, places = 0;
     if (high) {
-      const uint32_t words[2] = {PackBytes(hi[0], hi[1], hi[2], hi[3]), PackBytes(hi[4], hi[5], hi[6], hi[7])};
+      const uint32_t words[2] = {hi.x, hi.y};
       uint32_t more = 0;
 #pragma unroll
       for (int g = 0; g < 2; ++g) {
@@ -84,17 +90,13 @@ class SparseRow {
 
  private:
   JAXINT8_DEVICE void Write(int i, uint32_t values, uint32_t places) const {
-    const int column = i % 128;
-    const Ptr<uint8_t> block = codes_ + int64_t{i / 128} * kSparseBytes;
-    // Swizzled: bits 4 and 5 of the place are combined with bits 7 and 8.
-    StoreAs<uint32_t>(block + ((row_ * 64 + column / 2) ^ (row_ / 2 % 4 * 16)), values);
-    // The words of columns 0 to 31 and 64 to 95 stand together, as do those of the others: a thread needs both.
-    const int at = row_ * 16 + column / 32 % 2 * 8 + column / 64 * 4 + column % 32 / 8;
-    Store(block + kSparsePlaces + at, static_cast<uint8_t>(places));
+    const auto at = static_cast<int64_t>(static_cast<unsigned>(i) / 128 * static_cast<unsigned>(kSparseBytes));
+    StoreAs<uint32_t>(values_ + at, values);
+    Store(places_ + at, static_cast<uint8_t>(places));
   }
 
-  Ptr<uint8_t> codes_, flags_;
-  int blocks_, row_;
+  Ptr<uint8_t> values_, places_, flags_;
+  int blocks_;
   Ptr<uint32_t> bits_;
 };
 

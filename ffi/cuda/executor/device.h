@@ -317,6 +317,7 @@ inline float WideToFloat(int64_t v) { return static_cast<float>(v); }
 inline int32_t RoundToInt(float x) { return static_cast<int32_t>(std::nearbyint(x)); }
 inline float Smaller(float x, float y) { return std::fmin(x, y); }
 inline float Larger(float x, float y) { return std::fmax(x, y); }
+inline float Absolute(float x) { return std::fabs(x); }
 inline uint32_t LargerHalves(uint32_t a, uint32_t b) {
   const uint32_t low = std::max(a & 0xffff, b & 0xffff), high = std::max(a >> 16, b >> 16);
   return low | high << 16;

@@ -152,15 +152,18 @@ void executor_divide(int32_t divisor, int32_t by_integer, const float* x, float*
 // y = the nearest integer to x / divisor, element by element, by Quotients: of values with so many bits, 8, 11 or 24.
 void executor_round(int32_t bits, const float* divisor, const float* x, int32_t* y, int64_t count) {
   using namespace jaxint8::cuda;
-  for (int64_t i = 0; i < count; ++i) {
-    const float v[8] = {x[i]};
-    uint32_t shifted[8];
-    const Quotients quotients(divisor[i]);
-    bits == 8    ? quotients.Round<Type::kBF16>(v, shifted)
-    : bits == 11 ? quotients.Round<Type::kF16>(v, shifted)
-                 : quotients.Round<Type::kF32>(v, shifted);
-    y[i] = static_cast<int32_t>(shifted[0] - kMagicBits);
-  }
+  const auto round = [&](auto constant) {
+    using TypeQuotients = Quotients<decltype(constant)::kType>;
+    for (int64_t i = 0; i < count; ++i) {
+      const float v[8] = {x[i]};
+      uint32_t shifted[8];
+      TypeQuotients(divisor[i]).Round(v, shifted);
+      y[i] = TypeQuotients::Integer(shifted[0]);
+    }
+  };
+  bits == 8    ? round(TypeConstant<Type::kBF16>())
+  : bits == 11 ? round(TypeConstant<Type::kF16>())
+               : round(TypeConstant<Type::kF32>());
 }
 
 int32_t executor_worst_bank_conflict() { return jaxint8::cuda::TheMachine().worst_bank_conflict; }
