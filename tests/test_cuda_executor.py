@@ -436,6 +436,20 @@ def test_rows_in_registers_and_longer(executor: Executor, rule: Any) -> None:
             np.testing.assert_array_equal(got, wanted)
 
 
+@pytest.mark.parametrize("dtype", battery.DTYPES, ids=lambda d: np.dtype(d).name)
+def test_many_rows_in_registers(executor: Executor, dtype: type) -> None:
+    """Several groups of values for each thread, some of them beyond the row; and compressed high parts."""
+    rule = RelativeThreshold(3.0)
+    for number, shape in enumerate([(129, 8192), (511, 2056), (2000, 528)]):
+        executor.order = number
+        x = battery.make((*shape, 1), dtype).x
+        for got, wanted in zip(
+            executor.quantize(x, rule), reference.quantize_rows(x, rule), strict=True
+        ):
+            np.testing.assert_array_equal(got, wanted)
+    expect_linear(executor, battery.make((1030, 1024, 3), dtype), rule, SPARSE)
+
+
 def test_row_of_many_outliers_cannot_overflow(executor: Executor) -> None:
     """Over a thousand outliers in a row: the code bound gives way, and the int32 sum stays exact."""
     case = battery.make((2, 4096, 3), np.float32, "extreme")

@@ -39,7 +39,13 @@ HOPPER = (
 )
 FORBIDDEN = {"": r"\b(LDL|STL)\b"}  # local memory: registers that did not fit
 TYPES = {"0": "f32", "1": "bf16", "2": "f16"}
-PLACES = {"0": "memory", "1": "shared", "2": "registers", "3": "cluster"}  # RowPlace
+PLACES = {  # RowPlace
+    "0": "memory",
+    "1": "shared",
+    "2": "registers",
+    "3": "many registers",
+    "4": "cluster",
+}
 
 
 def find_tool(name: str) -> str:

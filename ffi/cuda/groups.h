@@ -38,6 +38,12 @@ class MemoryGroups {
     ForEachColumn([&](int i) { body(i, reader_.ReadGroup(i)); });
   }
 
+  // The same, and perhaps for groups of zeros beyond the row.
+  template <typename Body>
+  JAXINT8_DEVICE void ForEachAndZeros(Body body) const {
+    ForEach(body);
+  }
+
   // body(values, others) changes eight values by those beside them.
   template <typename Other, typename Body>
   JAXINT8_DEVICE void Update(const Other& other, Body body) {
@@ -63,46 +69,72 @@ class MemoryGroups {
   const Ptr<uint8_t> to_;
 };
 
-// In registers: one group a thread, of a row whose k is a multiple of 8 and no more than eight a thread, of a team that
+// In registers: up to kCount groups a thread, of a row whose k is a multiple of 8 and no more than that, of a team that
 // is a block or a cluster.
-template <Type kElements, typename AnyTeam = Team<>>
+template <Type kElements, typename AnyTeam = Team<>, int kCount = 1>
 class HeldGroups {
  public:
   static constexpr Type kType = kElements;
   static constexpr bool kVectors = true;
   using Reader = RowReader<kElements, true>;
-  using Group = typename Reader::Group;
+  // With its largest magnitude, which is asked for several times.
+  struct Group {
+    typename Reader::Raw raw;
+    uint32_t largest;
+    JAXINT8_DEVICE uint32_t Largest() const { return largest; }
+    JAXINT8_DEVICE void Widen(float (&v)[8]) const { Reader::Widen(raw, v); }
+  };
 
-  JAXINT8_DEVICE HeldGroups(Ptr<const uint8_t> data, int k) : k_(k), column_(8 * AnyTeam::Index()), group_{} {
-    if (column_ < k) group_ = Reader{data, k}.ReadGroup(column_);
+  JAXINT8_DEVICE HeldGroups(Ptr<const uint8_t> data, int k) : k_(k), groups_{} {
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) {
+      if (Column(j) < k) groups_[j].raw = Reader{data, k}.ReadRaw(Column(j));
+    }
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) groups_[j].largest = Reader::LargestOf(groups_[j].raw);
   }
 
   JAXINT8_DEVICE int k() const { return k_; }
   JAXINT8_DEVICE uint32_t Valid(int) const { return 0xff; }
   template <Type kOther>
-  JAXINT8_DEVICE HeldGroups<kOther, AnyTeam> Beside(Ptr<const uint8_t> data) const {
+  JAXINT8_DEVICE HeldGroups<kOther, AnyTeam, kCount> Beside(Ptr<const uint8_t> data) const {
     return {data, k_};
   }
 
   template <typename Body>
   JAXINT8_DEVICE void ForEach(Body body) const {
-    if (column_ < k_) body(column_, group_);
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) {
+      if (Column(j) < k_) body(Column(j), groups_[j]);
+    }
+  }
+
+  template <typename Body>
+  JAXINT8_DEVICE void ForEachAndZeros(Body body) const {
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) body(Column(j), groups_[j]);
   }
 
   template <typename Other, typename Body>
   JAXINT8_DEVICE void Update(const Other& other, Body body) {
-    float v[8], w[8];
-    group_.Widen(v);
-    other.Read(column_, w);
-    body(v, w);
-    group_.raw = Reader::Narrow(v);
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) {
+      float v[8], w[8];
+      groups_[j].Widen(v);
+      other.Read(j, w);
+      body(v, w);
+      groups_[j].raw = Reader::Narrow(v);
+      groups_[j].largest = Reader::LargestOf(groups_[j].raw);
+    }
   }
 
-  JAXINT8_DEVICE void Read(int, float (&v)[8]) const { group_.Widen(v); }
+  JAXINT8_DEVICE void Read(int j, float (&v)[8]) const { groups_[j].Widen(v); }
 
  private:
-  const int k_, column_;
-  Group group_;
+  static JAXINT8_DEVICE int Column(int j) { return 8 * (AnyTeam::Index() + j * AnyTeam::Size()); }
+
+  const int k_;
+  Group groups_[kCount];
 };
 
 }  // namespace jaxint8::cuda

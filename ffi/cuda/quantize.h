@@ -91,13 +91,28 @@ inline int WideThreads(int64_t columns) {
 // Where these are spread: their multiprocessors come in groups, of which clusters leave some over.
 inline int64_t WideSpread(int64_t multiprocessors) { return multiprocessors * 7 / 8; }
 
-// Where a row lies while a kernel looks at it: where it is, in shared memory, or in registers of a block or a cluster.
-enum class RowPlace { kMemory, kShared, kRegisters, kCluster };
-// Threads that hold a row in registers, or 0. That is sooner done, with eight values a thread, where there are not so
-// many rows that what every thread does once takes longer (or for the largest values, where more threads wait).
-inline int HoldingThreads(int64_t rows, int64_t columns, Rule rule) {
-  const int64_t threads = (columns + 255) / 256 * 32, most = rule == Rule::kTopK ? 1 << 19 : 1 << 20;
-  return threads <= kQuantizeThreads && rows * columns <= most ? static_cast<int>(threads) : 0;
+// Where a row lies while a kernel looks at it: where it is, in shared memory, or in registers, with one group of eight
+// values a thread of a block (kRegisters) or of a cluster, or with kHeldGroups of them.
+enum class RowPlace { kMemory, kShared, kRegisters, kManyRegisters, kCluster };
+inline constexpr int kHeldGroups = 4;
+inline constexpr int kHeldMostThreads = 256;
+// Threads that hold a row so.
+inline int HoldingThreads(int64_t columns, RowPlace place) {
+  const int64_t each = 256 * (place == RowPlace::kManyRegisters ? kHeldGroups : 1);
+  return static_cast<int>((columns + each - 1) / each * 32);
+}
+// Of rows that suit shared memory, by measurement on an H200. A row is soonest done with a group a thread, while there
+// are not so many values that what every thread does once takes longer (or for the largest values, where more threads
+// wait). Beyond that the relative rule, which looks at a row up to four times, does so a quarter sooner in registers,
+// by fewer threads, than in shared memory. What stands before a layer has its place there.
+inline RowPlace PlaceOfRows(const QuantizeParams& q) {
+  if (q.wide) return RowPlace::kCluster;
+  if (q.options.column_scope && q.parts == 0) return RowPlace::kShared;  // more threads look for marks
+  const Rule rule = q.options.rule;
+  const bool few = q.m * q.k <= (rule == Rule::kTopK ? 1 << 19 : 1 << 20);
+  if (few) return q.k <= 8 * kQuantizeThreads ? RowPlace::kRegisters : RowPlace::kShared;
+  const bool holds = rule == Rule::kRelative && !q.options.column_scope && q.prologue.kind == Prologue::kNone;
+  return holds && q.k <= 8 * kHeldGroups * kHeldMostThreads ? RowPlace::kManyRegisters : RowPlace::kShared;
 }
 
 // One block per row, or a cluster. Short rows have blocks of one warp. kSparse: with compressed high parts.
@@ -105,11 +120,12 @@ template <Type kType, bool kVector, RowPlace kPlace, int kRule, bool kSparse = f
 struct QuantizeKernel {
   using Params = QuantizeParams;
   static_assert(kPlace == RowPlace::kMemory || kVector);
-  static constexpr int kMaxThreads = kQuantizeThreads;
+  static constexpr bool kMany = kPlace == RowPlace::kManyRegisters;
+  static constexpr int kMaxThreads = kMany ? kHeldMostThreads : kQuantizeThreads;
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
   static constexpr int kMinBlocks = kRule == kMarked ? 1 : 2;  // or registers are spilled there
 #else
-  static constexpr int kMinBlocks = 2;
+  static constexpr int kMinBlocks = kMany ? 3 : 2;
 #endif
   static constexpr bool kWide = kPlace == RowPlace::kCluster;
   static_assert(!kWide || (kRule >= 0 && kRule != kMarked && !kSparse));
@@ -159,10 +175,10 @@ struct QuantizeKernel {
     Ptr<const uint8_t> x = p.x + i * RowsOf(p.prologue.kind) * p.k * kBytes;
     const bool has_row = kRule != kMarked || i < p.m;  // the last cluster may have blocks without
     const int k = static_cast<int>(p.k);
-    if constexpr (kPlace == RowPlace::kRegisters) {
-      HeldGroups<kType> row(x, k);
+    if constexpr (kPlace == RowPlace::kRegisters || kMany) {
+      HeldGroups<kType, Team<>, kMany ? kHeldGroups : 1> row(x, k);
       Before(p, i);
-      if (p.prologue.kind != Prologue::kNone) ApplyPrologue(row, x + k * kBytes, p.prologue, team);
+      if (!kMany && p.prologue.kind != Prologue::kNone) ApplyPrologue(row, x + k * kBytes, p.prologue, team);
       Write(p, i, row, scratch, team);
     } else {
       const Ptr<uint8_t> staged = SharedMemory() + kShared;

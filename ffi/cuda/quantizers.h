@@ -27,11 +27,11 @@ const char* QueueQuantizer(LaunchQueue& queue, QuantizeParams q, int64_t staged)
   // With a multiprocessor for each row as many as a block may have; to choose the largest of them takes fewer less.
   constexpr bool kPicks = kRule == static_cast<int>(Rule::kTopK) || kRule == kMarked;
   const bool alone = q.spread > 0 && q.m <= q.spread && !kPicks;
-  const int held = HoldingThreads(q.m, q.k, q.options.rule);
-  const int threads = kWide                            ? WideThreads(q.k)
-                      : kPlace == RowPlace::kRegisters ? held
-                      : finds                          ? MarkThreads(q.m, q.stride)
-                                                       : RowThreads(q.m, q.stride, alone);
+  constexpr bool kHeld = kPlace == RowPlace::kRegisters || kPlace == RowPlace::kManyRegisters;
+  const int threads = kWide   ? WideThreads(q.k)
+                      : kHeld ? HoldingThreads(q.k, kPlace)
+                      : finds ? MarkThreads(q.m, q.stride)
+                              : RowThreads(q.m, q.stride, alone);
   const int cluster = kWide ? kWideBlocks : finds ? q.mark_blocks : 1;
   const int64_t blocks = kWide ? kWideBlocks * q.m : (q.m + cluster - 1) / cluster * cluster;
   const int marks = q.options.column_scope && q.parts != 1 ? static_cast<int>(MarkBytes(q.k)) : 0;
@@ -51,20 +51,24 @@ const char* QueueQuantizer(LaunchQueue& queue, QuantizeParams q, int64_t staged)
   return queue.Launch<Kernel>(blocks, threads, shared > apart ? shared : apart, q, cluster);
 }
 
-// What those functions do. Where a block looks for marks first it has more threads than hold a row.
+// What those functions do.
 template <int kRule>
 const char* QueueStagedQuantizer(LaunchQueue& queue, Type type, const QuantizeParams& q, int64_t staged) {
-  const bool finds = q.options.column_scope && q.parts == 0;
   return WithType(type, [&](auto constant) {
     constexpr Type kType = decltype(constant)::kType;
+    const RowPlace place = PlaceOfRows(q);
 #if !defined(__CUDACC__) || defined(JAXINT8_WGMMA)
     if constexpr (kRule != kMarked) {
-      if (q.wide) return QueueQuantizer<kType, true, RowPlace::kCluster, kRule>(queue, q, 0);
+      if (place == RowPlace::kCluster) return QueueQuantizer<kType, true, RowPlace::kCluster, kRule>(queue, q, 0);
     }
 #endif
-    return HoldingThreads(q.m, q.k, q.options.rule) > 0 && !finds
-               ? QueueQuantizer<kType, true, RowPlace::kRegisters, kRule>(queue, q, 0)
-               : QueueQuantizer<kType, true, RowPlace::kShared, kRule>(queue, q, staged);
+    if constexpr (kRule == static_cast<int>(Rule::kRelative)) {
+      if (place == RowPlace::kManyRegisters) {
+        return QueueQuantizer<kType, true, RowPlace::kManyRegisters, kRule>(queue, q, 0);
+      }
+    }
+    return place == RowPlace::kRegisters ? QueueQuantizer<kType, true, RowPlace::kRegisters, kRule>(queue, q, 0)
+                                         : QueueQuantizer<kType, true, RowPlace::kShared, kRule>(queue, q, staged);
   });
 }
 

@@ -181,7 +181,7 @@ class Row {
   // Of this thread's elements.
   JAXINT8_DEVICE uint32_t OwnLargest() const {
     uint32_t own = 0;
-    row_.ForEach([&](int, const Group& group) { own = Max(own, group.Largest()); });
+    row_.ForEachAndZeros([&](int, const Group& group) { own = Max(own, group.Largest()); });
     return own;
   }
 
@@ -233,7 +233,7 @@ class Row {
     const auto quotients = Quotients<Groups::kType>::ForSquares(unit);
     const IntegerDivisor columns(row_.k());
     uint64_t sum = 0;
-    row_.ForEach([&](int, const Group& group) {
+    row_.ForEachAndZeros([&](int, const Group& group) {
       sum += quotients.SumOfSquares(Widen(group).v);  // no quotient is above 4095 but for its rounding
     });
     sum = team_.template Sum<54>(sum);
