@@ -16,6 +16,7 @@ namespace {
 struct Avx256 {
   using Sums = __m256i;
   using Packed = __m256i;
+  static constexpr bool kTurned = false, kFetches = true;
   static constexpr int kLanes32 = 8, kLanes = 8, kBytes = 32, kRows = 1;
   static constexpr int kTileM = 6, kTileZ = 2;  // 12 sums, 2 weights, 1 word of codes: 15 of 16 registers
   static constexpr int kHiRegisters = kTileZ, kHiPanels = 4, kWords = 1, kCodeBytes = 4;
@@ -25,6 +26,7 @@ struct Avx256 {
   static Sums Shift7(Sums a) { return _mm256_slli_epi32(a, 7); }
   static Sums LoadSums(const int32_t* c) { return Load(c); }
   static void StoreSums(int32_t* c, Sums a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(c), a); }
+  static void StoreBytes(int8_t* p, __m256i a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a); }
   static __m256i Load(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
   static __m256i Widen(const int8_t* p) {
     return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));

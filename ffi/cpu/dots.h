@@ -4,6 +4,8 @@
 //   Sums, Weights, Codes   registers: of int32, of kDot weights of one row, of kDot codes of one row
 //   kLanes32               int32 in a register
 //   kOffset                weights are flipped to unsigned, w + 128; 128 * sum(codes) is taken off again
+//   kFetches               weights are fetched ahead by instructions
+//   kTurned                codes are the turned ones (Rung::turn), two bytes for each
 //   Zero, Add, LoadSums, StoreSums, Shift7 (times 128)
 //   LoadWeights, LoadCodes, MulAdd(sums, weights, codes): some sum of products per lane, exact modulo 2^32
 //   Sum4(a, b, c, d, out)  out[0..3] += the sums over the lanes of each
@@ -31,6 +33,7 @@ constexpr int64_t kAheadBytes = 32 << 10;
 // What a sum starts from: -128 * the sum of the codes where weights are flipped.
 template <class V>
 inline int32_t Correction(const Row& row) {
+  if (V::kTurned) return row.turned;
   return V::kOffset ? static_cast<int32_t>(0u - (static_cast<uint32_t>(row.sum) << 7)) : 0;
 }
 
@@ -38,8 +41,9 @@ inline int32_t Correction(const Row& row) {
 template <class V, int M, int N, bool kDense>
 void Dots(const Block& b, int64_t i0, int64_t j0, int64_t j_end, const int8_t* ahead) {
   using Sums = typename V::Sums;
-  const int64_t k = b.k, stride = b.stride, whole = k / 64 * 64;
-  const int8_t* x = b.lo + i0 * stride;
+  constexpr int64_t kBytes = V::kTurned ? 2 : 1;  // of a code
+  const int64_t k = b.k, stride = b.stride * kBytes, whole = k / 64 * 64;
+  const int8_t* x = (V::kTurned ? b.turned : b.lo) + i0 * stride;
   const int8_t* hi = kDense ? b.plan->hi : nullptr;
   for (int64_t first = j0; first < j_end; first += N, ahead += N * k) {
     const int8_t* w = b.w + first * k;
@@ -60,13 +64,14 @@ void Dots(const Block& b, int64_t i0, int64_t j0, int64_t j_end, const int8_t* a
     for (int64_t stop = whole;;) {
       for (; t < stop; t += 64, from += 64) {
         // Of two adjacent lines one is fetched, the other follows by itself. Nothing is read, so any address will do.
-        if constexpr (N > 1) {
+        if constexpr (V::kFetches && N > 1) {
           const int8_t* fetch = ahead + (t % 128 == 0 ? t : t - 64 + N / 2 * k);
           Unroll<N / 2>([&](auto j) ALWAYS_INLINE { __builtin_prefetch(fetch + j * k, 0, 2); });
         }
         Unroll<64 / V::kDot>([&](auto s) ALWAYS_INLINE {
           typename V::Codes codes[M], codes_hi{};
-          Unroll<M>([&](auto i) ALWAYS_INLINE { codes[i] = V::LoadCodes(x + i * stride + t + s * V::kDot); });
+          Unroll<M>([&](auto i)
+                        ALWAYS_INLINE { codes[i] = V::LoadCodes(x + i * stride + (t + s * V::kDot) * kBytes); });
           if constexpr (kDense) codes_hi = V::LoadCodes(hi + t + s * V::kDot);
           Unroll<N>([&](auto j) ALWAYS_INLINE {
             const typename V::Weights weights = V::LoadWeights(from + j * from_stride + s * V::kDot);
@@ -175,7 +180,7 @@ inline bool Dense(const Block& b) {
 }
 
 // The weights are read once, in the order in which they lie. High parts need a plan. The panel of groups holds
-// HiPlan::kMaxGroups * kBlockN * 4 bytes.
+// HiPlan::kMaxGroups * kBlockN * 4 bytes. Turned codes are for blocks that are not Dense.
 template <class V>
 void MultiplyDots(const Block& b, uint8_t* panel) {
   const bool dense = Dense(b);
@@ -188,13 +193,14 @@ void MultiplyDots(const Block& b, uint8_t* panel) {
     const int64_t end = j + (whole ? kRows : 1);
     const int64_t next = j + lead - b.n;  // beyond the block: the next block
     const int8_t* ahead = b.ahead && next >= 0 ? b.ahead + next * b.k : b.w + (j + lead) * b.k;
-    for (int64_t i = 0; i < b.m; i += kDotsM) {
-      const int64_t m = b.m - i < kDotsM ? b.m - i : kDotsM;
-      if (dense) {
-        (whole ? Dots<V, 1, V::kDenseN, true> : Dots<V, 1, 1, true>)(b, i, j, end, ahead);
-      } else {
-        (whole ? DotsTable<V>::kWhole : DotsTable<V>::kSingle)[m - 1](b, i, j, end, ahead);
+    constexpr int64_t kTeam = V::kTurned ? 2 : kDotsM;  // more would not find room in registers
+    for (int64_t i = 0; i < b.m; i += kTeam) {
+      const int64_t m = b.m - i < kTeam ? b.m - i : kTeam;
+      DotsFunction function = (whole ? DotsTable<V>::kWhole : DotsTable<V>::kSingle)[m - 1];
+      if constexpr (!V::kTurned) {
+        if (dense) function = whole ? Dots<V, 1, V::kDenseN, true> : Dots<V, 1, 1, true>;
       }
+      function(b, i, j, end, ahead);
     }
     if (gathers) GatherGroups(b, groups, j, end, panel);
     j = end;

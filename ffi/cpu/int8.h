@@ -70,6 +70,7 @@ struct Row {
   int32_t count = 0;             // codes with a high part; all outliers with float_outliers
   int32_t words = 0;             // groups of four columns with an outlier that has a high part; settled, some twice
   int32_t quads = 0;             // in the place of words, if the rung asks for them (Rung::quads_k)
+  int32_t turned = 0;            // what is to be added to sums of turned codes; see Rung::turn
   bool settled = false;          // see Rung::settle
   const Outlier* outliers = {};  // those counted, ascending columns
   const HiWord* hi = {};         // ascending groups
@@ -125,6 +126,7 @@ struct Block {
   const HiPlan* plan;  // set when with_hi and m <= kSmallM, unless there would be too many groups
   // Set where high parts are quads: of every four columns a bit that says whether some row may have one there.
   const uint64_t* groups;
+  const int8_t* turned;   // [m][2 * stride], by Rung::turn; or null
   bool arranged;          // codes are, by Rung::arrange
   const HighTiles* high;  // set when with_hi and codes are arranged: [m / 16, rounded up]
   int64_t m;
@@ -187,6 +189,13 @@ struct Rung {
   // then nothing is changed. k codes, zero-padded to a multiple of 64. Null: never.
   int64_t (*settle)(int8_t* lo, int64_t k, int64_t most, int32_t* columns) = nullptr;
   int64_t settle_m = 0;
+  // Up to turned_m rows, unless they are settled, the codes of a layer also stand turned beside the others, for
+  // products of two unsigned bytes u and two signed ones: [RoundUp(k, 64) / 32][32 codes, then 32 bytes], u = w ^ byte.
+  // Of two codes in columns 2t and 2t + 1 one is positive and one negative, or 0, so that two products are never of the
+  // same sign: where they were, the second is negated, and its u is 127 - w in the place of w + 128. Returns what is to
+  // be added to the sum of u * code for the sum of w * code. Null: never.
+  int32_t (*turn)(const int8_t* lo, int64_t k, int8_t* turned) = nullptr;
+  int64_t turned_m = 0;
 };
 
 // Bit pattern of the count-th largest of n magnitudes (reorders them); 1 <= count <= n.
@@ -264,6 +273,7 @@ class Job : public Phased {
   int64_t rows_per_item_ = 1;
   bool plans_ = false;  // whether high parts are planned: in a phase of their own, or with the one item that quantises
   bool quads_ = false;  // whether high parts are listed as quads, not as words
+  bool turns_ = false;  // whether codes are turned (Rung::turn)
   bool settles_ = false;              // whether codes are settled (Rung::settle)
   bool arranged_ = false;             // whether codes are arranged, by whoever quantises the last of 16 rows
   int64_t chunk_m_ = 0, chunks_ = 0;  // rows of an item of the last phase, items of a block; 0 if there are none

@@ -153,6 +153,9 @@ Job::Job(const Problem& problem) : p_(problem), ws_(Acquire()), id_(NextId()) {
   if (arranged_) ws_->high_tiles.assign(room / kArrangedRows, HighTiles{});
   settles_ = p_.kind == Problem::Kind::kLinear && p_.k > 0 && p_.rung->settle != nullptr && p_.m >= p_.rung->settle_m &&
              !p_.options.float_outliers;
+  turns_ = p_.kind == Problem::Kind::kLinear && p_.k > 0 && p_.rung->turn != nullptr && p_.m <= p_.rung->turned_m &&
+           !settles_;
+  if (turns_) ws_->turned.Get<int8_t>(p_.m * 2 * ws_->stride);
   plans_ = high && !arranged_ && !settles_ && p_.m <= kSmallM;
   items_[2] = plans_ && row_items > 1;
   quads_ = high && p_.m >= kLeastQuadRows && p_.k <= p_.rung->quads_k;
@@ -300,6 +303,9 @@ void Job::QuantizeRows(int64_t item) {
     }
     std::memset(lo + p_.k, 0, static_cast<size_t>(ws_->stride - p_.k));
     ws_->rows[i] = row;
+    if (turns_) {
+      ws_->rows[i].turned = p_.rung->turn(lo, p_.k, ws_->turned.Get<int8_t>(0) + i * 2 * ws_->stride);
+    }
     Settled settled{lo, nullptr, 0};
     if (settles_) {
       const int64_t most = p_.k / kSettledShare;
@@ -453,6 +459,7 @@ Block Job::BlockOf(int64_t item) const {
       settles_ || (p_.kind == Problem::Kind::kLinear && p_.options.rule != Rule::kNone && !p_.options.float_outliers);
   b.plan = plans_ && ws_->plan.groups <= HiPlan::kMaxGroups ? &ws_->plan : nullptr;
   b.groups = quads_ ? GroupsOf(i0, i0 + b.m) : nullptr;
+  b.turned = turns_ ? ws_->turned.Get<int8_t>(0) + i0 * 2 * ws_->stride : nullptr;
   b.arranged = arranged_;
   b.high = arranged_ && b.with_hi ? ws_->high_tiles.data() + i0 / kArrangedRows : nullptr;
   b.w = p_.w + j0 * p_.k;

@@ -108,7 +108,7 @@ class List {
 };
 
 struct Workspace {
-  Buffer lo, marks, entered;
+  Buffer lo, turned, marks, entered;
   std::vector<Row> rows;
   // Per item of the quantising phase: the outliers of its rows, one after the other.
   struct Lists {
@@ -169,8 +169,8 @@ struct Workspace {
   Buffer queries, shares, first, left;
 
   size_t bytes() const {
-    size_t total = lo.size() + marks.size() + entered.size() + rows.capacity() * sizeof(Row) + queries.size() +
-                   shares.size() + first.size() + left.size();
+    size_t total = lo.size() + turned.size() + marks.size() + entered.size() + rows.capacity() * sizeof(Row) +
+                   queries.size() + shares.size() + first.size() + left.size();
     for (const Lists& list : lists) {
       total += list.outliers.bytes() + list.words.bytes() + list.quads.bytes();
     }
