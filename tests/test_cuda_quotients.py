@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -110,3 +111,28 @@ def test_divisions_by_integers(executor: Executor) -> None:
         x = rng.integers(0, 1 << 62, 20000) >> rng.integers(0, 62, 20000)
         x = x.astype(np.float32)
         np.testing.assert_array_equal(executor.divide(x, divisor, True), x / np.float32(divisor))
+
+
+@pytest.mark.parametrize("rule", [None, Threshold(1.0)], ids=str)
+@pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16], ids=lambda d: np.dtype(d).name)
+def test_codes_of_all_mantissas(executor: Executor, dtype: Any, rule: Any) -> None:
+    """Every value of few bits by every scale of one, or by that of an outlier: quotients that are halves among them."""
+    bits = ml_dtypes.finfo(dtype).nmant + 1
+    mantissas = np.arange(1 << (bits - 1), 1 << bits, dtype=np.float32)
+    exponents = np.arange(9 if bits == 8 else 2)
+    values = np.ldexp(mantissas, -exponents[:, None] - bits).reshape(-1).astype(np.float32)
+    largest = mantissas if bits == 8 else mantissas[::7]
+    least = 2.0 ** (-110 if rule else -117)  # about the smallest that is not zero
+    for scale in (least, 1.0, 2.0**127) if bits == 8 else (2.0**-6, 1.0, 2.0**9):
+        x = np.concatenate(
+            [np.ldexp(largest, -bits)[:, None], values * np.ones((len(largest), 1))], 1
+        )
+        x[:, 1:] = np.where(x[:, 1:] > x[:, :1], x[:, 1:] / 2, x[:, 1:])
+        if rule is not None:  # an outlier, of which a 128th is larger than all others
+            x[:, 1:] /= 256
+        x = (x * np.float32(scale)).astype(dtype)
+        limited = rule and Threshold(scale / 4)
+        for got, wanted in zip(
+            executor.quantize(x, limited), reference.quantize_rows(x, limited), strict=True
+        ):
+            np.testing.assert_array_equal(got, wanted)

@@ -79,6 +79,8 @@ class ClusterTeam {
     return values[0];
   }
 
+  JAXINT8_DEVICE void Sums(uint32_t (&v)[2]) { Reduce<0, 2>(v); }
+
   template <int kBits>
   JAXINT8_DEVICE uint64_t Sum(uint64_t v) {
     v = SumWarp<kBits>(v);

@@ -126,6 +126,8 @@ JAXINT8_DEVICE uint32_t AtomicAdd(uint32_t* p, uint32_t value) { return atomicAd
 JAXINT8_DEVICE uint32_t WarpMax(uint32_t v) { return __reduce_max_sync(~0u, v); }
 JAXINT8_DEVICE uint32_t WarpSum(uint32_t v) { return __reduce_add_sync(~0u, v); }
 JAXINT8_DEVICE uint32_t WarpOr(uint32_t v) { return __reduce_or_sync(~0u, v); }
+// Whether some lane of those that are here has it: a hint, as to others it may seem otherwise.
+JAXINT8_DEVICE bool SomeLane(bool v) { return __any_sync(__activemask(), v); }
 JAXINT8_DEVICE uint32_t ShuffleXor(uint32_t v, int lanes) { return __shfl_xor_sync(~0u, v, lanes); }
 JAXINT8_DEVICE uint32_t Shuffle(uint32_t v, int lane) { return __shfl_sync(~0u, v, lane); }
 
@@ -222,6 +224,14 @@ JAXINT8_DEVICE int32_t RoundToInt(float x) { return __float2int_rn(x); }  // hal
 // The low bytes of four integers, the first lowest.
 JAXINT8_DEVICE uint32_t PackBytes(uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
   return __byte_perm(__byte_perm(a, b, 0x0040), __byte_perm(c, d, 0x0040), 0x5410);
+}
+// Bytes of two words, of which a is bytes 0 to 3, by four digits of the selector, the first byte by the last digit; 8
+// more stand for 0xff or 0, by the sign of the byte.
+template <uint32_t kSelector>
+JAXINT8_DEVICE uint32_t Permute(uint32_t a, uint32_t b) {
+  uint32_t v;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(v) : "r"(a), "r"(b), "n"(kSelector));
+  return v;
 }
 // c + the products of four signed bytes each, which wraps.
 JAXINT8_DEVICE int32_t DotBytes(uint32_t a, uint32_t b, int32_t c) {

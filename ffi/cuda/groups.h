@@ -17,12 +17,14 @@ class MemoryGroups {
  public:
   static constexpr Type kType = kElements;
   static constexpr bool kVectors = kVector;
+  static constexpr int kHeld = 0;
   using Reader = RowReader<kElements, kVector>;
   using Group = typename Reader::Group;
 
   // to: where what Update makes is written.
   JAXINT8_DEVICE MemoryGroups(Ptr<const uint8_t> data, int k, Ptr<uint8_t> to = {}) : reader_{data, k}, to_(to) {}
 
+  JAXINT8_DEVICE void FindLargest() {}
   JAXINT8_DEVICE int k() const { return reader_.k; }
   // Bit j is set where i + j is an element.
   JAXINT8_DEVICE uint32_t Valid(int i) const { return reader_.Valid(i); }
@@ -76,20 +78,27 @@ class HeldGroups {
  public:
   static constexpr Type kType = kElements;
   static constexpr bool kVectors = true;
+  static constexpr int kHeld = kCount;  // groups a thread
   using Reader = RowReader<kElements, true>;
   // With its largest magnitude, which is asked for several times.
   struct Group {
     typename Reader::Raw raw;
     uint32_t largest;
     JAXINT8_DEVICE uint32_t Largest() const { return largest; }
+    JAXINT8_DEVICE Magnitudes<Reader::kHalves> All() const { return Reader::MagnitudesOf(raw); }
     JAXINT8_DEVICE void Widen(float (&v)[8]) const { Reader::Widen(raw, v); }
   };
 
-  JAXINT8_DEVICE HeldGroups(Ptr<const uint8_t> data, int k) : k_(k), groups_{} {
+  JAXINT8_DEVICE HeldGroups(Ptr<const uint8_t> data, int k)
+      : k_(k), first_(8 * (32 * kCount * AnyTeam::Warp() + AnyTeam::Lane())), groups_{} {
 #pragma unroll
     for (int j = 0; j < kCount; ++j) {
       if (Column(j) < k) groups_[j].raw = Reader{data, k}.ReadRaw(Column(j));
     }
+  }
+
+  // Waits for the elements. To be called before they are asked for their largest, and behind all that needs no element.
+  JAXINT8_DEVICE void FindLargest() {
 #pragma unroll
     for (int j = 0; j < kCount; ++j) groups_[j].largest = Reader::LargestOf(groups_[j].raw);
   }
@@ -130,10 +139,11 @@ class HeldGroups {
 
   JAXINT8_DEVICE void Read(int j, float (&v)[8]) const { groups_[j].Widen(v); }
 
- private:
-  static JAXINT8_DEVICE int Column(int j) { return 8 * (AnyTeam::Index() + j * AnyTeam::Size()); }
+  // Those of a warp stand side by side, so that their addresses differ by numbers that the compiler knows.
+  JAXINT8_DEVICE int Column(int j) const { return first_ + 256 * j; }
 
-  const int k_;
+ private:
+  const int k_, first_;
   Group groups_[kCount];
 };
 

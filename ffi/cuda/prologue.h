@@ -72,6 +72,7 @@ JAXINT8_DEVICE void ApplyPrologue(Groups& groups, Ptr<const uint8_t> up, const P
     return;
   }
   const auto weights = groups.template Beside<Type::kF32>(Cast<const uint8_t>(p.norm));
+  groups.FindLargest();
   uint32_t absmax = 0;
   groups.ForEach([&](int, const Group& group) {
     const uint32_t largest = group.Largest();

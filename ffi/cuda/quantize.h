@@ -111,7 +111,8 @@ inline RowPlace PlaceOfRows(const QuantizeParams& q) {
   const Rule rule = q.options.rule;
   const bool few = q.m * q.k <= (rule == Rule::kTopK ? 1 << 19 : 1 << 20);
   if (few) return q.k <= 8 * kQuantizeThreads ? RowPlace::kRegisters : RowPlace::kShared;
-  const bool holds = rule == Rule::kRelative && !q.options.column_scope && q.prologue.kind == Prologue::kNone;
+  const bool holds =
+      rule == Rule::kRelative && !q.options.column_scope && !q.pieces && q.prologue.kind == Prologue::kNone;
   return holds && q.k <= 8 * kHeldGroups * kHeldMostThreads ? RowPlace::kManyRegisters : RowPlace::kShared;
 }
 
@@ -160,7 +161,7 @@ struct QuantizeKernel {
     HeldGroups<kType, RowTeam> row(x, k);
     Before(p, i);
     team.Meet();
-    if (p.prologue.kind != Prologue::kNone) ApplyPrologue(row, x + k * kBytes, p.prologue, team);
+    Prepare(p, row, x + k * kBytes, team);
     Write(p, i, row, scratch, team);
   }
 #endif
@@ -172,13 +173,13 @@ struct QuantizeKernel {
     const int64_t i = BlockIndex();
     const Ptr<uint32_t> scratch = Cast<uint32_t>(SharedMemory());
     Team<> team(scratch);
-    Ptr<const uint8_t> x = p.x + i * RowsOf(p.prologue.kind) * p.k * kBytes;
+    Ptr<const uint8_t> x = p.x + i * (kMany ? 1 : RowsOf(p.prologue.kind)) * p.k * kBytes;
     const bool has_row = kRule != kMarked || i < p.m;  // the last cluster may have blocks without
     const int k = static_cast<int>(p.k);
     if constexpr (kPlace == RowPlace::kRegisters || kMany) {
       HeldGroups<kType, Team<>, kMany ? kHeldGroups : 1> row(x, k);
       Before(p, i);
-      if (!kMany && p.prologue.kind != Prologue::kNone) ApplyPrologue(row, x + k * kBytes, p.prologue, team);
+      Prepare(p, row, x + k * kBytes, team);
       Write(p, i, row, scratch, team);
     } else {
       const Ptr<uint8_t> staged = SharedMemory() + kShared;
@@ -193,12 +194,19 @@ struct QuantizeKernel {
     }
   }
 
+  // Does what stands before the layer to a row in registers.
+  template <typename Groups>
+  static JAXINT8_DEVICE void Prepare(const Params& p, Groups& row, Ptr<const uint8_t> beside, RowTeam& team) {
+    if (kMany || p.prologue.kind == Prologue::kNone) return row.FindLargest();
+    ApplyPrologue(row, beside, p.prologue, team);
+  }
+
   static JAXINT8_DEVICE bool OnlyMarks(const Params& p) { return kRule < 0 && (kStaged || p.marking); }
   static JAXINT8_DEVICE Ptr<uint32_t> Marks(const Params& p) { return Cast<uint32_t>(SharedMemory() + p.marks_at); }
 
   // What does not need the row.
   static JAXINT8_DEVICE void Before(const Params& p, int64_t i) {
-    if (!p.marking) WriteRowsBeyond(p, i);
+    if (kRule >= 0 || !p.marking) WriteRowsBeyond(p, i);
     if (!OnlyMarks(p) && (kRule == kMarked || (kRule < 0 && p.options.column_scope))) FindMarks(p, Marks(p));
   }
 
@@ -212,7 +220,7 @@ struct QuantizeKernel {
       if (OnlyMarks(p)) return Mark(p, i, row, marks);
     }
     RowOutput out{Keep(p.lo + i * p.stride), p.hi, p.stride, p.parts == 1 ? p.marks : marks, p.used, {}, p.whole};
-    if (p.hi) out.hi = Keep(p.hi + i * p.stride);
+    if (kRule > 0 || p.hi) out.hi = Keep(p.hi + i * p.stride);  // a rule has high parts
     float scale;
     if constexpr (kWide) {
       scale = row.Quantize(out);
@@ -249,6 +257,7 @@ struct QuantizeKernel {
 
   template <typename AnyRow>
   static JAXINT8_DEVICE float Quantize(const Params& p, int64_t i, AnyRow& row, RowOutput& out, Ptr<uint32_t> pieces) {
+    if constexpr (kMany) return row.Quantize(out);
     if (p.pieces) {
       out.pieces = pieces;
       for (int j = ThreadIndex(); j < kPieceWords; j += BlockThreads()) Store(pieces + j, 0u);
@@ -279,7 +288,7 @@ struct QuantizeKernel {
 
   // Zeros for this row's share of the rows of codes that are none of x.
   static JAXINT8_DEVICE void WriteRowsBeyond(const Params& p, int64_t i) {
-    if (i >= p.m) return;
+    if (kRule == kMarked && i >= p.m) return;
     for (int64_t row = p.m + i; row < p.code_rows; row += p.m) {
       for (int64_t j = 16 * RowTeam::Index(); j < p.stride; j += 16 * RowTeam::Size()) {
         StoreAs<Word4>(p.lo + (row * p.stride + j), Word4{});

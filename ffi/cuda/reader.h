@@ -13,6 +13,47 @@ namespace jaxint8::cuda {
 JAXINT8_DEVICE uint32_t Magnitude(float x) { return Bits(x) & 0x7fffffff; }
 inline constexpr uint32_t kInfinity = 0x7f800000;
 
+// Eight magnitudes, as words of two halves each or of one float: signs are none of them. Groups of bytes, 0xff or 0,
+// say which of them are meant.
+template <bool kHalves>
+struct Magnitudes {
+  static constexpr int kWords = kHalves ? 4 : 8;
+  uint32_t words[kWords];
+
+  // Those that are no less than a threshold: to all, a bound is added by which their sign says so.
+  JAXINT8_DEVICE Word2 Reaching(uint32_t bound) const {
+    uint32_t t[kWords];
+#pragma unroll
+    for (int j = 0; j < kWords; ++j) t[j] = words[j] + bound;
+    if constexpr (kHalves) {
+      return {Permute<0xfdb9>(t[0], t[1]), Permute<0xfdb9>(t[2], t[3])};
+    } else {
+      return {Permute<0x5410>(Permute<0xfb>(t[0], t[1]), Permute<0xfb>(t[2], t[3])),
+              Permute<0x5410>(Permute<0xfb>(t[4], t[5]), Permute<0xfb>(t[6], t[7]))};
+    }
+  }
+
+  // The largest of those that are not meant: of the halves of a word, or of words.
+  JAXINT8_DEVICE uint32_t LargestBut(const Word2& bytes) const {
+    const auto larger = [](uint32_t a, uint32_t b) {
+      if constexpr (kHalves) return LargerHalves(a, b);
+      return a > b ? a : b;
+    };
+    if constexpr (kHalves) {
+      return larger(larger(words[0] & ~Permute<0x1100>(bytes.x, 0), words[1] & ~Permute<0x3322>(bytes.x, 0)),
+                    larger(words[2] & ~Permute<0x1100>(bytes.y, 0), words[3] & ~Permute<0x3322>(bytes.y, 0)));
+    } else {
+      const uint32_t x =
+          larger(larger(words[0] & ~Permute<0x0000>(bytes.x, 0), words[1] & ~Permute<0x1111>(bytes.x, 0)),
+                 larger(words[2] & ~Permute<0x2222>(bytes.x, 0), words[3] & ~Permute<0x3333>(bytes.x, 0)));
+      const uint32_t y =
+          larger(larger(words[4] & ~Permute<0x0000>(bytes.y, 0), words[5] & ~Permute<0x1111>(bytes.y, 0)),
+                 larger(words[6] & ~Permute<0x2222>(bytes.y, 0), words[7] & ~Permute<0x3333>(bytes.y, 0)));
+      return larger(x, y);
+    }
+  }
+};
+
 // Elements of an activation row, eight at a time. kVector: k is a multiple of 8, so every row is aligned to 16 bytes.
 template <Type kType, bool kVector>
 struct RowReader {
@@ -87,9 +128,40 @@ struct RowReader {
         }
       }
     }
-    if constexpr (kType == Type::kF32) return a;
-    a = (a & 0xffff) > a >> 16 ? a & 0xffff : a >> 16;
-    return Bits(Widen(a));  // Widen keeps the order of magnitudes, also of NaN
+    return LargerOf(a);
+  }
+
+  static constexpr bool kHalves = kType != Type::kF32 && kVector;
+  static JAXINT8_DEVICE Magnitudes<kHalves> MagnitudesOf(const Raw& raw) {
+    constexpr uint32_t kMask = kHalves ? 0x7fff7fff : 0x7fffffff;
+    Magnitudes<kHalves> all;
+#pragma unroll
+    for (int j = 0; j < kWords; ++j) {
+      all.words[4 * j] = raw.words[j].x & kMask;
+      all.words[4 * j + 1] = raw.words[j].y & kMask;
+      all.words[4 * j + 2] = raw.words[j].z & kMask;
+      all.words[4 * j + 3] = raw.words[j].w & kMask;
+    }
+    return all;
+  }
+  // For Reaching, of the bits of a float. A threshold between two elements stands for the larger one.
+  static JAXINT8_DEVICE uint32_t Bound(uint32_t threshold) {
+    if constexpr (!kHalves) {
+      return 0x80000000 - threshold;
+    } else if constexpr (kType == Type::kBF16) {
+      return (0x8000 - ((threshold + 0xffff) >> 16)) * 0x10001;
+    } else {
+      if (threshold > kInfinity) return 0;
+      uint32_t half = FloatToHalf(FloatFromBits(threshold));
+      half += Bits(HalfToFloat(static_cast<uint16_t>(half))) < threshold;
+      return (0x8000 - half) * 0x10001;
+    }
+  }
+  // The bits of a float, of what LargestBut gives.
+  static JAXINT8_DEVICE uint32_t LargerOf(uint32_t word) {
+    if constexpr (!kHalves) return word;
+    const uint32_t half = (word & 0xffff) > word >> 16 ? word & 0xffff : word >> 16;
+    return Bits(Widen(half));  // Widen keeps the order of magnitudes, also of NaN
   }
 
   // The larger magnitude of each two elements.
@@ -111,6 +183,7 @@ struct RowReader {
   struct VectorGroup {
     Raw raw;
     JAXINT8_DEVICE uint32_t Largest() const { return LargestOf(raw); }
+    JAXINT8_DEVICE Magnitudes<kHalves> All() const { return MagnitudesOf(raw); }
     JAXINT8_DEVICE void Widen(float (&v)[8]) const { RowReader::Widen(raw, v); }
   };
   struct ScalarGroup {
@@ -120,6 +193,12 @@ struct RowReader {
 #pragma unroll
       for (int j = 0; j < 8; ++j) largest = Magnitude(values[j]) > largest ? Magnitude(values[j]) : largest;
       return largest;
+    }
+    JAXINT8_DEVICE Magnitudes<false> All() const {
+      Magnitudes<false> all;
+#pragma unroll
+      for (int j = 0; j < 8; ++j) all.words[j] = Magnitude(values[j]);
+      return all;
     }
     JAXINT8_DEVICE void Widen(float (&v)[8]) const {
 #pragma unroll
@@ -243,7 +322,7 @@ class Quotients {
     return sum & ((1u << 28) - 1);
   }
 
- private:
+ protected:
   // The quotients are multiplied by a power of two, `times` and another one by large divisors, as the second part of
   // their reciprocals would be too small for a float.
   JAXINT8_DEVICE Quotients(float divisor, float times) {
@@ -270,6 +349,46 @@ class Quotients {
   }
 
   float magic_, square_magic_, up_, divisor_, reciprocal_, rest_;
+};
+
+// The same for the codes of a row. Divisors are scales: a magnitude N of the type over 127, or over 127 * 128, rounded.
+//
+// Of values with 11 bits or fewer, other quotients up to 127 than halves of integers are so far from these that a
+// reciprocal with an error of a few units does for them: one operation. The only half is that of N / 2 or N / 256,
+// which is 63.5 or as near as the scale is to what it was rounded from: the reciprocal is made to err to the side to
+// which that is rounded. If 127 divides N there are others, of which none may err: then the scale must be a power of
+// two, which has an exact reciprocal. tests/test_cuda_quotients.py tries all.
+template <Type kType>
+class CodeQuotients : public Quotients<kType> {
+ public:
+  // Of bfloat16 127 divides none but 127 times powers of two.
+  static constexpr bool kPlainByAll = kType != Type::kF16;
+
+  // middle: N / 2 or N / 256, or 0 for any other scale.
+  JAXINT8_DEVICE CodeQuotients(float scale, float middle) : Quotients<kType>(scale) {
+    if constexpr (kType != Type::kF32) {
+      const float beyond = MultiplyAdd(-63.5f, scale, middle);  // exact
+      // A quotient is rounded to a float first, in whose steps of 2^-18 half a step below 63.5 is where 63 begins.
+      const uint32_t steps = Multiply(beyond, 0x1p19f) < -scale ? ~1u : 2;
+      near_ = FloatFromBits(beyond == 0 ? 0x7f000000 - Bits(this->divisor_) : Bits(this->reciprocal_) + steps);
+      plain_ = middle > 0 && (kPlainByAll || beyond != 0 || (Bits(scale) & 0x7fffff) == 0);
+    }
+  }
+
+  // Whether RoundSmall may be called, for quotients up to 127. If kPlainByAll, it may by all scales with a middle.
+  JAXINT8_DEVICE bool Plain() const { return plain_; }
+  JAXINT8_DEVICE void RoundSmall(const float (&v)[8], uint32_t (&shifted)[8]) const {
+    if constexpr (kType == Type::kF32) {
+      this->Round(v, shifted);
+    } else {
+#pragma unroll
+      for (int j = 0; j < 8; ++j) shifted[j] = Bits(MultiplyAdd(v[j], near_, this->magic_));
+    }
+  }
+
+ private:
+  float near_ = 0;
+  bool plain_ = true;
 };
 
 }  // namespace jaxint8::cuda

@@ -6,6 +6,8 @@
 #ifndef JAXINT8_FFI_CUDA_ROWS_H_
 #define JAXINT8_FFI_CUDA_ROWS_H_
 
+#include <type_traits>
+
 #include "device.h"
 #include "groups.h"
 #include "int8.h"
@@ -86,7 +88,7 @@ class Row {
     const Selection selection = rule() == Rule::kRelative ? SelectRelative(absmax) : Fixed();
     if (absmax < selection.threshold) return;
     row_.ForEach([&](int i, const Group& group) {
-      if (group.Largest() >= selection.threshold) SetBits(marks, i, Outliers(selection, i, Widen(group)));
+      if (group.Largest() >= selection.threshold) SetBits(marks, i, BitsOf(Outliers(selection, i, group)));
     });
   }
 
@@ -96,18 +98,22 @@ class Row {
     Selection selection{kNothing, 0};
     const Tally tally = Measure(out, &selection);
     const bool finite = tally.absmax < kInfinity;
-    float scale = DivideBy<kCodeMax>(FloatFromBits(tally.rest));
+    const float rest = FloatFromBits(tally.rest);
+    float scale = DivideBy<kCodeMax>(rest), middle = Multiply(rest, 0.5f);  // see CodeQuotients
     if (tally.count > 0) {
       const auto count = static_cast<int32_t>(tally.count);  // below k, and 127 * kMaxK fits
       const int32_t room = static_cast<int32_t>(kSumOfCodesMax) - 127 * (row_.k() - count);
       const float outlier = FloatFromBits(tally.outlier);
-      const float least = room < int64_t{kOutlierCodeMax} * count ? Divide(outlier, IntToFloat(room / count))
-                                                                  : DivideBy<kOutlierCodeMax>(outlier);
-      scale = least > scale ? least : scale;
+      const bool rooms = room >= int64_t{kOutlierCodeMax} * count;
+      const float least = rooms ? DivideBy<kOutlierCodeMax>(outlier) : Divide(outlier, IntToFloat(room / count));
+      if (least > scale) {
+        scale = least;
+        middle = rooms ? Multiply(outlier, 0x1p-8f) : 0;
+      }
     }
     const bool usable = finite && scale >= kSmallestScale;
     if (usable) {
-      WriteCodes(out, selection, tally.count > 0, scale);
+      WriteCodes(out, selection, tally.count > 0, scale, middle);
     } else {
       WriteAllZeros(out, 0);
       scale = 1;
@@ -137,22 +143,31 @@ class Row {
   }
   static JAXINT8_DEVICE uint32_t Max(uint32_t a, uint32_t b) { return a > b ? a : b; }
 
-  JAXINT8_DEVICE uint32_t Outliers(const Selection& selection, int i, const Values& values) const {
-    uint32_t mask = 0;
-#pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      const uint32_t a = Magnitude(values.v[j]);
-      bool has = a >= selection.threshold;
-      if constexpr (kRule < 0 || kRule == static_cast<int>(Rule::kTopK)) {
-        has = (a > selection.threshold) | ((a == selection.threshold) & (i + j <= selection.last));
+  // A byte for each of a group: 0xff or 0.
+  JAXINT8_DEVICE Word2 Outliers(const Selection& selection, int i, const Group& group) const {
+    const auto all = group.All();
+    Word2 mask = all.Reaching(Groups::Reader::Bound(selection.threshold));
+    if constexpr (kRule < 0 || kRule == static_cast<int>(Rule::kTopK)) {
+      if (i + 7 > selection.last) {
+        const Word2 above = all.Reaching(Groups::Reader::Bound(selection.threshold + 1));
+        const int count = selection.last + 1 - i;
+        mask.x = above.x | (mask.x & FirstBytes(count));
+        mask.y = above.y | (mask.y & FirstBytes(count - 4));
       }
-      mask |= static_cast<uint32_t>(has) << j;
     }
-    return mask & row_.Valid(i);
+    if constexpr (!Groups::kVectors) {
+      const Word2 valid = BytesOf(row_.Valid(i));
+      mask.x &= valid.x;
+      mask.y &= valid.y;
+    }
+    return mask;
+  }
+  static JAXINT8_DEVICE uint32_t FirstBytes(int count) {
+    return count <= 0 ? 0 : count >= 4 ? ~0u : (1u << 8 * count) - 1;
   }
 
-  static JAXINT8_DEVICE uint32_t Marked(Ptr<const uint32_t> marks, int i) {
-    return Load(marks + (i >> 5)) >> (i & 31) & 0xff;  // i is a multiple of 8
+  static JAXINT8_DEVICE Word2 Marked(Ptr<const uint32_t> marks, int i) {
+    return BytesOf(Load(marks + (i >> 5)) >> (i & 31) & 0xff);  // i is a multiple of 8
   }
 
   static JAXINT8_DEVICE void SetBits(Ptr<uint32_t> bits, int i, uint32_t mask) {
@@ -173,7 +188,13 @@ class Row {
     const uint32_t own = OwnLargest(), absmax = team_.Max(own);
     if (rule() == Rule::kRelative && absmax < kInfinity) {
       *selection = SelectRelative(absmax);
-      if (absmax >= selection->threshold) return Count(*selection, {}, own);
+      if (absmax >= selection->threshold) {  // then it is the largest of the outliers
+        uint32_t t[3] = {own, 0, 0};
+        if (own >= selection->threshold) CountOwn(*selection, {}, t);
+        uint32_t v[2] = {t[0], t[2]};
+        team_.template Reduce<1, 1>(v);
+        return {absmax, v[0], absmax, v[1]};
+      }
     }
     return {absmax, absmax, 0, 0};
   }
@@ -186,41 +207,34 @@ class Row {
   }
 
   // By the marks, where the scope is the column, else by the selection: then the largest of all is an outlier, if any
-  // is. own: no element of this thread is larger.
-  JAXINT8_DEVICE Tally Count(const Selection& selection, Ptr<const uint32_t> marks, uint32_t own = kNothing) {
-    uint32_t t[3] = {};  // the largest of the rest, of the outliers or of all, their number
-    if (own < selection.threshold) {
-      t[0] = t[1] = own;
-    } else {
-      CountOwn(selection, marks, t);
-    }
+  // is.
+  JAXINT8_DEVICE Tally Count(const Selection& selection, Ptr<const uint32_t> marks) {
+    uint32_t t[3];
+    CountOwn(selection, marks, t);
     team_.template Reduce<2, 1>(t);
     return {Max(t[0], t[1]), t[0], t[1], t[2]};
   }
 
+  // The largest of the rest, of the outliers or of all, and their number.
   JAXINT8_DEVICE void CountOwn(const Selection& selection, Ptr<const uint32_t> marks, uint32_t (&t)[3]) const {
+    t[0] = t[1] = t[2] = 0;
     row_.ForEach([&](int i, const Group& group) {
       const uint32_t largest = group.Largest();
-      uint32_t mask = 0;
+      Word2 mask{0, 0};
       if (ByColumn()) {
         mask = Marked(marks, i);
       } else {
         t[1] = Max(t[1], largest);
       }
-      if (ByColumn() ? mask == 0 : largest < selection.threshold) {  // nearly always
+      if (ByColumn() ? (mask.x | mask.y) == 0 : largest < selection.threshold) {  // nearly always
         t[0] = Max(t[0], largest);
         return;
       }
-      const Values e = Widen(group);
-      if (!ByColumn()) mask = Outliers(selection, i, e);
-      t[2] += static_cast<uint32_t>(PopulationCount(mask));
-#pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        const uint32_t a = Magnitude(e.v[j]);
-        const bool out = mask >> j & 1;
-        t[0] = Max(t[0], out ? 0 : a);
-        if (ByColumn()) t[1] = Max(t[1], out ? a : 0);
-      }
+      if (!ByColumn()) mask = Outliers(selection, i, group);
+      t[2] += static_cast<uint32_t>(PopulationCount(Nibbles(mask))) / 4;
+      const auto all = group.All();
+      t[0] = Max(t[0], Groups::Reader::LargerOf(all.LargestBut(mask)));
+      if (ByColumn()) t[1] = Max(t[1], Groups::Reader::LargerOf(all.LargestBut({~mask.x, ~mask.y})));
     });
   }
 
@@ -232,14 +246,15 @@ class Row {
     if (!(unit >= kSmallestScale)) return {kNothing, 0};
     const auto quotients = Quotients<Groups::kType>::ForSquares(unit);
     const IntegerDivisor columns(row_.k());
-    uint64_t sum = 0;
+    std::conditional_t<(Groups::kHeld > 0), uint32_t, uint64_t> own = 0;
     row_.ForEachAndZeros([&](int, const Group& group) {
-      sum += quotients.SumOfSquares(Widen(group).v);  // no quotient is above 4095 but for its rounding
+      own += quotients.SumOfSquares(Widen(group).v);  // no quotient is above 4095 but for its rounding
     });
-    sum = team_.template Sum<54>(sum);
     // In units of 4096 squares, and 64 = sqrt(4096).
     static_assert(int64_t{kRmsLevels} * kRmsLevels / 4096 * kMaxK < int64_t{1} << 31);
-    const float mean = columns.Divide(IntToFloat(static_cast<int32_t>(sum >> 12)));
+    uint32_t sum[2] = {static_cast<uint32_t>(own) & 0xffff, static_cast<uint32_t>(own >> 16)};
+    team_.Sums(sum);
+    const float mean = columns.Divide(IntToFloat(static_cast<int32_t>(16 * sum[1] + (sum[0] >> 12))));
     const float threshold = Multiply(options_.value, Multiply(unit, Multiply(64.0f, SquareRoot(mean))));
     return {threshold > 0 ? Bits(threshold) : 0, row_.k()};
   }
@@ -258,7 +273,7 @@ class Row {
       row_.ForEach([&](int i, const Group& group) {
         if (group.Largest() < bound) return;
         const Values e = Widen(group);
-        const uint32_t mask = Outliers({bound, row_.k()}, i, e);
+        const uint32_t mask = BitsOf(Outliers({bound, row_.k() + 8}, i, group));
         uint32_t at = AtomicAdd(candidates, static_cast<uint32_t>(PopulationCount(mask)));
 #pragma unroll
         for (int j = 0; j < 8; ++j) {
@@ -351,57 +366,96 @@ class Row {
 
   // No code needs clipping: the scale is at least absmax / limit rounded, so no rounded quotient passes limit + 1/2.
   template <typename Output>
-  JAXINT8_DEVICE void WriteCodes(const Output& out, const Selection& selection, bool split, float scale) {
+  JAXINT8_DEVICE void WriteCodes(const Output& out, const Selection& selection, bool split, float scale, float middle) {
     const int stride = static_cast<int>(out.stride);
-    const Quotients<Groups::kType> quotients(scale);
+    const CodeQuotients<Groups::kType> quotients(scale, middle);
+    const bool exact = !(kRule == 0 && quotients.kPlainByAll) && !quotients.Plain();
+    uint32_t late = 0;  // columns with high parts, eight bits a group
     row_.ForEach([&](int i, const Group& group) {
       const Values e = Widen(group);
-      uint32_t codes[8], mask = 0;
+      uint32_t codes[8];
+      Word2 mask{0, 0};
       if (kRule != 0 && split) {
         if (ByColumn()) {
           mask = Marked(out.marks, i);
         } else if (group.Largest() >= selection.threshold) {
-          mask = Outliers(selection, i, e);
+          mask = Outliers(selection, i, group);
         }
       }
-      quotients.Round(e.v, codes);
-      Word2 lo = LowBytes(codes);
-      if (mask) {
-        Split(out, i, mask, codes, &lo);
+      Word2 lo;
+      const bool some = (mask.x | mask.y) != 0;
+      if (kLate ? SomeLane(exact | some) : exact | some) {  // a warp goes one way: both would take the sum
+        quotients.Round(e.v, codes);
+        lo = LowBytes(codes);
+        if (kRule == 0 || (kRule < 0 && !some)) {
+          WriteNoHigh(out, i);
+        } else {
+          const uint32_t high = Split(out, i, mask, codes, &lo);
+          if constexpr (kLate) {
+            late |= high << 8 * ((i - row_.Column(0)) / 256);
+          } else {
+            Tell(out, i, high);
+          }
+        }
       } else {
+        quotients.RoundSmall(e.v, codes);
+        lo = LowBytes(codes);
         WriteNoHigh(out, i);
       }
       Write(out.lo, stride, i, lo);
     });
+    if constexpr (kLate) {
+      if (late && out.used) {  // not in the loop, where each load would be waited for
+        uint32_t now[Groups::kHeld];
+#pragma unroll
+        for (int j = 0; j < Groups::kHeld; ++j) {
+          if (late >> 8 * j & 0xff) now[j] = LoadRelaxed(out.used + (row_.Column(j) >> 5));
+        }
+#pragma unroll
+        for (int j = 0; j < Groups::kHeld; ++j) {
+          const int i = row_.Column(j);
+          const uint32_t bits = (late >> 8 * j & 0xff) << (i & 31);
+          if (bits && (bits & ~now[j])) AtomicOr(out.used + (i >> 5), bits);
+        }
+      }
+    }
     WriteAllZeros(out, (row_.k() + 7) / 8 * 8);
   }
+  // Of several groups a thread, which have no pieces, used columns are told at the end.
+  static constexpr bool kLate = Groups::kHeld > 1;
+  static_assert(Groups::kHeld <= 4);
 
-  // Of the outliers in a group: writes the high parts, and takes them from the codes.
   template <typename Output>
-  JAXINT8_DEVICE void Split(const Output& out, int i, uint32_t mask, const uint32_t (&codes)[8], Word2* lo) {
+  static JAXINT8_DEVICE void Tell(const Output& out, int i, uint32_t high) {
+    if (!high) return;
+    if (out.used) SetBits(out.used, i, high);
+    const int piece = i / static_cast<int>(kPiece);
+    if (out.pieces) AtomicOr(out.pieces + piece / 32, 1u << piece % 32);
+  }
+
+  // Of the outliers in a group: writes the high parts, and takes them from the codes. Returns which are not 0.
+  template <typename Output>
+  JAXINT8_DEVICE uint32_t Split(const Output& out, int i, Word2 mask, const uint32_t (&codes)[8], Word2* lo) {
     if (ByColumn() && out.whole) {
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
         const int32_t code = Quotients<Groups::kType>::Integer(codes[j]);
-        if (code >= -127 && code <= 127) mask &= ~(1u << j);
+        if (code >= -127 && code <= 127) (j < 4 ? mask.x : mask.y) &= ~(255u << 8 * (j % 4));
       }
     }
     uint32_t parts[8];
 #pragma unroll
     for (int j = 0; j < 8; ++j) parts[j] = (codes[j] + 64) >> 7;
     Word2 hi = LowBytes(parts);
-    hi.x &= 255 * BytesOfBits(mask);
-    hi.y &= 255 * BytesOfBits(mask >> 4);
+    hi.x &= mask.x;
+    hi.y &= mask.y;
     // Of a code without 128 times its high part, the last byte differs at most in its first bit.
     lo->x ^= (hi.x & 0x01010101) << 7;
     lo->y ^= (hi.y & 0x01010101) << 7;
     Write(out.hi, static_cast<int>(out.stride), i, hi);
     const uint32_t high = BitsOfBytes(hi.x) | BitsOfBytes(hi.y) << 4;
     if constexpr (Output::kSparse) out.sparse.Put(i, hi, high);
-    if (!high) return;
-    if (out.used) SetBits(out.used, i, high);
-    const int piece = i / static_cast<int>(kPiece);
-    if (out.pieces) AtomicOr(out.pieces + piece / 32, 1u << piece % 32);
+    return high;
   }
 
   // Zeros from a multiple of 8 on, each thread in its own columns.
@@ -425,8 +479,16 @@ class Row {
   static JAXINT8_DEVICE Word2 LowBytes(const uint32_t (&v)[8]) {
     return {PackBytes(v[0], v[1], v[2], v[3]), PackBytes(v[4], v[5], v[6], v[7])};
   }
-  // A byte for each of the last four bits, and a bit for each byte that is not 0.
-  static JAXINT8_DEVICE uint32_t BytesOfBits(uint32_t bits) { return (bits & 0xf) * 0x204081 & 0x01010101; }
+  // A byte of 0xff or 0 for each of eight bits, and a bit of each such byte.
+  static JAXINT8_DEVICE Word2 BytesOf(uint32_t bits) {
+    return {255 * ((bits & 0xf) * 0x204081 & 0x01010101), 255 * ((bits >> 4) * 0x204081 & 0x01010101)};
+  }
+  static JAXINT8_DEVICE uint32_t Nibbles(const Word2& bytes) { return (bytes.x & 0x0f0f0f0f) | (bytes.y & 0xf0f0f0f0); }
+  static JAXINT8_DEVICE uint32_t BitsOf(const Word2& bytes) {
+    const uint32_t one = (bytes.x & 0x01010101) | (bytes.y & 0x10101010);
+    return one * 0x01020408 >> 24;
+  }
+  // A bit for each byte that is not 0.
   static JAXINT8_DEVICE uint32_t BitsOfBytes(uint32_t bytes) {
     const uint32_t set = (((bytes & 0x7f7f7f7f) + 0x7f7f7f7f) | bytes) & 0x80808080;
     return (set >> 7) * 0x01020408 >> 24;

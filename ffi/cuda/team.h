@@ -57,7 +57,7 @@ class Team {
   }
 
   // The first kMaxima values become maxima over the team, the others sums.
-  template <int kMaxima, int kSums>
+  template <int kMaxima, int kSums, int kBuffer = 0>
   JAXINT8_DEVICE void Reduce(uint32_t (&v)[kMaxima + kSums]) {
     static_assert(kMaxima + kSums <= 4);
     ReduceWarp<kMaxima>(v);
@@ -65,7 +65,7 @@ class Team {
     uint32_t all[4] = {};
 #pragma unroll
     for (int i = 0; i < kMaxima + kSums; ++i) all[i] = v[i];
-    Exchange<0>(all);
+    Exchange<kBuffer * kTeamWords / 2>(all);
 #pragma unroll
     for (int i = 0; i < kMaxima + kSums; ++i) v[i] = all[i];
     ReduceWarp<kMaxima>(v);
@@ -76,6 +76,9 @@ class Team {
     Reduce<1, 0>(values);
     return values[0];
   }
+
+  // Two sums, by the buffer of Sum.
+  JAXINT8_DEVICE void Sums(uint32_t (&v)[2]) { Reduce<0, 2, 1>(v); }
 
   // kBits: what the sum fits in.
   template <int kBits>

@@ -153,6 +153,7 @@ inline uint32_t WarpSum(uint32_t v, Site site = Site::Here()) {
 inline uint32_t WarpOr(uint32_t v, Site site = Site::Here()) {
   return Reduce(site, v, [](uint32_t a, uint32_t b) { return a | b; });
 }
+inline bool SomeLane(bool v) { return v; }
 // The source lane may differ from lane to lane, so it travels with the value.
 inline uint32_t Shuffle(uint32_t v, int lane, Site site = Site::Here()) {
   struct Argument {
@@ -325,6 +326,16 @@ inline uint32_t LargerHalves(uint32_t a, uint32_t b) {
 inline uint32_t PackBytes(uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
   const auto byte = [](uint32_t v) { return static_cast<uint32_t>(static_cast<uint8_t>(v)); };
   return byte(a) | byte(b) << 8 | byte(c) << 16 | byte(d) << 24;
+}
+template <uint32_t kSelector>
+uint32_t Permute(uint32_t a, uint32_t b) {
+  uint32_t v = 0;
+  for (int j = 0; j < 4; ++j) {
+    const uint32_t digit = kSelector >> 4 * j & 15;
+    const auto byte = static_cast<uint32_t>((a | static_cast<uint64_t>(b) << 32) >> 8 * (digit & 7)) & 255;
+    v |= (digit < 8 ? byte : byte >> 7 ? 255 : 0) << 8 * j;
+  }
+  return v;
 }
 inline int32_t DotBytes(uint32_t a, uint32_t b, int32_t c) {
   auto sum = static_cast<uint32_t>(c);
