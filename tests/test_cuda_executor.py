@@ -436,11 +436,11 @@ def test_rows_in_registers_and_longer(executor: Executor, rule: Any) -> None:
             np.testing.assert_array_equal(got, wanted)
 
 
+@pytest.mark.parametrize("rule", [None, RelativeThreshold(3.0), TopK(8), TopK(30)], ids=str)
 @pytest.mark.parametrize("dtype", battery.DTYPES, ids=lambda d: np.dtype(d).name)
-def test_many_rows_in_registers(executor: Executor, dtype: type) -> None:
+def test_many_rows_in_registers(executor: Executor, dtype: type, rule: Any) -> None:
     """Several groups of values for each thread, some of them beyond the row; and compressed high parts."""
-    rule = RelativeThreshold(3.0)
-    for number, shape in enumerate([(129, 8192), (511, 2056), (2000, 528)]):
+    for number, shape in enumerate([(129, 8192), (256, 4096), (511, 2056), (2000, 528)]):
         executor.order = number
         x = battery.make((*shape, 1), dtype).x
         for got, wanted in zip(

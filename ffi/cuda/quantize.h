@@ -96,6 +96,11 @@ inline int64_t WideSpread(int64_t multiprocessors) { return multiprocessors * 7 
 enum class RowPlace { kMemory, kShared, kRegisters, kManyRegisters, kCluster };
 inline constexpr int kHeldGroups = 4;
 inline constexpr int kHeldMostThreads = 256;
+// The rules whose rows may be held so. Not the largest of float32, for which registers do not suffice, nor those above
+// a threshold, which was not tried.
+constexpr bool HoldsMany(Type type, Rule rule) {
+  return rule == Rule::kNone || rule == Rule::kRelative || (rule == Rule::kTopK && type != Type::kF32);
+}
 // Threads that hold a row so.
 inline int HoldingThreads(int64_t columns, RowPlace place) {
   const int64_t each = 256 * (place == RowPlace::kManyRegisters ? kHeldGroups : 1);
@@ -103,17 +108,20 @@ inline int HoldingThreads(int64_t columns, RowPlace place) {
 }
 // Of rows that suit shared memory, by measurement on an H200. A row is soonest done with a group a thread, while there
 // are not so many values that what every thread does once takes longer (or for the largest values, where more threads
-// wait). Beyond that the relative rule, which looks at a row up to four times, does so a quarter sooner in registers,
-// by fewer threads, than in shared memory. What stands before a layer has its place there.
-inline RowPlace PlaceOfRows(const QuantizeParams& q) {
+// wait). Beyond that it is in registers too, but by fewer threads: by the relative rule in two thirds of the time that
+// shared memory takes. At 2^20 values that pays where a row would have all threads of a block. What stands before a
+// layer, and lists of pieces, have their place in shared memory.
+inline RowPlace PlaceOfRows(Type type, const QuantizeParams& q) {
   if (q.wide) return RowPlace::kCluster;
   if (q.options.column_scope && q.parts == 0) return RowPlace::kShared;  // more threads look for marks
   const Rule rule = q.options.rule;
-  const bool few = q.m * q.k <= (rule == Rule::kTopK ? 1 << 19 : 1 << 20);
-  if (few) return q.k <= 8 * kQuantizeThreads ? RowPlace::kRegisters : RowPlace::kShared;
-  const bool holds =
-      rule == Rule::kRelative && !q.options.column_scope && !q.pieces && q.prologue.kind == Prologue::kNone;
-  return holds && q.k <= 8 * kHeldGroups * kHeldMostThreads ? RowPlace::kManyRegisters : RowPlace::kShared;
+  const int64_t values = q.m * q.k;
+  constexpr int64_t kMany = 1 << 20;
+  const bool holds = HoldsMany(type, rule) && !q.options.column_scope && q.prologue.kind == Prologue::kNone &&
+                     !q.pieces && q.k <= 8 * kHeldGroups * kHeldMostThreads;
+  if (holds && (values > kMany || (values == kMany && q.k >= 8 * kQuantizeThreads))) return RowPlace::kManyRegisters;
+  const bool few = values <= (rule == Rule::kTopK ? kMany / 2 : kMany);
+  return few && q.k <= 8 * kQuantizeThreads ? RowPlace::kRegisters : RowPlace::kShared;
 }
 
 // One block per row, or a cluster. Short rows have blocks of one warp. kSparse: with compressed high parts.
@@ -126,7 +134,7 @@ struct QuantizeKernel {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
   static constexpr int kMinBlocks = kRule == kMarked ? 1 : 2;  // or registers are spilled there
 #else
-  static constexpr int kMinBlocks = kMany ? 3 : 2;
+  static constexpr int kMinBlocks = !kMany ? 2 : kType == Type::kF32 ? 3 : 4;
 #endif
   static constexpr bool kWide = kPlace == RowPlace::kCluster;
   static_assert(!kWide || (kRule >= 0 && kRule != kMarked && !kSparse));

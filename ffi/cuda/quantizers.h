@@ -56,13 +56,13 @@ template <int kRule>
 const char* QueueStagedQuantizer(LaunchQueue& queue, Type type, const QuantizeParams& q, int64_t staged) {
   return WithType(type, [&](auto constant) {
     constexpr Type kType = decltype(constant)::kType;
-    const RowPlace place = PlaceOfRows(q);
+    const RowPlace place = PlaceOfRows(type, q);
 #if !defined(__CUDACC__) || defined(JAXINT8_WGMMA)
     if constexpr (kRule != kMarked) {
       if (place == RowPlace::kCluster) return QueueQuantizer<kType, true, RowPlace::kCluster, kRule>(queue, q, 0);
     }
 #endif
-    if constexpr (kRule == static_cast<int>(Rule::kRelative)) {
+    if constexpr (kRule != kMarked && HoldsMany(kType, static_cast<Rule>(kRule))) {
       if (place == RowPlace::kManyRegisters) {
         return QueueQuantizer<kType, true, RowPlace::kManyRegisters, kRule>(queue, q, 0);
       }

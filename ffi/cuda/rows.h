@@ -41,7 +41,8 @@ struct RowScratch {
   static constexpr int kBinsAt = kMaxima + 32 * kTeamMostWarps;
   static constexpr int kCount = kBinsAt + kBins;
   static constexpr int kList = kCount + 4;
-  static constexpr int kPieces = kList + 2 * kCandidates;
+  static constexpr int kOnce = kList + 2 * kCandidates;
+  static constexpr int kPieces = kOnce + 4;
   static constexpr int kWords = (kPieces + kPieceWords + 31) / 32 * 32;
 };
 inline constexpr int kScratchWords = RowScratch::kWords;
@@ -266,10 +267,22 @@ class Row {
     const int lane = team_.Lane();
     const Ptr<uint32_t> candidates = scratch_ + Scratch::kCount, list = scratch_ + Scratch::kList;
     if (team_.IndexHere() == 0) Store(candidates, 0u);
-    const uint32_t own = team_.MaxOfParts(OwnLargest(), scratch_ + Scratch::kMaxima), absmax = WarpMax(own);
+    const bool quick = count < row_.k() && count <= kQuickTopK;
+    const Ptr<uint32_t> maxima = scratch_ + Scratch::kMaxima;
+    uint32_t own = OwnLargest();
+    if constexpr (kOnce) {
+      team_.Share(own, maxima);
+    } else {
+      own = team_.MaxOfParts(own, maxima);
+    }
+    const Word4 first = Once([&] {
+      if constexpr (kOnce) own = team_.MaxOfShared(own, maxima);
+      return Word4{WarpMax(own), quick ? RankedLane(own, static_cast<uint32_t>(count)) : 0, 0, 0};
+    });
+    const uint32_t absmax = first.x;
     if (absmax >= kInfinity || absmax == 0) return {absmax, absmax, 0, 0};
-    if (count < row_.k() && count <= kQuickTopK) {
-      const uint32_t bound = RankedLane(own, static_cast<uint32_t>(count));
+    if (quick) {
+      const uint32_t bound = first.y;
       row_.ForEach([&](int i, const Group& group) {
         if (group.Largest() < bound) return;
         const Values e = Widen(group);
@@ -284,28 +297,48 @@ class Row {
       });
       team_.Sync();
       const auto here = static_cast<int>(Load(candidates));
-      Word2 mine = lane < here ? LoadAs<Word2>(list + 2 * lane) : Word2{0, kNothing};
+      Word2 mine{0, kNothing};
+      if (!kOnce && lane < here) mine = LoadAs<Word2>(list + 2 * lane);
       const int found = team_.Collect(here, &mine);
       if (found <= kCandidates) {
-        int rank = 0;
+        const Word4 last = Once([&] {
+          if (kOnce && lane < here) mine = LoadAs<Word2>(list + 2 * lane);
+          int rank = 0;
 #pragma unroll 4
-        for (int other = 0; other < found; ++other) {
-          Word2 a;
-          if constexpr (AnyTeam::kSpread) {
-            a = {Shuffle(mine.x, other), Shuffle(mine.y, other)};
-          } else {
-            a = LoadAs<Word2>(list + 2 * other);
+          for (int other = 0; other < found; ++other) {
+            Word2 a;
+            if constexpr (AnyTeam::kSpread) {
+              a = {Shuffle(mine.x, other), Shuffle(mine.y, other)};
+            } else {
+              a = LoadAs<Word2>(list + 2 * other);
+            }
+            rank += a.x > mine.x || (a.x == mine.x && a.y < mine.y);
           }
-          rank += a.x > mine.x || (a.x == mine.x && a.y < mine.y);
-        }
-        const bool last = lane < found && rank == count - 1, next = lane < found && rank == count;
-        *selection = {WarpMax(last ? mine.x : 0), static_cast<int>(WarpMax(last ? mine.y : 0))};
-        return {absmax, WarpMax(next ? mine.x : 0), absmax, static_cast<uint32_t>(count)};
+          const bool last = lane < found && rank == count - 1, next = lane < found && rank == count;
+          return Word4{WarpMax(last ? mine.x : 0), WarpMax(last ? mine.y : 0), WarpMax(next ? mine.x : 0), 0};
+        });
+        *selection = {last.x, static_cast<int>(last.y)};
+        return {absmax, last.z, absmax, static_cast<uint32_t>(count)};
       }
     }
     *selection = {0, row_.k()};
     if (count < row_.k()) *selection = SelectByDigits(count);
     return Count(*selection, {});
+  }
+
+  // What every warp would find for itself: where many rows are under way, one warp does and tells the others. Has a
+  // barrier then; there must be one between two calls.
+  static constexpr bool kOnce = Groups::kHeld > 1;
+  template <typename Find>
+  JAXINT8_DEVICE Word4 Once(Find find) {
+    if constexpr (!kOnce) return find();
+    const Ptr<uint32_t> words = scratch_ + Scratch::kOnce;
+    if (team_.Warp() == 0) {
+      const Word4 found = find();
+      if (team_.Lane() == 0) StoreAs<Word4>(words, found);
+    }
+    team_.Sync();
+    return LoadAs<Word4>(words);
   }
 
   // A bound that the values of more than `rank` lanes reach, as high as values without their last five bits allow.

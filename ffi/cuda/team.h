@@ -93,8 +93,15 @@ class Team {
   // Lane by lane, in all warps: the largest of one of 32 parts of the team, which are all of it. words: one a thread.
   // Has a barrier of the block.
   JAXINT8_DEVICE uint32_t MaxOfParts(uint32_t v, Ptr<uint32_t> words) {
+    Share(v, words);
+    return MaxOfShared(v, words);
+  }
+  // In two parts, of which the second need not be called by all warps.
+  static JAXINT8_DEVICE void Share(uint32_t v, Ptr<uint32_t> words) {
     Store(words + Index(), v);
     Sync();
+  }
+  static JAXINT8_DEVICE uint32_t MaxOfShared(uint32_t v, Ptr<uint32_t> words) {
 #pragma unroll 1
     for (int w = 0; w < Warps(); ++w) {
       const uint32_t other = Load(words + (32 * w + Lane()));
