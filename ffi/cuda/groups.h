@@ -1,6 +1,6 @@
-// The elements of a row that each thread of a team has, by groups of eight: the thread of index t has those from 8 t
-// on, then 8 * team further, and so on. In two forms with one interface: read anew wherever they are looked at, or held
-// in registers.
+// The elements of a row that each thread of a team has, by groups of eight, in two forms with one interface: read anew
+// wherever they are looked at (the thread of index t has those from 8 t on, then 8 * team further, and so on), or held
+// in registers (those of a warp stand side by side).
 #ifndef JAXINT8_FFI_CUDA_GROUPS_H_
 #define JAXINT8_FFI_CUDA_GROUPS_H_
 

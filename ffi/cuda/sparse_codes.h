@@ -32,7 +32,8 @@ struct SparseCodes {
 };
 
 // One row of them. Its flags are gathered in shared memory: kSparseWords, which are zeros at first. The block has whole
-// warps and each thread writes every so manyth eight columns from those of its index on: always at one place of blocks.
+// warps, and what each thread writes is multiples of 128 columns from the eight of its index: always at one place of
+// blocks.
 class SparseRow {
  public:
   JAXINT8_DEVICE SparseRow(const SparseCodes<uint8_t>& codes, int64_t row, Ptr<uint32_t> bits)
