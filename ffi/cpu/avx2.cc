@@ -7,8 +7,9 @@
 // take three instructions for 32 of them, where codes of 16 bits (vpmaddwd) take four that crowd the same two units.
 //
 // Rows with many such pairs, and bare products, whose codes are any bytes, are widened to 16 bits. Of few rows weights
-// are used as they lie: vpmaddubsw takes |w| and the code with the sign of w, whose products fit if no code is -128, as
-// the quantiser guarantees.
+// are used as they lie, by codes of which no two side by side have the same sign (TurnRow): then two products never add
+// up. A single row with many outliers gives codes the sign of w and multiplies by |w|, which fits if no code is -128,
+// as the quantiser guarantees.
 #include <immintrin.h>
 
 #include "attend_avx256.h"
