@@ -6,10 +6,11 @@
 // the larger code is split like an outlier's, into 128 and a low part of the other sign (SettleRow). So large products
 // take three instructions for 32 of them, where codes of 16 bits (vpmaddwd) take four that crowd the same two units.
 //
-// Rows with many such pairs, and bare products, whose codes are any bytes, are widened to 16 bits. Of few rows weights
-// are used as they lie, by codes of which no two side by side have the same sign (TurnRow): then two products never add
-// up. A single row with many outliers gives codes the sign of w and multiplies by |w|, which fits if no code is -128,
-// as the quantiser guarantees.
+// Rows with many such pairs, what has outliers in floats, and bare products, whose codes are any bytes, are widened to
+// 16 bits, and so are few rows with high parts in too many columns for a plan. Else, of few rows (and of up to kSmallM
+// with outliers in floats), weights are used as they lie, by codes of which no two side by side have the same sign
+// (TurnRow): then two products never add up. A single row with many outliers gives codes the sign of w and multiplies
+// by |w|, which fits if no code is -128, as the quantiser guarantees.
 #include <immintrin.h>
 
 #include "attend_avx256.h"

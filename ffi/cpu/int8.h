@@ -65,22 +65,22 @@ struct HiQuad {
 
 // What the quantiser knows of one row of activations. Its low codes lie elsewhere, zero-padded to a multiple of 64.
 struct Row {
-  float scale = 1;               // NaN: the row holds a non-finite value, its codes are 0
-  int32_t sum = 0;               // of the full codes 128 * hi + lo: cancels the offset of unsigned weights
-  int32_t count = 0;             // codes with a high part; all outliers with float_outliers
-  int32_t words = 0;             // groups of four columns with an outlier that has a high part; settled, some twice
-  int32_t quads = 0;             // in the place of words, if the rung asks for them (Rung::quads_k)
-  int32_t turned = 0;            // what is to be added to sums of turned codes; see Rung::turn
-  bool settled = false;          // see Rung::settle
+  float scale = 1;       // NaN: the row holds a non-finite value, its codes are 0
+  int32_t sum = 0;       // of the full codes 128 * hi + lo: cancels the offset of unsigned weights
+  int32_t count = 0;     // codes with a high part; all outliers with float_outliers
+  int32_t words = 0;     // groups of four columns with an outlier that has a high part; settled, some up to three times
+  int32_t quads = 0;     // in the place of words, if the rung asks for them (Rung::quads_k)
+  int32_t turned = 0;    // what is to be added to sums of turned codes; see Rung::turn
+  bool settled = false;  // see Rung::settle
   const Outlier* outliers = {};  // those counted, ascending columns
-  const HiWord* hi = {};         // ascending groups
+  const HiWord* hi = {};         // ascending groups, settled not strictly
   const HiQuad* quad = {};       // ascending columns
 };
 
-// The high parts of a small product (m <= kSmallM): which groups of four columns hold any, in some row. The weights of
-// these groups are gathered once per block and serve all rows. Rows whose weights are read as a stream use their own
-// lists instead; a single one with many outliers keeps its high parts for all columns (dense), for weights are read
-// more slowly than multiplied.
+// The high parts of a small product (m <= kSmallM, codes neither settled nor arranged): which groups of four columns
+// hold any, in some row. The weights of these groups are gathered once per block and serve all rows. Rows whose weights
+// are read as a stream use their own lists instead; a single one with many outliers keeps its high parts for all
+// columns (dense), for weights are read more slowly than multiplied.
 struct HiPlan {
   static constexpr int64_t kMaxGroups = 256;  // with more, a tiled product is better
 
@@ -118,12 +118,13 @@ struct Epilogue {
 // One block of integer product: c[i][j] = sum over k of (128 * hi + lo)[i] * w[j], for m rows and at most 64 outputs;
 // then its epilogue, behind which c holds anything.
 struct Block {
-  const int8_t* lo;    // [m][stride]; arranged, 16 rows after 16
-  int64_t stride;      // bytes, a multiple of 64, at least k rounded up to 64
-  const Row* rows;     // [m]
-  bool with_hi;        // some row may hold outliers that are carried as 128 * hi + lo
-  bool from_memory;    // weights are likely to come from there, and not from a cache
-  const HiPlan* plan;  // set when with_hi and m <= kSmallM, unless there would be too many groups
+  const int8_t* lo;  // [m][stride]; arranged, 16 rows after 16
+  int64_t stride;    // bytes, a multiple of 64, at least k rounded up to 64
+  const Row* rows;   // [m]
+  bool with_hi;      // some row may hold codes, outliers or settled ones, that are carried as 128 * hi + lo
+  bool from_memory;  // weights are likely to come from there, and not from a cache
+  // Set when with_hi and m <= kSmallM, unless codes are settled or arranged, or there would be too many groups.
+  const HiPlan* plan;
   // Set where high parts are quads: of every four columns a bit that says whether some row may have one there.
   const uint64_t* groups;
   const int8_t* turned;   // [m][2 * stride], by Rung::turn; or null

@@ -309,10 +309,10 @@ void Job::QuantizeRows(int64_t item) {
     Settled settled{lo, nullptr, 0};
     if (settles_) {
       const int64_t most = p_.k / kSettledShare;
-      int32_t* const columns = Scratch().settled.Get<int32_t>(most);
-      const int64_t count = p_.rung->settle(lo, p_.k, most, columns);
+      int32_t* const changed = Scratch().settled.Get<int32_t>(most);
+      const int64_t count = p_.rung->settle(lo, p_.k, most, changed);
       ws_->rows[i].settled = count >= 0;
-      settled = {lo, columns, static_cast<int32_t>(std::max<int64_t>(count, 0))};
+      settled = {lo, changed, static_cast<int32_t>(std::max<int64_t>(count, 0))};
     }
     ListOutliers(scratch, settled, p_.options.float_outliers, quads_, &lists, &ws_->rows[i]);
   }

@@ -43,6 +43,7 @@ struct alignas(64) TileScratch {
   static constexpr int64_t kWeightBytes = V::kBytes / (V::kLanes * V::kWord);  // of one packed weight
   static constexpr int64_t kTileN = V::kTileZ * V::kLanes;
   static constexpr int64_t kPanelBytes = kBlockN * V::kPanelK * kWeightBytes;
+  static_assert(kPanelBytes >= HiPlan::kMaxGroups * kBlockN * 4);
   static_assert(kBlockN % kTileN == 0 && V::kPanelK % 64 == 0 && 64 % (V::kLanes * V::kWord) == 0);
   // Arranged codes of a register of rows; a line more, so that the rows of a tile fall into different sets.
   static constexpr int64_t kCodesStride = V::kPanelK / (V::kWords * V::kWord) * V::kCodeBytes + 64;
@@ -138,7 +139,8 @@ void AddHiWords(const Row& row, const PanelColumns& columns, int64_t n, const ui
   while (stop < row.words && row.hi[stop].group * 4 < columns.end) ++stop;
   *next = stop;
   if (begin == stop) return;
-  // So many sub-panels at once, as the end of the list is mispredicted for each of them.
+  // So many sub-panels at once, as the end of the list is mispredicted for each of them. Those beyond n hold anything,
+  // and so do their outputs.
   constexpr int P = V::kHiPanels, R = V::kHiRegisters;
   for (int64_t j = 0; j < n; j += P * TileScratch<V>::kTileN, panel += P * columns.sub_bytes) {
     typename V::Sums sum[P][R];
@@ -199,7 +201,6 @@ void MultiplyTiled(const Block& b) {
 // Dot products, by the traits D, where the weights are read more slowly than multiplied.
 template <class V, class D = V>
 void Multiply(const Block& b) {
-  static_assert(TileScratch<V>::kPanelBytes >= HiPlan::kMaxGroups * kBlockN * 4);
   const bool planned = b.plan || !b.with_hi;
   if (b.k == 0 || (b.m <= D::kDotsMost && planned)) {
     return MultiplyDots<D>(b, reinterpret_cast<TileScratch<V>*>(b.scratch)->panel);
