@@ -76,12 +76,12 @@ struct Avx2 : Avx256 {
   }
 };
 
-// Dot products with codes of the quantiser.
+// Dot products with codes of the quantiser, of a single row.
 struct Avx2Bytes : Avx2 {
   struct Weights {
     __m256i w, magnitude;
   };
-  static constexpr int kDot = 32;
+  static constexpr int kDot = 32, kDotsTeam = 1;
 
   static Weights LoadWeights(const int8_t* w) { return {Load(w), _mm256_abs_epi8(Load(w))}; }
   static __m256i LoadCodes(const int8_t* x) { return Load(x); }
@@ -105,7 +105,7 @@ struct Avx2Turned : Avx2 {
   // A Zen 3 fetches ahead by itself; with instructions for it a row from its third-level cache takes 1.26 times as
   // long.
   static constexpr bool kTurned = true, kFetches = false;
-  static constexpr int kDot = 32;
+  static constexpr int kDot = 32, kDotsTeam = 2;  // more rows would not find room in registers
 
   static __m256i LoadWeights(const int8_t* w) { return Load(w); }
   static Codes LoadCodes(const int8_t* x) { return {Load(x), Load(x + 32)}; }

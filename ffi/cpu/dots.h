@@ -4,6 +4,7 @@
 //   Sums, Weights, Codes   registers: of int32, of kDot weights of one row, of kDot codes of one row
 //   kLanes32               int32 in a register
 //   kOffset                weights are flipped to unsigned, w + 128; 128 * sum(codes) is taken off again
+//   kDotsTeam              rows of activations at once at most, up to kDotsM
 //   kFetches               weights are fetched ahead by instructions
 //   kTurned                codes are the turned ones (Rung::turn), two bytes for each
 //   Zero, Add, LoadSums, StoreSums, Shift7 (times 128)
@@ -110,12 +111,18 @@ void Dots(const Block& b, int64_t i0, int64_t j0, int64_t j_end, const int8_t* a
 
 using DotsFunction = void (*)(const Block&, int64_t, int64_t, int64_t, const int8_t*);
 
+template <class V, int M, int N>
+constexpr DotsFunction DotsOf() {
+  if constexpr (M <= V::kDotsTeam) return Dots<V, M, N, false>;
+  return nullptr;
+}
+
 template <class V>
 struct DotsTable {
-  static constexpr DotsFunction kWhole[kDotsM] = {Dots<V, 1, V::kDotsN[0], false>, Dots<V, 2, V::kDotsN[1], false>,
-                                                  Dots<V, 3, V::kDotsN[2], false>, Dots<V, 4, V::kDotsN[3], false>};
-  static constexpr DotsFunction kSingle[kDotsM] = {Dots<V, 1, 1, false>, Dots<V, 2, 1, false>, Dots<V, 3, 1, false>,
-                                                   Dots<V, 4, 1, false>};
+  static constexpr DotsFunction kWhole[kDotsM] = {DotsOf<V, 1, V::kDotsN[0]>(), DotsOf<V, 2, V::kDotsN[1]>(),
+                                                  DotsOf<V, 3, V::kDotsN[2]>(), DotsOf<V, 4, V::kDotsN[3]>()};
+  static constexpr DotsFunction kSingle[kDotsM] = {DotsOf<V, 1, 1>(), DotsOf<V, 2, 1>(), DotsOf<V, 3, 1>(),
+                                                   DotsOf<V, 4, 1>()};
 };
 
 // The groups of four columns whose weights are gathered for the high parts: those of the plan, or of a single row its
@@ -193,7 +200,7 @@ void MultiplyDots(const Block& b, uint8_t* panel) {
     const int64_t end = j + (whole ? kRows : 1);
     const int64_t next = j + lead - b.n;  // beyond the block: the next block
     const int8_t* ahead = b.ahead && next >= 0 ? b.ahead + next * b.k : b.w + (j + lead) * b.k;
-    constexpr int64_t kTeam = V::kTurned ? 2 : kDotsM;  // more would not find room in registers
+    constexpr int64_t kTeam = V::kDotsTeam;
     for (int64_t i = 0; i < b.m; i += kTeam) {
       const int64_t m = b.m - i < kTeam ? b.m - i : kTeam;
       DotsFunction function = (whole ? DotsTable<V>::kWhole : DotsTable<V>::kSingle)[m - 1];

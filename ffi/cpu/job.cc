@@ -28,7 +28,8 @@ constexpr int64_t kArrangedRows = 16;  // see Rung::arrange
 
 int64_t TypeSize(Type type) { return type == Type::kF32 || type == Type::kS32 ? 4 : 2; }
 
-// Of a row's codes the share that settling may change: an element of a list costs as much as some ten products.
+// Of a row's codes the share that settling may change. Each may be a word of high parts, which costs a little more than
+// the low products of its four columns, so that at most a quarter is added: what wider codes cost.
 constexpr int64_t kSettledShare = 16;
 
 // Columns whose codes were settled, and the codes behind it.
