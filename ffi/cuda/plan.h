@@ -160,10 +160,9 @@ inline int ChooseStages(int64_t blocks, int64_t multiprocessors, int fit, int st
 // every block reads, are not much more than its weights, or with high parts where there are few tiles of sparse.h.
 inline constexpr int64_t kNarrowK = 2560;
 inline bool PrefersNarrow(const Problem& p, bool has_rule) {
-  if (p.m > kSwappedM && PrefersSwapped(p, has_rule)) return false;
-  if (!has_rule) return p.m <= kSwappedM && (p.k <= kNarrowK || p.n >= 3 * p.k);
-  if (p.m <= kSwappedM) return p.k <= (p.m > 32 ? 2048 : 1536);
-  return p.m <= 256 && p.n <= 4096;
+  if (p.m > kSwappedM) return has_rule && p.m <= 256 && p.n <= 4096 && !PrefersSwapped(p, true);
+  if (p.m <= 32) return p.k < 1024;
+  return p.n >= 3 * p.k && (!has_rule || p.k < 2048);
 }
 
 // The width of its tiles: that with which a block reads least. More than 97 blocks that read the same codes slow each
