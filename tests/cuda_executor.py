@@ -20,7 +20,7 @@ TYPES = {np.dtype(np.float32): 0, np.dtype(ml_dtypes.bfloat16): 1, np.dtype(np.f
 RULES = {type(None): 0, Threshold: 1, RelativeThreshold: 2, TopK: 3}
 QUANTIZE, PRODUCT, LINEAR, PROLOGUE, LARGEST = range(5)
 RMS_NORM, SILU_GATE = 1, 2
-AUTO, STREAM, TILED, WGMMA, SPARSE, NARROW = -1, 0, 1, 2, 3, 4
+AUTO, STREAM, TILED, WGMMA, SPARSE, NARROW, PAIRED = -1, 0, 1, 2, 3, 4, 5
 SKIP_BARRIER, SHIFT_INDEX, SWAP_FRAGMENT, SKIP_WAIT = range(1, 5)
 
 COMPILER = os.environ.get("CXX", "c++")
@@ -302,6 +302,13 @@ def expect_linear(
     y = executor.linear(case, rule, path, around)
     wanted = wanted_linear(case, rule, around or Around())
     np.testing.assert_array_equal(y.astype(np.float32), wanted.astype(np.float32))
+
+
+def suits_paired(shape: tuple[int, int, int], rule: Any) -> bool:
+    """Whether a layer can be done by paired.h, which otherwise another kernel does in its place."""
+    m, k, _ = shape
+    by_column = getattr(rule, "scope", "token") == "column" and m > 1
+    return 0 < k <= 2048 and k % 16 == 0 and not by_column and not isinstance(rule, TopK)
 
 
 def wanted_linear(case: battery.Case, rule: Any, around: Around) -> np.ndarray:

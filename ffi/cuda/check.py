@@ -25,6 +25,7 @@ REQUIRED = {
     "SparseKernel": r"IGMMA\.SP",
     "SwappedKernel": r"IGMMA",
     "NarrowKernel": r"IGMMA",
+    "PairedKernel": r"IGMMA",
     "SkinnyKernel": r"IMMA\.16832\.S8\.S8",
     "GemvKernel": r"IDP\.4A\.S8\.S8",
 }
@@ -34,6 +35,7 @@ HOPPER = (
     "SparseKernel",
     "SwappedKernel",
     "NarrowKernel",
+    "PairedKernel",
     "SkinnyKernel",
     "GemvKernel",
 )

@@ -105,6 +105,13 @@ class Call {
   template <typename Kernel>
   const char* GemvWith(int rows);
 
+  // paired.cu
+  const char* Paired();
+  template <Type kType, Rule kRule>
+  const char* PairedShaped(const PairedShape& shape);
+  template <Type kType, Rule kRule, int kTileN, int kHeld>
+  const char* PairedWith(const PairedShape& shape);
+
   // skinny.cu
   const char* Skinny(Ptr<const int8_t> lo, int64_t stride, Ptr<const int8_t> hi, Ptr<const int8_t> w);
   template <int kTiles, bool kHigh>

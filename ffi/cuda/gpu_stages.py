@@ -30,7 +30,7 @@ from jaxint8.dispatch import Layer
 from jaxint8.models.head import CANDIDATES, largest
 from jaxint8.prologue import RMSNorm
 
-PATHS = ("stream", "tiled", "wgmma", "sparse", "narrow")  # by their numbers in int8.h
+PATHS = ("stream", "tiled", "wgmma", "sparse", "narrow", "paired")  # by their numbers in int8.h
 
 
 def gpu_executor() -> tests.Executor:
@@ -61,6 +61,9 @@ def _cases(quick: bool) -> Iterator[tuple[tuple[int, int, int], type, str, Any]]
         (32, 8328, 130),
         (16, 16384, 64),
         (64, 768, 3072),
+        (40, 1536, 1000),
+        (16, 1024, 8192),
+        (60, 2048, 2046),
         (65, 4096, 4096),
         (256, 4096, 4090),
         (300, 5140, 1030),
@@ -129,6 +132,8 @@ def stage_native(quick: bool = False) -> dict[str, Any]:
         wanted = tests.wanted_linear(case, rule, around).astype(np.float32)
         for index, path in enumerate(PATHS):
             if (path == "stream" and shape[0] > 16) or (path == "sparse" and rule is None):
+                continue
+            if path == "paired" and not tests.suits_paired(shape, rule):
                 continue
             count += 1
             try:

@@ -1,6 +1,6 @@
 // The elements of a row that each thread of a team has, by groups of eight, in two forms with one interface: read anew
 // wherever they are looked at (the thread of index t has those from 8 t on, then 8 * team further, and so on), or held
-// in registers (those of a warp stand side by side).
+// in registers.
 #ifndef JAXINT8_FFI_CUDA_GROUPS_H_
 #define JAXINT8_FFI_CUDA_GROUPS_H_
 
@@ -72,7 +72,7 @@ class MemoryGroups {
 };
 
 // In registers: up to kCount groups a thread, of a row whose k is a multiple of 8 and no more than that, of a team that
-// is a block or a cluster.
+// is not half a block.
 template <Type kElements, typename AnyTeam = Team<>, int kCount = 1>
 class HeldGroups {
  public:
@@ -90,7 +90,7 @@ class HeldGroups {
   };
 
   JAXINT8_DEVICE HeldGroups(Ptr<const uint8_t> data, int k)
-      : k_(k), first_(8 * (32 * kCount * AnyTeam::Warp() + AnyTeam::Lane())), groups_{} {
+      : k_(k), first_(8 * (32 * (AnyTeam::kTurn > 1 ? 1 : kCount) * AnyTeam::Warp() + AnyTeam::Lane())), groups_{} {
 #pragma unroll
     for (int j = 0; j < kCount; ++j) {
       if (Column(j) < k) groups_[j].raw = Reader{data, k}.ReadRaw(Column(j));
@@ -121,7 +121,9 @@ class HeldGroups {
   template <typename Body>
   JAXINT8_DEVICE void ForEachAndZeros(Body body) const {
 #pragma unroll
-    for (int j = 0; j < kCount; ++j) body(Column(j), groups_[j]);
+    for (int j = 0; j < kCount; ++j) {
+      if (!AnyTeam::kOfWarps || Column(j) < k_) body(Column(j), groups_[j]);  // these may have many that are
+    }
   }
 
   template <typename Other, typename Body>
@@ -139,8 +141,10 @@ class HeldGroups {
 
   JAXINT8_DEVICE void Read(int j, float (&v)[8]) const { groups_[j].Widen(v); }
 
-  // Those of a warp stand side by side, so that their addresses differ by numbers that the compiler knows.
-  JAXINT8_DEVICE int Column(int j) const { return first_ + 256 * j; }
+  // Those of a warp stand side by side, or in turn with those of other warps if the compiler knows how many these are:
+  // so that addresses differ by numbers that it knows.
+  static constexpr int kApart = 256 * AnyTeam::kTurn;
+  JAXINT8_DEVICE int Column(int j) const { return first_ + kApart * j; }
 
  private:
   const int k_, first_;

@@ -45,6 +45,14 @@ JAXINT8_DEVICE void ArriveAt(uint32_t barrier, uint32_t block) {
       "r"(block)
       : "memory");
 }
+// The same, and makes that barrier expect so many more bytes, which may have arrived already.
+JAXINT8_DEVICE void ArriveAtExpecting(uint32_t barrier, uint32_t block, uint32_t bytes) {
+  asm volatile(
+      "{\n.reg .b32 remote;\nmapa.shared::cluster.u32 remote, %0, %1;\n"
+      "mbarrier.arrive.expect_tx.shared::cluster.b64 _, [remote], %2;\n}" ::"r"(barrier),
+      "r"(block), "r"(bytes)
+      : "memory");
+}
 // Waits until the phase of that parity has ended; that before the first counts as ended.
 JAXINT8_DEVICE void WaitBarrier(uint32_t barrier, uint32_t parity) {
   uint32_t done;
@@ -71,6 +79,9 @@ JAXINT8_DEVICE uint32_t ClusterRank() {
 JAXINT8_DEVICE void ClusterBarrier() {
   asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
 }
+
+// What this thread and those that it has met stored comes before what the cluster does behind its next barrier.
+JAXINT8_DEVICE void FenceCluster() { asm volatile("fence.acq_rel.cluster;" ::: "memory"); }
 
 // The same in two steps and for control only: what threads did in memory before need not be known to the others. That
 // is what a ClusterBarrier waits for, a microsecond where memory is busy.
@@ -133,7 +144,7 @@ JAXINT8_DEVICE void CopyToBlock(int block, uint32_t to, uint32_t from, uint32_t 
       : "memory");
 }
 
-// Stores four words in another block of the cluster, or in this one; they arrive at that one's barrier.
+// Stores four words, or two, in another block of the cluster, or in this one; they arrive at that one's barrier.
 JAXINT8_DEVICE void SendToBlock(int block, uint32_t to, const Word4& words, uint32_t barrier) {
   asm volatile(
       "{\n.reg .b32 there, arrival;\nmapa.shared::cluster.u32 there, %0, %6;\nmapa.shared::cluster.u32 arrival, %5, "
@@ -141,6 +152,15 @@ JAXINT8_DEVICE void SendToBlock(int block, uint32_t to, const Word4& words, uint
       "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [there], {%1, %2, %3, %4}, [arrival];\n}" ::
           "r"(to),
       "r"(words.x), "r"(words.y), "r"(words.z), "r"(words.w), "r"(barrier), "r"(block)
+      : "memory");
+}
+
+JAXINT8_DEVICE void SendToBlock(int block, uint32_t to, const Word2& words, uint32_t barrier) {
+  asm volatile(
+      "{\n.reg .b32 there, arrival;\nmapa.shared::cluster.u32 there, %0, %4;\nmapa.shared::cluster.u32 arrival, %3, "
+      "%4;\n"
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.b32 [there], {%1, %2}, [arrival];\n}" ::"r"(to),
+      "r"(words.x), "r"(words.y), "r"(barrier), "r"(block)
       : "memory");
 }
 
@@ -176,7 +196,8 @@ JAXINT8_DEVICE void Pin(int32_t (&c)[kSize]) {
       "+r"(c[i + 7])
 #define JAXINT8_R16(i) JAXINT8_R8(i), JAXINT8_R8(i + 8)
 #define JAXINT8_R32(i) JAXINT8_R16(i), JAXINT8_R16(i + 16)
-#define JAXINT8_N16 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
+#define JAXINT8_N8 "%0, %1, %2, %3, %4, %5, %6, %7"
+#define JAXINT8_N16 JAXINT8_N8 ", %8, %9, %10, %11, %12, %13, %14, %15"
 #define JAXINT8_N24 JAXINT8_N16 ", %16, %17, %18, %19, %20, %21, %22, %23"
 #define JAXINT8_N32 JAXINT8_N16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
 #define JAXINT8_N48 JAXINT8_N32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
@@ -198,6 +219,7 @@ JAXINT8_DEVICE void Pin(int32_t (&c)[kSize]) {
                  : __VA_ARGS__                                                                          \
                  : "l"(a), "l"(b), "r"(add));                                                           \
   }
+JAXINT8_PRODUCT(8, "m64n16k32", JAXINT8_N8, "%8, %9", "%10", JAXINT8_R8(0))
 JAXINT8_PRODUCT(16, "m64n32k32", JAXINT8_N16, "%16, %17", "%18", JAXINT8_R16(0))
 JAXINT8_PRODUCT(24, "m64n48k32", JAXINT8_N24, "%24, %25", "%26", JAXINT8_R16(0), JAXINT8_R8(16))
 JAXINT8_PRODUCT(32, "m64n64k32", JAXINT8_N32, "%32, %33", "%34", JAXINT8_R32(0))
@@ -236,6 +258,7 @@ JAXINT8_SPARSE(96, "m64n192k64", JAXINT8_N96, "%96, %97, %98", JAXINT8_R32(0), J
 #undef JAXINT8_N32
 #undef JAXINT8_N24
 #undef JAXINT8_N16
+#undef JAXINT8_N8
 #undef JAXINT8_R32
 #undef JAXINT8_R16
 #undef JAXINT8_R8

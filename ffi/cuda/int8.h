@@ -38,8 +38,8 @@ struct Options {
 enum class Prologue : int32_t { kNone, kRmsNorm, kSiluGate };
 
 // How the product is computed. kAuto chooses from the table in plan.h. kSparse: as kWgmma, but for the high parts.
-// kNarrow: by narrow.h, whatever the number of rows.
-enum class Path : int32_t { kAuto = -1, kStream = 0, kTiled = 1, kWgmma = 2, kSparse = 3, kNarrow = 4 };
+// kNarrow: by narrow.h, and kPaired: by paired.h, whatever the number of rows.
+enum class Path : int32_t { kAuto = -1, kStream = 0, kTiled = 1, kWgmma = 2, kSparse = 3, kNarrow = 4, kPaired = 5 };
 
 // kLargest: the columns of the n largest values of each row of float32, n from 1 to k and kLargestMost, in falling
 // order, of equal ones the lower first. Zeros are equal, whatever their signs; NaNs are equal, and above all numbers.

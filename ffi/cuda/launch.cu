@@ -14,12 +14,13 @@ namespace jaxint8::cuda {
 const char* Call::Run() {
   JAXINT8_TRY(Multiprocessors(&multiprocessors_));
   JAXINT8_TRY(HasWgmma(&wgmma_));
-  if ((p_.path == Path::kWgmma || p_.path == Path::kSparse || p_.path == Path::kNarrow) && !wgmma_)
+  if ((p_.path == Path::kWgmma || p_.path == Path::kSparse || p_.path == Path::kNarrow || p_.path == Path::kPaired) &&
+      !wgmma_)
     return "the wgmma kernels need compute capability 9.0";
   wgmma_ = wgmma_ && p_.path != Path::kTiled && p_.k > 0;
   // Where it pays, and the first kernel reads nothing before it waits: the stream does.
   const bool few = p_.m <= kSpreadMost * multiprocessors_ || (!plan_.has_rule && p_.k <= 2048);
-  if (plan_.gemv || (wgmma_ && !plan_.stream && few)) queue_.StartEarly();
+  if (plan_.gemv || plan_.paired || (wgmma_ && !plan_.stream && few)) queue_.StartEarly();
   if (plan_.clear && plan_.bits_bytes > 0) {
     JAXINT8_TRY(queue_.Launch<ClearKernel>(1, ClearKernel::kMaxThreads, 0,
                                            {Scratch<uint32_t>(plan_.bits, plan_.bits_bytes), plan_.bits_bytes / 4}));
@@ -76,6 +77,7 @@ const char* Call::Product() {
 const char* Call::Linear() {
 #ifdef JAXINT8_HAS_WGMMA
   if (plan_.gemv) return Gemv();
+  if (plan_.paired) return Paired();
 #endif
   QuantizeParams q = Rows();
   if (plan_.apart) {

@@ -10,6 +10,7 @@
 #include "int8.h"
 #include "largest.h"
 #include "marks.h"
+#include "paired.h"
 #include "quantize.h"
 #include "skinny.h"
 #include "sparse_codes.h"
@@ -156,8 +157,9 @@ inline int ChooseStages(int64_t blocks, int64_t multiprocessors, int fit, int st
   return stages < 8 ? stages : 8;
 }
 
-// Whether tiles of few columns (narrow.h) are sooner done, by measurement on an H200: where the codes of 64 rows, which
-// every block reads, are not much more than its weights, or with high parts where there are few tiles of sparse.h.
+// Whether tiles of few columns (narrow.h) are sooner done, by measurement on an H200: of short rows, or where 33 to 64
+// rows are no more than weights, or with high parts where there are few tiles of sparse.h. kNarrowK: columns of a layer
+// up to which they are sooner done with a gate behind them, too.
 inline constexpr int64_t kNarrowK = 2560;
 inline bool PrefersNarrow(const Problem& p, bool has_rule) {
   if (p.m > kSwappedM) return has_rule && p.m <= 256 && p.n <= 4096 && !PrefersSwapped(p, true);
@@ -187,6 +189,45 @@ inline int ChooseNarrow(int64_t m, int64_t n, bool high, int64_t multiprocessors
 
 // Shared memory that a block may have.
 inline constexpr int64_t kSharedMost = 227 * 1024;
+
+// How paired.h cuts a layer: outputs of a block, groups of values that a thread holds, stages of weights. One block
+// fits on a multiprocessor, so that they are spread.
+struct PairedShape {
+  int outputs, held, stages;  // outputs: 0 if it does not fit
+  int64_t shared;
+};
+inline constexpr int kPairedHeld[] = {2, 4};
+inline constexpr int64_t kPairedMost = 132;  // blocks: those that an H200 has at once
+inline int64_t PairedBlocks(int64_t m, int64_t n, int outputs) {
+  return (m + kPairedRows - 1) / kPairedRows * ((n + 2 * outputs - 1) / (2 * outputs)) * 2;
+}
+// Longer rows with the narrower tiles only, which leave room for them.
+inline PairedShape ChoosePaired(const Problem& p, bool high) {
+  const bool long_rows = p.k > PairedColumns(kPairedHeld[0]);
+  if (p.k > PairedColumns(kPairedHeld[1])) return {};
+  const int steps = static_cast<int>((p.k + 127) / 128);
+  PairedShape s{long_rows || PairedBlocks(p.m, p.n, 64) <= kPairedMost ? 64 : 128, kPairedHeld[long_rows],
+                steps > kPairedGroups ? steps : kPairedGroups, 0};
+  const auto bytes = [&] { return MakePairedLayout(high, p.k, s.outputs, s.stages).bytes; };
+  while (s.stages > kPairedGroups && bytes() > kSharedMost) --s.stages;
+  constexpr int64_t kAlone = 116 * 1024;
+  s.shared = bytes() > kAlone ? bytes() : kAlone;
+  return s;
+}
+
+// Where that is sooner done than by two kernels, by measurement on an H200. All blocks with the same rows quantise
+// these, so a rule must be worth it, and what stands before a layer is not.
+inline bool PrefersPaired(const Problem& p, bool has_rule) {
+  const PairedShape shape = ChoosePaired(p, has_rule);
+  if (shape.outputs == 0 || PairedBlocks(p.m, p.n, shape.outputs) > kPairedMost) return false;
+  if (p.prologue != Prologue::kNone) return false;
+  const int64_t weights = p.n * p.k;
+  if (!has_rule) return p.m >= 16 || (p.n >= p.k && weights >= int64_t{1} << 20);
+  if (p.k < 512) return false;
+  if (p.m > 32) return p.n >= 768;
+  if (p.m > 16) return p.k <= 1536 && p.n >= 2 * p.k;
+  return p.k <= 1536 && weights >= (p.m > 8 ? int64_t{4} << 20 : int64_t{8} << 20);
+}
 
 // How gemv.h copies weights: equal pieces of a row, such that the most bytes are on their way, but no more pieces than
 // a warp has in all its rows.
@@ -278,6 +319,7 @@ struct Plan {
   bool gemv = false;     // Hopper's fused kernel; then `fused` as well
   bool skinny = false;   // Hopper's kernel for few rows; then not `stream`
   bool narrow = false;   // Hopper's kernel for some tens of rows
+  bool paired = false;   // Hopper's fused kernel for these; then `fused` as well
   bool sparse = false;   // high parts are compressed, and multiplied by sparse.h
   bool swapped = false;  // Hopper's kernel for some tens of rows of wide weights
   bool gather = false;   // the columns that hold high parts are gathered
@@ -342,9 +384,12 @@ inline Plan MakePlan(const Problem& p, bool hopper) {
   plan.stream = (plan.stream && !plan.skinny) || plan.gemv;
   plan.narrow = hopper && !quantize && !plan.stream && !plan.skinny && !p.gated && p.k > 0 &&
                 (p.path == Path::kNarrow || (p.path == Path::kAuto && PrefersNarrow(p, plan.has_rule)));
-  plan.fused =
-      plan.gemv || (plan.stream && linear && p.k % 16 == 0 && p.m <= kFusedM && p.m * p.k <= kFusedActivations);
-  plan.apart = linear && p.prologue != Prologue::kNone && !plan.gemv &&
+  plan.paired = hopper && linear && !plan.gemv && !plan.by_column && !p.gated && p.k > 0 && p.k % 16 == 0 &&
+                p.options.rule != Rule::kTopK && ChoosePaired(p, plan.has_rule).outputs > 0 &&
+                (p.path == Path::kPaired || (p.path == Path::kAuto && PrefersPaired(p, plan.has_rule)));
+  plan.fused = plan.gemv || plan.paired ||
+               (plan.stream && linear && p.k % 16 == 0 && p.m <= kFusedM && p.m * p.k <= kFusedActivations);
+  plan.apart = linear && p.prologue != Prologue::kNone && !plan.gemv && !plan.paired &&
                (plan.fused || StagedBytes(p.type, p.k, plan.stride, p.prologue) == 0);
   plan.sparse = hopper && linear && plan.has_rule && !plan.stream && !plan.skinny && !plan.narrow && p.k > 0 &&
                 (p.path == Path::kSparse ||

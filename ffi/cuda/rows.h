@@ -1,5 +1,6 @@
-// Quantises one row of activations with a block, half of one or a cluster of them: statistics, outlier rule, codes. The
-// row is looked at two to four times where its groups are (groups.h): registers, or memory, which had better be shared.
+// Quantises one row of activations with a block, a part of one or a cluster of them: statistics, outlier rule, codes.
+// The row is looked at two to four times where its groups are (groups.h): registers, or memory, which had better be
+// shared.
 //
 // Every statistic is a maximum, a count or an integer sum, so the codes do not depend on the number of threads. What
 // takes the time is the instructions, and where blocks are few, fetching them: loops are not unrolled.
@@ -36,15 +37,17 @@ inline constexpr int kCandidates = 32;
 inline constexpr int kBins = 128;
 
 // Where things lie in the shared memory of a team that quantises rows, in words.
-struct RowScratch {
-  static constexpr int kMaxima = kTeamWords;  // one a thread
-  static constexpr int kBinsAt = kMaxima + 32 * kTeamMostWarps;
+template <int kMostWarps>
+struct RowScratchOf {
+  static constexpr int kMaxima = kMostWarps > 1 ? kTeamWords : 0;  // one a thread
+  static constexpr int kBinsAt = kMaxima + 32 * kMostWarps;
   static constexpr int kCount = kBinsAt + kBins;
   static constexpr int kList = kCount + 4;
   static constexpr int kOnce = kList + 2 * kCandidates;
   static constexpr int kPieces = kOnce + 4;
   static constexpr int kWords = (kPieces + kPieceWords + 31) / 32 * 32;
 };
+using RowScratch = RowScratchOf<kTeamMostWarps>;
 inline constexpr int kScratchWords = RowScratch::kWords;
 
 // Where a row goes. Pointers to shared or device memory.
@@ -57,6 +60,8 @@ struct RowOutput {
   Ptr<uint32_t> pieces;       // [kPieceWords], zeroed: bits are set where a piece of columns has high parts; or null
   bool whole = false;         // a code that fits into a byte has no high part, as most of a marked column have
   static constexpr bool kSparse = false;
+  // Or codes go where Send puts them, in the place of lo and hi, and high parts only where they are not 0.
+  static constexpr bool kSent = false;
 };
 // The same with compressed high parts beside hi: a type of its own, as the others have less code without them.
 struct SparseRowOutput : RowOutput {
@@ -124,7 +129,7 @@ class Row {
 
  private:
   using Group = typename Groups::Group;
-  using Scratch = RowScratch;
+  using Scratch = RowScratchOf<AnyTeam::kMostWarps>;
   struct Values {
     float v[8];
   };
@@ -328,7 +333,7 @@ class Row {
 
   // What every warp would find for itself: where many rows are under way, one warp does and tells the others. Has a
   // barrier then; there must be one between two calls.
-  static constexpr bool kOnce = Groups::kHeld > 1;
+  static constexpr bool kOnce = Groups::kHeld > 1 && AnyTeam::kMostWarps > 1;
   template <typename Find>
   JAXINT8_DEVICE Word4 Once(Find find) {
     if constexpr (!kOnce) return find();
@@ -400,9 +405,11 @@ class Row {
   // No code needs clipping: the scale is at least absmax / limit rounded, so no rounded quotient passes limit + 1/2.
   template <typename Output>
   JAXINT8_DEVICE void WriteCodes(const Output& out, const Selection& selection, bool split, float scale, float middle) {
-    const int stride = static_cast<int>(out.stride);
     const CodeQuotients<Groups::kType> quotients(scale, middle);
     const bool exact = !(kRule == 0 && quotients.kPlainByAll) && !quotients.Plain();
+    // Of several groups a thread, which have no pieces, used columns are told at the end.
+    constexpr bool kLate = Groups::kHeld > 1 && !Output::kSent;
+    static_assert(!kLate || Groups::kHeld <= 4);
     uint32_t late = 0;  // columns with high parts, eight bits a group
     row_.ForEach([&](int i, const Group& group) {
       const Values e = Widen(group);
@@ -417,7 +424,7 @@ class Row {
       }
       Word2 lo;
       const bool some = (mask.x | mask.y) != 0;
-      if (kLate ? SomeLane(exact | some) : exact | some) {  // a warp goes one way: both would take the sum
+      if (Groups::kHeld > 1 ? SomeLane(exact | some) : exact | some) {  // a warp goes one way: both would take the sum
         quotients.Round(e.v, codes);
         lo = LowBytes(codes);
         if (kRule == 0 || (kRule < 0 && !some)) {
@@ -425,7 +432,7 @@ class Row {
         } else {
           const uint32_t high = Split(out, i, mask, codes, &lo);
           if constexpr (kLate) {
-            late |= high << 8 * ((i - row_.Column(0)) / 256);
+            late |= high << 8 * ((i - row_.Column(0)) / Groups::kApart);
           } else {
             Tell(out, i, high);
           }
@@ -435,7 +442,7 @@ class Row {
         lo = LowBytes(codes);
         WriteNoHigh(out, i);
       }
-      Write(out.lo, stride, i, lo);
+      WriteLow(out, i, lo);
     });
     if constexpr (kLate) {
       if (late && out.used) {  // not in the loop, where each load would be waited for
@@ -454,9 +461,6 @@ class Row {
     }
     WriteAllZeros(out, (row_.k() + 7) / 8 * 8);
   }
-  // Of several groups a thread, which have no pieces, used columns are told at the end.
-  static constexpr bool kLate = Groups::kHeld > 1;
-  static_assert(Groups::kHeld <= 4);
 
   template <typename Output>
   static JAXINT8_DEVICE void Tell(const Output& out, int i, uint32_t high) {
@@ -485,7 +489,7 @@ class Row {
     // Of a code without 128 times its high part, the last byte differs at most in its first bit.
     lo->x ^= (hi.x & 0x01010101) << 7;
     lo->y ^= (hi.y & 0x01010101) << 7;
-    Write(out.hi, static_cast<int>(out.stride), i, hi);
+    WriteHigh(out, i, hi);
     const uint32_t high = BitsOfBytes(hi.x) | BitsOfBytes(hi.y) << 4;
     if constexpr (Output::kSparse) out.sparse.Put(i, hi, high);
     return high;
@@ -499,13 +503,14 @@ class Row {
 #pragma unroll 1
     for (int i = 8 * team_.Index(); i < stride; i += 8 * team_.Size()) {
       if (i < from) continue;
-      Write(out.lo, stride, i, Word2{0, 0});
+      WriteLow(out, i, Word2{0, 0});
       WriteNoHigh(out, i);
     }
   }
   template <typename Output>
   static JAXINT8_DEVICE void WriteNoHigh(const Output& out, int i) {
-    if (kRule > 0 || out.hi) Write(out.hi, static_cast<int>(out.stride), i, Word2{0, 0});  // a rule has high parts
+    if constexpr (Output::kSent) return;
+    if (kRule > 0 || out.hi) WriteHigh(out, i, Word2{0, 0});  // a rule has high parts
     if constexpr (Output::kSparse) out.sparse.PutZeros(i);
   }
 
@@ -525,6 +530,23 @@ class Row {
   static JAXINT8_DEVICE uint32_t BitsOfBytes(uint32_t bytes) {
     const uint32_t set = (((bytes & 0x7f7f7f7f) + 0x7f7f7f7f) | bytes) & 0x80808080;
     return (set >> 7) * 0x01020408 >> 24;
+  }
+
+  template <typename Output>
+  static JAXINT8_DEVICE void WriteLow(const Output& out, int i, const Word2& bytes) {
+    if constexpr (Output::kSent) {
+      out.Send(i, 0, bytes);
+    } else {
+      Write(out.lo, static_cast<int>(out.stride), i, bytes);
+    }
+  }
+  template <typename Output>
+  static JAXINT8_DEVICE void WriteHigh(const Output& out, int i, const Word2& bytes) {
+    if constexpr (Output::kSent) {
+      if ((bytes.x | bytes.y) != 0) out.Send(i, 1, bytes);
+    } else {
+      Write(out.hi, static_cast<int>(out.stride), i, bytes);
+    }
   }
 
   static JAXINT8_DEVICE void Write(Ptr<int8_t> to, int stride, int i, const Word2& bytes) {

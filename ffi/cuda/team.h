@@ -1,5 +1,5 @@
-// The threads that work on one row: a block, or half of one (or a cluster of blocks: cluster.h). Maxima and exact sums
-// over them.
+// The threads that work on one row: a block, half of one or some of its warps (or a cluster of blocks: cluster.h).
+// Maxima and exact sums over them.
 #ifndef JAXINT8_FFI_CUDA_TEAM_H_
 #define JAXINT8_FFI_CUDA_TEAM_H_
 
@@ -30,30 +30,51 @@ JAXINT8_DEVICE uint64_t SumWarp(uint64_t v) {
 
 // All threads of the team call every function. Those that return something shared have at most one barrier. There is a
 // buffer for Reduce and Max and one for Sum: between two calls that use the same one there must be one that uses the
-// other, or a barrier. kTeams: of the block, one or two, which do not wait for each other.
-template <int kTeams = 1>
+// other, or a barrier. kTeams: of the block, one or two, which do not wait for each other; or teams are so many warps
+// each, as many as there are, and a block may have others behind them.
+template <int kTeams = 1, int kTeamWarps = 0>
 class Team {
  public:
   static constexpr bool kSpread = false;  // over several blocks
+  static constexpr bool kOfWarps = kTeamWarps > 0;
+  static constexpr int kMostWarps = kTeamWarps > 0 ? kTeamWarps : kTeamMostWarps;
+  // Of what warps take in turn, the next is so many further on; 1 where their number is not known here.
+  static constexpr int kTurn = kTeamWarps > 0 ? kTeamWarps : 1;
 
   JAXINT8_DEVICE explicit Team(Ptr<uint32_t> words)
       : mine_(KeepShared(words + 4 * Warp())), others_(KeepShared(words + 4 * Lane())) {}
 
-  static JAXINT8_DEVICE int Number() { return kTeams > 1 && ThreadIndex() >= Size() ? 1 : 0; }
+  static JAXINT8_DEVICE int Number() {
+    if constexpr (kTeamWarps > 0) return static_cast<int>(static_cast<unsigned>(ThreadIndex()) / (32 * kTeamWarps));
+    return kTeams > 1 && ThreadIndex() >= Size() ? 1 : 0;
+  }
   static JAXINT8_DEVICE int Index() { return ThreadIndex() - Number() * Size(); }
-  static JAXINT8_DEVICE int Size() { return static_cast<int>(static_cast<unsigned>(BlockThreads()) / kTeams); }
+  static JAXINT8_DEVICE int Size() {
+    if constexpr (kTeamWarps > 0) return 32 * kTeamWarps;
+    return static_cast<int>(static_cast<unsigned>(BlockThreads()) / kTeams);
+  }
   // Among the threads of the team in this block, and how many these are: all.
   static JAXINT8_DEVICE int IndexHere() { return Index(); }
   static JAXINT8_DEVICE int SizeHere() { return Size(); }
   static JAXINT8_DEVICE int Warps() { return static_cast<int>(static_cast<unsigned>(Size()) / 32); }
   static JAXINT8_DEVICE int Warp() { return static_cast<int>(static_cast<unsigned>(Index()) / 32); }
   static JAXINT8_DEVICE int Lane() { return static_cast<int>(static_cast<unsigned>(ThreadIndex()) % 32); }
-  static JAXINT8_DEVICE void Sync() {
-    if constexpr (kTeams == 1) {
+  JAXINT8_DEVICE void Sync() {
+    if constexpr (kOfWarps) ++syncs_;
+    if constexpr (kTeamWarps == 1) {
+      WarpBarrier();
+    } else if constexpr (kTeams == 1 && kTeamWarps == 0) {
       Barrier();
     } else {
       PartBarrier(1 + Number(), Size());
     }
+  }
+
+  // Of some warps of a block: until there have been so many.
+  JAXINT8_DEVICE void SyncUpTo(int count) {
+    static_assert(kOfWarps);
+#pragma unroll 1
+    while (syncs_ < count) Sync();
   }
 
   // The first kMaxima values become maxima over the team, the others sums.
@@ -93,11 +114,12 @@ class Team {
   // Lane by lane, in all warps: the largest of one of 32 parts of the team, which are all of it. words: one a thread.
   // Has a barrier of the block.
   JAXINT8_DEVICE uint32_t MaxOfParts(uint32_t v, Ptr<uint32_t> words) {
+    if constexpr (kTeamWarps == 1) return v;
     Share(v, words);
     return MaxOfShared(v, words);
   }
   // In two parts, of which the second need not be called by all warps.
-  static JAXINT8_DEVICE void Share(uint32_t v, Ptr<uint32_t> words) {
+  JAXINT8_DEVICE void Share(uint32_t v, Ptr<uint32_t> words) {
     Store(words + Index(), v);
     Sync();
   }
@@ -118,7 +140,7 @@ class Team {
   JAXINT8_DEVICE void SumOfLanes(uint32_t (&)[4]) {}
 
  private:
-  static_assert(kTeams == 1 || kTeams == 2);
+  static_assert(kTeams == 1 || (kTeams == 2 && kTeamWarps == 0));
 
   // Afterwards each lane has the values of the warp of its number, 0 if there is none.
   template <int kBuffer>
@@ -134,6 +156,7 @@ class Team {
   }
 
   const SharedWords mine_, others_;
+  int syncs_ = 0;
 };
 
 }  // namespace jaxint8::cuda

@@ -166,15 +166,22 @@ class Machine {
     return buffer->data + offset;
   }
 
-  // From now on products may read what this thread stored in the shared memory of its block.
+  // From now on products may read what this thread stored in the shared memory of its block, and what others sent
+  // there.
   void FenceShared(const Site& site) {
-    auto& stored = fibers_[current_].unfenced;
-    if (!Planted(site, Fault::kSkipBarrier)) {
-      for (const auto& [offset, bytes] : stored) {
-        for (int64_t i = offset; i < offset + bytes; ++i) shared_buffer()->shadow[i].fenced = true;
+    for (auto* stored : {&fibers_[current_].unfenced, &received_[rank()]}) {
+      if (!Planted(site, Fault::kSkipBarrier)) {
+        for (const auto& [offset, bytes] : *stored) {
+          for (int64_t i = offset; i < offset + bytes; ++i) shared_buffer()->shadow[i].fenced = true;
+        }
       }
+      stored->clear();
     }
-    stored.clear();
+  }
+  // Bytes that a thread sent to a block have arrived.
+  void Receive(int rank, int64_t offset, int64_t bytes) {
+    for (int64_t i = offset; i < offset + bytes; ++i) shared_buffer(rank)->shadow[i].fenced = false;
+    received_[rank].push_back({offset, bytes});
   }
 
   void Barrier(const Site& site) {
@@ -379,6 +386,7 @@ class Machine {
     barriers_.clear();
     warp_state_.clear();
     deliveries_.clear();
+    received_.clear();
     for (Warp& w : warps_) w = Warp();
     for (Fiber& f : fibers_) {
       f.state = State::kReady;
@@ -500,6 +508,7 @@ class Machine {
 
   std::vector<std::unique_ptr<Buffer>> buffers_;
   std::vector<Fiber> fibers_;
+  std::map<int, std::vector<std::pair<int64_t, int64_t>>> received_;  // by block, not fenced yet: offset, bytes
   std::vector<Warp> warps_;
   std::vector<std::unique_ptr<SharedBlock>> shared_;  // of the blocks of the cluster that runs
   std::map<std::pair<int, uint32_t>, std::shared_ptr<void>> barriers_;

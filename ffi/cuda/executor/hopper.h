@@ -55,6 +55,10 @@ inline void ArriveAt(uint32_t barrier, uint32_t block, Site site = Site::Here())
   if (++b.arrivals > b.count) m.Fail(site, "more arrivals than the barrier expects");
   b.Settle();
 }
+inline void ArriveAtExpecting(uint32_t barrier, uint32_t block, uint32_t bytes, Site site = Site::Here()) {
+  BarrierAt(barrier, static_cast<int>(block), site).bytes += bytes;
+  ArriveAt(barrier, block, site);
+}
 inline void Arrive(uint32_t barrier, Site site = Site::Here()) {
   ArriveAt(barrier, static_cast<uint32_t>(TheMachine().rank()), site);
 }
@@ -93,6 +97,8 @@ inline void CopyAsyncArrive(uint32_t barrier, Site site = Site::Here()) {
 
 inline uint32_t ClusterRank() { return static_cast<uint32_t>(TheMachine().rank()); }
 inline void ClusterBarrier(Site site = Site::Here()) { TheMachine().ClusterBarrier(site); }
+
+inline void FenceCluster() {}
 
 inline void ClusterArrive(Site site = Site::Here()) { TheMachine().ClusterArrive(site); }
 inline void ClusterWait(Site site = Site::Here()) { TheMachine().ClusterWait(site); }
@@ -235,19 +241,22 @@ inline void CopyToBlock(int block, uint32_t to, uint32_t from, uint32_t bytes, u
   });
 }
 
-inline void SendToBlock(int block, uint32_t to, const Word4& words, uint32_t barrier, Site site = Site::Here()) {
+template <typename Words>
+void SendToBlock(int block, uint32_t to, const Words& words, uint32_t barrier, Site site = Site::Here()) {
+  constexpr uint32_t kBytes = sizeof words;
   Machine& m = TheMachine();
   if (block < 0 || block >= m.cluster()) m.Fail(site, "no such block in the cluster");
   Buffer* shared = m.shared_buffer(block);
-  if (m.Planted(site, Fault::kShiftIndex)) to += 16;
-  if (to % 16 != 0 || to + 16 > shared->bytes) m.Fail(site, "bad place for words");
-  for (uint32_t i = 0; i < 16; ++i) Undefine(shared, to + i);
+  if (m.Planted(site, Fault::kShiftIndex)) to += kBytes;
+  if (to % kBytes != 0 || to + kBytes > shared->bytes) m.Fail(site, "bad place for words");
+  for (uint32_t i = 0; i < kBytes; ++i) Undefine(shared, to + i);
   MemoryBarrier& b = BarrierAt(barrier, block, site);
   m.Postpone([=, &b, &m] {
     if (m.Ended(block)) throw Failure(site.Name() + ": a block ended before what was sent to it came");
-    std::memcpy(shared->data + to, &words, 16);
-    for (uint32_t i = 0; i < 16; ++i) shared->shadow[to + i].defined = true;
-    b.bytes -= 16;
+    std::memcpy(shared->data + to, &words, kBytes);
+    for (uint32_t i = 0; i < kBytes; ++i) shared->shadow[to + i].defined = true;
+    m.Receive(block, to, kBytes);
+    b.bytes -= kBytes;
     b.Settle();
   });
 }

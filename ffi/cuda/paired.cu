@@ -1,0 +1,46 @@
+// Queues the layers of paired.h.
+#include "dispatch.h"
+#include "paired.h"
+
+namespace jaxint8::cuda {
+
+template <Type kType, Rule kRule, int kTileN, int kHeld>
+const char* Call::PairedWith(const PairedShape& shape) {
+  using Kernel = PairedKernel<kType, static_cast<int>(kRule), kTileN, kHeld>;
+  const int64_t tiles_n = (p_.n + 2 * kTileN - 1) / (2 * kTileN) * 2;
+  PairedParams s{};
+  s.rows = Rows();
+  s.m = p_.m;
+  s.n = p_.n;
+  s.tiles_n = static_cast<uint32_t>(tiles_n);
+  s.inverse = static_cast<uint32_t>(((int64_t{1} << 32) + tiles_n - 1) / tiles_n);
+  s.stages = shape.stages;
+  s.early = queue_.follows();
+  s.epilogue = MakeEpilogue();
+  JAXINT8_TRY(MakeTileMap(&s.w, Weights(), p_.n, p_.k, p_.k, kTileN));
+  return queue_.Launch<Kernel>(PairedBlocks(p_.m, p_.n, kTileN), Kernel::kMaxThreads, shape.shared, s, 2);
+}
+
+template <Type kType, Rule kRule>
+const char* Call::PairedShaped(const PairedShape& shape) {
+  if (shape.held != kPairedHeld[0]) return PairedWith<kType, kRule, 64, kPairedHeld[1]>(shape);
+  return shape.outputs == 64 ? PairedWith<kType, kRule, 64, kPairedHeld[0]>(shape)
+                             : PairedWith<kType, kRule, 128, kPairedHeld[0]>(shape);
+}
+
+const char* Call::Paired() {
+  const PairedShape shape = ChoosePaired(p_, plan_.has_rule);
+  return WithType(p_.type, [&](auto type) {
+    constexpr Type kType = decltype(type)::kType;
+    switch (p_.options.rule) {
+      case Rule::kNone:
+        return PairedShaped<kType, Rule::kNone>(shape);
+      case Rule::kThreshold:
+        return PairedShaped<kType, Rule::kThreshold>(shape);
+      default:
+        return PairedShaped<kType, Rule::kRelative>(shape);
+    }
+  });
+}
+
+}  // namespace jaxint8::cuda
