@@ -19,6 +19,7 @@
 #include "processor.h"
 #include "rows.h"
 #include "tiles.h"
+#include "turned_avx2.h"
 
 namespace jaxint8::cpu {
 namespace {
@@ -90,84 +91,16 @@ struct Avx2Bytes : Avx2 {
   }
 };
 
-// Tiles of codes that are settled.
-struct Avx2Pairs : Bytes256<Avx2Pairs> {
-  ALWAYS_INLINE static Sums MulAdd(Sums sum, __m256i w, __m256i x) {
-    return Avx2::MulAdd(sum, _mm256_maddubs_epi16(w, x), _mm256_set1_epi16(1));
-  }
-};
-
-// Dot products with turned codes.
-struct Avx2Turned : Avx2 {
-  struct Codes {
-    __m256i codes, flips;
-  };
-  // A Zen 3 fetches ahead by itself; with instructions for it a row from its third-level cache takes 1.26 times as
-  // long.
-  static constexpr bool kTurned = true, kFetches = false;
-  static constexpr int kDot = 32, kDotsTeam = 2;  // more rows would not find room in registers
-
-  static __m256i LoadWeights(const int8_t* w) { return Load(w); }
-  static Codes LoadCodes(const int8_t* x) { return {Load(x), Load(x + 32)}; }
-  ALWAYS_INLINE static Sums MulAdd(Sums sum, __m256i w, const Codes& x) {
-    const __m256i pairs = _mm256_maddubs_epi16(_mm256_xor_si256(w, x.flips), x.codes);
-    return Avx2::MulAdd(sum, pairs, _mm256_set1_epi16(1));
-  }
-};
-
-int32_t TurnRow(const int8_t* lo, int64_t k, int8_t* turned) {
-  const __m256i ones = _mm256_set1_epi8(1), seconds = _mm256_set1_epi16(static_cast<int16_t>(0xff00));
-  __m256i all = Avx256::Zero(), negated = Avx256::Zero();  // sums of turned codes, and of those that were negated
-  for (int64_t t = 0; t < (k + 63) / 64 * 64; t += 32, turned += 64) {
-    const __m256i x = Avx256::Load(lo + t);
-    const __m256i apart = _mm256_srai_epi16(_mm256_xor_si256(x, _mm256_slli_epi16(x, 8)), 15);
-    const __m256i second = _mm256_andnot_si256(apart, seconds);
-    const __m256i codes = _mm256_sub_epi8(_mm256_xor_si256(x, second), second);
-    Avx256::StoreBytes(turned, codes);
-    Avx256::StoreBytes(turned + 32, _mm256_xor_si256(second, _mm256_set1_epi8(static_cast<char>(0x80))));
-    const auto sum = [&](__m256i bytes) {
-      return _mm256_madd_epi16(_mm256_maddubs_epi16(ones, bytes), _mm256_set1_epi16(1));
-    };
-    all = Avx256::Add(all, sum(codes));
-    negated = Avx256::Add(negated, sum(_mm256_and_si256(codes, second)));
-  }
-  // (w + 128) * x and (127 - w) * -x = w * x - 127 * x
-  return Avx256::Sum(_mm256_sub_epi32(negated, Avx256::Shift7(all)));
-}
-
-constexpr int64_t kSettleM = 12;  // for fewer rows packing costs as much as it gains
-constexpr int kPairMost = 128;
-
-int64_t SettleRow(int8_t* lo, int64_t k, int64_t most, int32_t* columns) {
-  int64_t count = 0;
-  for (int64_t t = 0; t < k; t += 32) {
-    const __m256i sums = _mm256_maddubs_epi16(_mm256_set1_epi8(1), Avx256::Load(lo + t));
-    const __m256i beyond = _mm256_cmpgt_epi16(_mm256_abs_epi16(sums), _mm256_set1_epi16(kPairMost));
-    auto pairs = static_cast<uint32_t>(_mm256_movemask_epi8(beyond)) & 0x55555555;
-    for (; pairs != 0; pairs &= pairs - 1) {
-      if (count == most) return -1;
-      const auto column = static_cast<int32_t>(t + __builtin_ctz(pairs));
-      columns[count++] = column + (__builtin_abs(lo[column + 1]) > __builtin_abs(lo[column]));
-    }
-  }
-  for (int64_t i = 0; i < count; ++i) lo[columns[i]] = static_cast<int8_t>(lo[columns[i]] ^ 0x80);
-  return count;
-}
-
-static_assert(sizeof(TileScratch<Avx2Pairs>) <= sizeof(TileScratch<Avx2>));
-
-bool Settled(const Block& b) {
-  for (int64_t i = 0; i < b.m; ++i) {
-    if (!b.rows[i].settled) return false;
+bool AllTurned(const Block& b) {
+  if (b.turned == nullptr) return false;
+  for (int64_t i = 0; i < b.m; i += kTurnedRows) {
+    if (!b.fours[i / kTurnedRows].turned) return false;
   }
   return true;
 }
 
 void MultiplyAvx2(const Block& b) {
-  if (b.m >= kSettleM && Settled(b)) return MultiplyTiled<Avx2Pairs>(b);
-  if (b.turned && (b.plan || !b.with_hi) && !Dense(b)) {
-    return MultiplyDots<Avx2Turned>(b, reinterpret_cast<TileScratch<Avx2>*>(b.scratch)->panel);
-  }
+  if (AllTurned(b)) return b.plan && b.plan->turned ? MultiplyTurnedDots(b, b.panel) : MultiplyTurnedTiles(b, b.panel);
   if (b.epilogue) return Multiply<Avx2, Avx2Bytes>(b);
   Multiply<Avx2, Avx2>(b);  // the codes of a bare product are any bytes
 }
@@ -188,9 +121,8 @@ const Rung kAvx2 = {"avx2",
                     /*arrange=*/nullptr,
                     /*arranged_m=*/0,
                     /*arranged_high_m=*/0,
-                    SettleRow,
-                    kSettleM,
-                    TurnRow,
-                    /*turned_m=*/kSmallM};
+                    TurnRows,
+                    /*turned_m=*/24,
+                    /*turned_n=*/Turned::kTileN};
 
 }  // namespace jaxint8::cpu

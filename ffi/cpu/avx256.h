@@ -16,7 +16,6 @@ namespace {
 struct Avx256 {
   using Sums = __m256i;
   using Packed = __m256i;
-  static constexpr bool kTurned = false, kFetches = true;
   static constexpr int kDotsTeam = 4;
   static constexpr int kLanes32 = 8, kLanes = 8, kBytes = 32, kRows = 1;
   static constexpr int kTileM = 6, kTileZ = 2;  // 12 sums, 2 weights, 1 word of codes: 15 of 16 registers

@@ -5,8 +5,6 @@
 //   kLanes32               int32 in a register
 //   kOffset                weights are flipped to unsigned, w + 128; 128 * sum(codes) is taken off again
 //   kDotsTeam              rows of activations at once at most, up to kDotsM
-//   kFetches               weights are fetched ahead by instructions
-//   kTurned                codes are the turned ones (Rung::turn), two bytes for each
 //   Zero, Add, LoadSums, StoreSums, Shift7 (times 128)
 //   LoadWeights, LoadCodes, MulAdd(sums, weights, codes): some sum of products per lane, exact modulo 2^32
 //   Sum4(a, b, c, d, out)  out[0..3] += the sums over the lanes of each
@@ -28,13 +26,13 @@ namespace jaxint8::cpu {
 namespace {
 
 constexpr int kDotsM = 4;
+constexpr int kDotsRows = 8;  // of weights: as many as are read from a cache again; every number at once divides it
 // How far ahead weights are fetched: a microsecond of reading.
 constexpr int64_t kAheadBytes = 32 << 10;
 
 // What a sum starts from: -128 * the sum of the codes where weights are flipped.
 template <class V>
 inline int32_t Correction(const Row& row) {
-  if (V::kTurned) return row.turned;
   return V::kOffset ? static_cast<int32_t>(0u - (static_cast<uint32_t>(row.sum) << 7)) : 0;
 }
 
@@ -42,9 +40,8 @@ inline int32_t Correction(const Row& row) {
 template <class V, int M, int N, bool kDense>
 void Dots(const Block& b, int64_t i0, int64_t j0, int64_t j_end, const int8_t* ahead) {
   using Sums = typename V::Sums;
-  constexpr int64_t kBytes = V::kTurned ? 2 : 1;  // of a code
-  const int64_t k = b.k, stride = b.stride * kBytes, whole = k / 64 * 64;
-  const int8_t* x = (V::kTurned ? b.turned : b.lo) + i0 * stride;
+  const int64_t k = b.k, stride = b.stride, whole = k / 64 * 64;
+  const int8_t* x = b.lo + i0 * stride;
   const int8_t* hi = kDense ? b.plan->hi : nullptr;
   for (int64_t first = j0; first < j_end; first += N, ahead += N * k) {
     const int8_t* w = b.w + first * k;
@@ -65,14 +62,13 @@ void Dots(const Block& b, int64_t i0, int64_t j0, int64_t j_end, const int8_t* a
     for (int64_t stop = whole;;) {
       for (; t < stop; t += 64, from += 64) {
         // Of two adjacent lines one is fetched, the other follows by itself. Nothing is read, so any address will do.
-        if constexpr (V::kFetches && N > 1) {
+        if constexpr (N > 1) {
           const int8_t* fetch = ahead + (t % 128 == 0 ? t : t - 64 + N / 2 * k);
           Unroll<N / 2>([&](auto j) ALWAYS_INLINE { __builtin_prefetch(fetch + j * k, 0, 2); });
         }
         Unroll<64 / V::kDot>([&](auto s) ALWAYS_INLINE {
           typename V::Codes codes[M], codes_hi{};
-          Unroll<M>([&](auto i)
-                        ALWAYS_INLINE { codes[i] = V::LoadCodes(x + i * stride + (t + s * V::kDot) * kBytes); });
+          Unroll<M>([&](auto i) ALWAYS_INLINE { codes[i] = V::LoadCodes(x + i * stride + t + s * V::kDot); });
           if constexpr (kDense) codes_hi = V::LoadCodes(hi + t + s * V::kDot);
           Unroll<N>([&](auto j) ALWAYS_INLINE {
             const typename V::Weights weights = V::LoadWeights(from + j * from_stride + s * V::kDot);
@@ -136,6 +132,7 @@ struct HiGroups {
     // Many rows have no plan, and come here only where there are no columns either.
     if (b.with_hi) count = single ? single->words : plan ? plan->groups : 0;
   }
+  explicit HiGroups(const HiPlan& of) : single(nullptr), plan(&of), count(of.groups) {}
   int64_t column(int64_t g) const { return int64_t{single ? single->hi[g].group : plan->group[g]} * 4; }
 };
 
@@ -144,9 +141,15 @@ struct HiGroups {
 void GatherGroups(const Block& b, const HiGroups& groups, int64_t j, int64_t j_end, uint8_t* panel) {
   int64_t whole = groups.count;  // the last group may be cut off by the end of the row
   if (groups.column(whole - 1) + 4 > b.k) --whole;
+  const int64_t k = b.k, rows = j_end - j;  // read again after every store if they were not here
   for (int64_t g = 0; g < whole; ++g) {
-    const int8_t* w = b.w + groups.column(g);
-    for (int64_t i = j; i < j_end; ++i) std::memcpy(panel + (g * kBlockN + i) * 4, w + i * b.k, 4);
+    const int8_t* w = b.w + j * k + groups.column(g);
+    uint8_t* out = panel + (g * kBlockN + j) * 4;
+    if (rows == kDotsRows) {
+      Unroll<kDotsRows>([&](auto i) ALWAYS_INLINE { std::memcpy(out + i * 4, w + i * k, 4); });
+    } else {
+      for (int64_t i = 0; i < rows; ++i) std::memcpy(out + i * 4, w + i * k, 4);
+    }
   }
   if (whole == groups.count) return;
   const int64_t column = groups.column(whole);
@@ -187,26 +190,23 @@ inline bool Dense(const Block& b) {
 }
 
 // The weights are read once, in the order in which they lie. High parts need a plan. The panel of groups holds
-// HiPlan::kMaxGroups * kBlockN * 4 bytes. Turned codes are for blocks that are not Dense.
+// HiPlan::kMaxGroups * kBlockN * 4 bytes.
 template <class V>
 void MultiplyDots(const Block& b, uint8_t* panel) {
   const bool dense = Dense(b);
   const HiGroups groups(b);
   const bool gathers = !dense && groups.count > 0;
   const int64_t lead = (kAheadBytes / (b.k + 1) / 8 + 1) * 8;
-  constexpr int64_t kRows = 8;  // every number of rows at once divides it
   for (int64_t j = 0; j < b.n;) {
-    const bool whole = j + kRows <= b.n;
-    const int64_t end = j + (whole ? kRows : 1);
+    const bool whole = j + kDotsRows <= b.n;
+    const int64_t end = j + (whole ? kDotsRows : 1);
     const int64_t next = j + lead - b.n;  // beyond the block: the next block
     const int8_t* ahead = b.ahead && next >= 0 ? b.ahead + next * b.k : b.w + (j + lead) * b.k;
     constexpr int64_t kTeam = V::kDotsTeam;
     for (int64_t i = 0; i < b.m; i += kTeam) {
       const int64_t m = b.m - i < kTeam ? b.m - i : kTeam;
       DotsFunction function = (whole ? DotsTable<V>::kWhole : DotsTable<V>::kSingle)[m - 1];
-      if constexpr (!V::kTurned) {
-        if (dense) function = whole ? Dots<V, 1, V::kDenseN, true> : Dots<V, 1, 1, true>;
-      }
+      if (dense) function = whole ? Dots<V, 1, V::kDenseN, true> : Dots<V, 1, 1, true>;
       function(b, i, j, end, ahead);
     }
     if (gathers) GatherGroups(b, groups, j, end, panel);

@@ -68,23 +68,39 @@ struct Row {
   float scale = 1;       // NaN: the row holds a non-finite value, its codes are 0
   int32_t sum = 0;       // of the full codes 128 * hi + lo: cancels the offset of unsigned weights
   int32_t count = 0;     // codes with a high part; all outliers with float_outliers
-  int32_t words = 0;     // groups of four columns with an outlier that has a high part; settled, some up to three times
+  int32_t words = 0;     // groups of four columns with an outlier that has a high part; some twice where codes are turned
   int32_t quads = 0;     // in the place of words, if the rung asks for them (Rung::quads_k)
   int32_t turned = 0;    // what is to be added to sums of turned codes; see Rung::turn
-  bool settled = false;  // see Rung::settle
   const Outlier* outliers = {};  // those counted, ascending columns
-  const HiWord* hi = {};         // ascending groups, settled not strictly
+  const HiWord* hi = {};         // ascending groups, turned not strictly
   const HiQuad* quad = {};       // ascending columns
 };
 
-// The high parts of a small product (m <= kSmallM, codes neither settled nor arranged): which groups of four columns
-// hold any, in some row. The weights of these groups are gathered once per block and serve all rows. Rows whose weights
+// So many rows are turned together (Rung::turn).
+inline constexpr int64_t kTurnedRows = 4;
+
+// Of every 64 columns words of four columns have places in this order, where codes are turned: each beside the one 32
+// columns on.
+inline int32_t TurnedPlace(int32_t group) { return (group & ~15) | (group & 7) << 1 | (group >> 3 & 1); }
+inline int32_t GroupOfTurned(int32_t place) { return (place & ~15) | (place & 1) << 3 | (place >> 1 & 7); }
+
+// The high parts of so many rows whose codes are turned, or fewer at the end: what was moved, in units of 64, then those
+// of outliers, in units of 128. In each step one word of every row, or 0; a group is a place, or its number in a plan.
+struct FourRows {
+  bool turned = false;  // or else too much would have to be moved
+  int32_t moved = 0, outliers = 0;  // steps
+  const HiWord* words = {};         // [moved + outliers][kTurnedRows]
+};
+
+// The high parts of a small product (m <= kSmallM, codes not arranged): which groups of four columns hold any, in some
+// row. The weights of these groups are gathered once per block and serve all rows. Rows whose weights
 // are read as a stream use their own lists instead; a single one with many outliers keeps its high parts for all
 // columns (dense), for weights are read more slowly than multiplied.
 struct HiPlan {
   static constexpr int64_t kMaxGroups = 256;  // with more, a tiled product is better
 
   bool dense = false;
+  bool turned = false;  // all rows are, and FourRows::words name these groups
   int64_t groups = 0;
   const int32_t* group = {};    // [groups], ascending
   const uint16_t* needed = {};  // for every 16 groups, that is 64 columns: which of them are listed
@@ -121,13 +137,16 @@ struct Block {
   const int8_t* lo;  // [m][stride]; arranged, 16 rows after 16
   int64_t stride;    // bytes, a multiple of 64, at least k rounded up to 64
   const Row* rows;   // [m]
-  bool with_hi;      // some row may hold codes, outliers or settled ones, that are carried as 128 * hi + lo
+  bool with_hi;      // some row may hold outliers that are carried as 128 * hi + lo
   bool from_memory;  // weights are likely to come from there, and not from a cache
-  // Set when with_hi and m <= kSmallM, unless codes are settled or arranged, or there would be too many groups.
+  // Set when with_hi and m <= kSmallM, unless codes are arranged, or there would be too many groups. Where a rung turns
+  // codes: whatever the outliers, up to its turned_m.
   const HiPlan* plan;
   // Set where high parts are quads: of every four columns a bit that says whether some row may have one there.
   const uint64_t* groups;
-  const int8_t* turned;   // [m][2 * stride], by Rung::turn; or null
+  const int8_t* turned;   // [m / kTurnedRows, rounded up][kTurnedRows + 1][stride], by Rung::turn; or null
+  const FourRows* fours;  // with turned codes: [m / kTurnedRows, rounded up]
+  uint8_t* panel;         // with turned codes, of this thread: turned_n outputs of k weights, or kMaxGroups groups of all
   bool arranged;          // codes are, by Rung::arrange
   const HighTiles* high;  // set when with_hi and codes are arranged: [m / 16, rounded up]
   int64_t m;
@@ -183,20 +202,19 @@ struct Rung {
   // multiples of 16 then. Null: never.
   void (*arrange)(const int8_t* rows, int64_t stride, int64_t columns, int8_t* arranged) = nullptr;
   int64_t arranged_m = 0, arranged_high_m = 0;
-  // From settle_m rows on the codes of a layer are settled, unless outliers are floats: of columns 2t and 2t + 1 those
-  // of lo, and those of every word of hi, add up to no less than -128 and no more than 128. For this 128 is taken from
-  // the larger of two codes of lo (lo[j] ^ 0x80) and added to its high part, which was 0, since parts of lo beside one
-  // are at most 64. Lists these columns, ascending, and returns their number; or -1 if they would be more than `most`:
-  // then nothing is changed. k codes, zero-padded to a multiple of 64. Null: never.
-  int64_t (*settle)(int8_t* lo, int64_t k, int64_t most, int32_t* columns) = nullptr;
-  int64_t settle_m = 0;
-  // Up to turned_m rows, unless they are settled, the codes of a layer also stand turned beside the others, for
-  // products of two unsigned bytes u and two signed ones: [RoundUp(k, 64) / 32][32 codes, then 32 bytes], u = w ^ byte.
-  // Of two codes in columns 2t and 2t + 1 one is positive and one negative, or 0, so that two products are never of the
-  // same sign: where they were, the second is negated, and its u is 127 - w in the place of w + 128. Returns what is to
-  // be added to the sum of u * code for the sum of w * code. Null: never.
-  int32_t (*turn)(const int8_t* lo, int64_t k, int8_t* turned) = nullptr;
+  // Turns the codes of a layer, m rows of them up to kTurnedRows, for products of four unsigned bytes u and four signed
+  // ones that are within 16 bits, whichever of them are added first. Writes [kTurnedRows][stride] codes, then [stride]
+  // bytes, both for columns rounded up to 64: u = w ^ byte is w + 128, or 127 - w where the codes of all rows are negated.
+  // Such that of columns 2t, 2t + 1, 2t + 32 and 2t + 33, from a multiple of 64 on, neither the positive codes nor the
+  // negative ones add up to more than 128; what flipping does not bring about for all rows, moving 64 or 128 of a code
+  // to high parts does. Lists what was moved, count[i] words of places for row i at moved + i * most, each for one pair
+  // of columns, and sets Row::turned; high parts are multiplied by w + 128. False where they would be more than `most`.
+  // Null: never.
+  bool (*turn)(const int8_t* lo, int64_t stride, int64_t m, int64_t k, bool fours, int64_t most, int8_t* turned,
+               HiWord* moved, int32_t* count, Row* rows) = nullptr;
+  // Up to so many rows high parts of turned codes are planned.
   int64_t turned_m = 0;
+  int64_t turned_n = 0;  // outputs whose weights are packed together
 };
 
 // Bit pattern of the count-th largest of n magnitudes (reorders them); 1 <= count <= n.
@@ -249,10 +267,14 @@ class Job : public Phased {
   const void* RowOf(int64_t i, bool keeps);
   void MarkColumns(int64_t item);
   void QuantizeRows(int64_t item);
+  void TurnRows(int64_t item, int64_t begin, int64_t end);
   void EnterRows(int64_t item);
   void CopyRows(int64_t item);
   void PlanHi();
-  void UnionOfGroups();
+  bool PlanTurned();
+  template <class ForEach>
+  void UnionOfGroups(const ForEach& for_each);
+  int32_t SlotOf(int32_t group) const;
   Columns ListColumns() const;
   const float* FloatOutliers(const Block& block, const float* w_scale);
   void Arrange(int64_t begin, int64_t end);
@@ -275,7 +297,6 @@ class Job : public Phased {
   bool plans_ = false;  // whether high parts are planned: in a phase of their own, or with the one item that quantises
   bool quads_ = false;  // whether high parts are listed as quads, not as words
   bool turns_ = false;  // whether codes are turned (Rung::turn)
-  bool settles_ = false;              // whether codes are settled (Rung::settle)
   bool arranged_ = false;             // whether codes are arranged, by whoever quantises the last of 16 rows
   int64_t chunk_m_ = 0, chunks_ = 0;  // rows of an item of the last phase, items of a block; 0 if there are none
   bool from_memory_ = false;

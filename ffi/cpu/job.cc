@@ -28,37 +28,16 @@ constexpr int64_t kArrangedRows = 16;  // see Rung::arrange
 
 int64_t TypeSize(Type type) { return type == Type::kF32 || type == Type::kS32 ? 4 : 2; }
 
-// Of a row's codes the share that settling may change. Each may be a word of high parts, which costs a little more than
-// the low products of its four columns, so that at most a quarter is added: what wider codes cost.
-constexpr int64_t kSettledShare = 16;
-
-// Columns whose codes were settled, and the codes behind it.
-struct Settled {
-  const int8_t* lo;
-  const int32_t* columns;
-  int32_t count;
-};
-
-// Puts the high parts of settled codes among those of outliers, of which there are so many; there is room.
-void Merge(const Settled& settled, Outlier* high, int32_t count) {
-  Outlier* to = high + count + settled.count;
-  for (int32_t left = settled.count; left > 0;) {
-    const int32_t column = settled.columns[left - 1];
-    if (count > 0 && high[count - 1].column > column) {
-      *--to = high[--count];
-    } else {
-      *--to = {column, settled.lo[column] < 0 ? 1 : -1, 0};
-      --left;
-    }
-  }
-}
+// Of a row's codes the share of which turning may move a part. A word of high parts costs a third of the low products of
+// its four columns, so that at most a sixth is added.
+constexpr int64_t kMovedShare = 8;
 
 // Adds to the lists what products need of the outliers of a row, of which few under column scope have a high part.
-void ListOutliers(const RowScratch& scratch, const Settled& settled, bool float_outliers, bool quads,
-                  Workspace::Lists* lists, Row* row) {
+void ListOutliers(const RowScratch& scratch, bool float_outliers, bool quads, bool turns, Workspace::Lists* lists,
+                  Row* row) {
   const int32_t all = row->count;
-  if (all + settled.count == 0) return;
-  Outlier* const first = lists->outliers.Room(all + settled.count);
+  if (all == 0) return;
+  Outlier* const first = lists->outliers.Room(all);
   int32_t count = 0;
   if (float_outliers) {
     for (; count < all; ++count) first[count] = {scratch.index[count], 0, scratch.outliers[count]};
@@ -68,14 +47,12 @@ void ListOutliers(const RowScratch& scratch, const Settled& settled, bool float_
     const int32_t code = scratch.codes[j];
     if (std::abs(code) > 127) first[count++] = {scratch.index[j], (code + 64) >> 7, scratch.outliers[j]};
   }
-  Merge(settled, first, count);
-  count += settled.count;
   lists->outliers.Add(count);
   row->count = count;
   if (quads) {
     row->quads = lists->AddQuads(first, count);
   } else {
-    row->words = lists->AddWords(first, count, row->settled);
+    row->words = lists->AddWords(first, count, turns);
   }
 }
 
@@ -124,6 +101,8 @@ Job::Job(const Problem& problem) : p_(problem), ws_(Acquire()), id_(NextId()) {
   if (p_.m == 1) p_.options.column_scope = false;
   // Rows quantised by one item: 4 Ki values, a microsecond, or a 64th of them all.
   rows_per_item_ = CeilDiv(p_.m, std::clamp<int64_t>(CeilDiv(p_.m * p_.k, 4096), 1, 64));
+  turns_ = p_.kind == Problem::Kind::kLinear && p_.k > 0 && p_.rung->turn != nullptr;
+  if (turns_) rows_per_item_ = RoundUp(rows_per_item_, kTurnedRows);
   const int64_t row_items = CeilDiv(p_.m, rows_per_item_);
   const double values = static_cast<double>(p_.m) * static_cast<double>(p_.k);
   // What a prologue adds: a gate's exponentials and division, or a norm's passes.
@@ -152,12 +131,12 @@ Job::Job(const Problem& problem) : p_(problem), ws_(Acquire()), id_(NextId()) {
     ws_->row_tiles[i / kArrangedRows].left = std::min(kArrangedRows, p_.m - i);
   }
   if (arranged_) ws_->high_tiles.assign(room / kArrangedRows, HighTiles{});
-  settles_ = p_.kind == Problem::Kind::kLinear && p_.k > 0 && p_.rung->settle != nullptr && p_.m >= p_.rung->settle_m &&
-             !p_.options.float_outliers;
-  turns_ = p_.kind == Problem::Kind::kLinear && p_.k > 0 && p_.rung->turn != nullptr && p_.m <= p_.rung->turned_m &&
-           !settles_;
-  if (turns_) ws_->turned.Get<int8_t>(p_.m * 2 * ws_->stride);
-  plans_ = high && !arranged_ && !settles_ && p_.m <= kSmallM;
+  if (turns_) {
+    const int64_t fours = CeilDiv(p_.m, kTurnedRows), rows = fours * (kTurnedRows + 1);
+    ws_->fours.assign(fours, FourRows{});
+    ws_->turned_codes = HalfAPageFrom(p_.w, ws_->turned.Get<int8_t>(rows * ws_->stride + kPage), kTurnedRows + 1);
+  }
+  plans_ = turns_ ? p_.m <= p_.rung->turned_m : high && !arranged_ && p_.m <= kSmallM;
   items_[2] = plans_ && row_items > 1;
   quads_ = high && p_.m >= kLeastQuadRows && p_.k <= p_.rung->quads_k;
   // Both halves of a gate and its sums are to stay in the second-level cache, and so are arranged codes.
@@ -190,6 +169,7 @@ void Job::set_threads(int64_t threads) {
 void Job::set_chunks(int64_t chunks) {
   chunk_m_ = CeilDiv(p_.m, chunks);
   if (arranged_) chunk_m_ = RoundUp(chunk_m_, kArrangedRows);
+  if (turns_) chunk_m_ = RoundUp(chunk_m_, kTurnedRows);
   chunks_ = CeilDiv(p_.m, chunk_m_);
   items_[kPhases - 1] = CeilDiv(p_.n, kBlockN) * chunks_;
 }
@@ -283,6 +263,7 @@ void Job::QuantizeRows(int64_t item) {
   Workspace::Lists& lists = ws_->lists[item];
   lists.outliers.clear();
   lists.words.clear();
+  lists.turned.clear();
   lists.quads.clear();
   if (quads_) lists.groups.assign(CeilDiv(p_.k, 256), 0);
   const int64_t begin = item * rows_per_item_, end = std::min(p_.m, begin + rows_per_item_);
@@ -304,18 +285,7 @@ void Job::QuantizeRows(int64_t item) {
     }
     std::memset(lo + p_.k, 0, static_cast<size_t>(ws_->stride - p_.k));
     ws_->rows[i] = row;
-    if (turns_) {
-      ws_->rows[i].turned = p_.rung->turn(lo, p_.k, ws_->turned.Get<int8_t>(0) + i * 2 * ws_->stride);
-    }
-    Settled settled{lo, nullptr, 0};
-    if (settles_) {
-      const int64_t most = p_.k / kSettledShare;
-      int32_t* const changed = Scratch().settled.Get<int32_t>(most);
-      const int64_t count = p_.rung->settle(lo, p_.k, most, changed);
-      ws_->rows[i].settled = count >= 0;
-      settled = {lo, changed, static_cast<int32_t>(std::max<int64_t>(count, 0))};
-    }
-    ListOutliers(scratch, settled, p_.options.float_outliers, quads_, &lists, &ws_->rows[i]);
+    ListOutliers(scratch, p_.options.float_outliers, quads_, turns_, &lists, &ws_->rows[i]);
   }
   if (rows_only) return;
   const Outlier* outlier = lists.outliers.data();  // set last: the lists move while they grow
@@ -330,8 +300,46 @@ void Job::QuantizeRows(int64_t item) {
     word += row.words;
     quad += row.quads;
   }
+  if (turns_) TurnRows(item, begin, end);
   if (plans_ && items_[1] == 1) PlanHi();
   if (arranged_) Arrange(begin, end);
+}
+
+// Turns the codes of these rows, just quantised, and lists their high parts side by side.
+void Job::TurnRows(int64_t item, int64_t begin, int64_t end) {
+  List<HiWord>& list = ws_->lists[item].turned;
+  const int64_t most = p_.k / kMovedShare;
+  HiWord* const moved = Scratch().moved.Get<HiWord>(kTurnedRows * most);
+  for (int64_t first = begin; first < end; first += kTurnedRows) {
+    const int64_t m = std::min(kTurnedRows, end - first);
+    FourRows& four = ws_->fours[first / kTurnedRows];
+    Row* const rows = ws_->rows.data() + first;
+    int8_t* const turned = ws_->turned_codes + first / kTurnedRows * (kTurnedRows + 1) * ws_->stride;
+    int32_t count[kTurnedRows] = {};
+    four.turned = p_.rung->turn(ws_->codes + first * ws_->stride, ws_->stride, m, p_.k, !plans_, most, turned, moved, count,
+                               rows);
+    if (!four.turned) continue;
+    four.moved = *std::max_element(count, count + m);
+    for (int64_t i = 0; i < m; ++i) four.outliers = std::max(four.outliers, rows[i].words);
+    const int32_t steps = four.moved + four.outliers;
+    HiWord* const words = list.Room(steps * static_cast<int32_t>(kTurnedRows));
+    std::fill_n(words, steps * kTurnedRows, HiWord{});
+    for (int64_t i = 0; i < m; ++i) {
+      HiWord* to = words + i;
+      for (int32_t j = 0; j < count[i]; ++j, to += kTurnedRows) *to = moved[i * most + j];
+      to = words + four.moved * kTurnedRows + i;
+      for (int32_t j = 0; j < rows[i].words; ++j, to += kTurnedRows) {
+        *to = {TurnedPlace(rows[i].hi[j].group), rows[i].hi[j].four};
+      }
+    }
+    list.Add(steps * static_cast<int32_t>(kTurnedRows));
+  }
+  const HiWord* word = list.data();  // set last: the list moves while it grows
+  for (int64_t first = begin; first < end; first += kTurnedRows) {
+    FourRows& four = ws_->fours[first / kTurnedRows];
+    four.words = word;
+    word += (four.moved + four.outliers) * kTurnedRows;
+  }
 }
 
 // Arranges the codes of every 16 rows whose last one is among these, just quantised.
@@ -365,6 +373,7 @@ void Job::CopyRows(int64_t item) {
 void Job::PlanHi() {
   Workspace& ws = *ws_;
   ws.plan = HiPlan{};
+  if (turns_ && PlanTurned()) return;
   if (p_.m == 1) {
     // Dense: an instruction more per 64 columns, and some at the end of a row. Else: some ten per group and four
     // outputs.
@@ -380,34 +389,45 @@ void Job::PlanHi() {
     ws.plan.hi = hi;
     return;
   }
-  UnionOfGroups();
-  const auto groups = static_cast<int64_t>(ws.groups.size());
-  ws.slots.clear();
-  for (int64_t i = 0; i < p_.m; ++i) {
-    for (int32_t j = 0; j < ws.rows[i].words; ++j) {
-      const int32_t group = ws.rows[i].hi[j].group;
-      const uint64_t before = ws.used[group / 64] & ((uint64_t{1} << (group % 64)) - 1);
-      ws.slots.push_back(ws.rank[group / 64] + __builtin_popcountll(before));
+  const auto for_each = [&](auto take) {
+    for (int64_t i = 0; i < p_.m; ++i) {
+      for (int32_t j = 0; j < ws.rows[i].words; ++j) take(ws.rows[i].hi[j].group);
     }
-  }
-  ws.plan.groups = groups;
-  ws.plan.group = ws.groups.data();
-  ws.plan.needed = reinterpret_cast<const uint16_t*>(ws.used.data());
+  };
+  UnionOfGroups(for_each);
+  ws.slots.clear();
+  for_each([&](int32_t group) { ws.slots.push_back(SlotOf(group)); });
   ws.plan.slot = ws.slots.data();
 }
 
-// Lists the groups of four columns that hold a high part in some row.
-void Job::UnionOfGroups() {
+// Of rows that are all turned; false where products do better without a plan.
+bool Job::PlanTurned() {
+  Workspace& ws = *ws_;
+  for (const FourRows& four : ws.fours) {
+    if (!four.turned) return false;
+  }
+  const auto for_each = [&](auto take) {
+    for (const FourRows& four : ws.fours) {
+      auto* word = const_cast<HiWord*>(four.words);  // of a list of this job
+      for (const HiWord* end = word + (four.moved + four.outliers) * kTurnedRows; word < end; ++word) {
+        if (word->four != 0) take(word);
+      }
+    }
+  };
+  UnionOfGroups([&](auto take) { for_each([&](const HiWord* word) { take(GroupOfTurned(word->group)); }); });
+  for_each([&](HiWord* word) { word->group = SlotOf(GroupOfTurned(word->group)); });
+  ws.plan.turned = true;
+  return true;
+}
+
+// Plans the groups of four columns that for_each(take) gives, once or more.
+template <class ForEach>
+void Job::UnionOfGroups(const ForEach& for_each) {
   Workspace& ws = *ws_;
   const int64_t blocks = CeilDiv(p_.k, 256);
   ws.used.assign(blocks, 0);
   ws.rank.resize(blocks);
-  for (int64_t i = 0; i < p_.m; ++i) {
-    for (int32_t j = 0; j < ws.rows[i].words; ++j) {
-      const int32_t group = ws.rows[i].hi[j].group;
-      ws.used[group / 64] |= uint64_t{1} << (group % 64);
-    }
-  }
+  for_each([&](int32_t group) { ws.used[group / 64] |= uint64_t{1} << (group % 64); });
   ws.groups.clear();
   for (int64_t block = 0; block < blocks; ++block) {
     ws.rank[block] = static_cast<int32_t>(ws.groups.size());
@@ -415,6 +435,15 @@ void Job::UnionOfGroups() {
       ws.groups.push_back(static_cast<int32_t>(block * 64 + __builtin_ctzll(left)));
     }
   }
+  ws.plan.groups = static_cast<int64_t>(ws.groups.size());
+  ws.plan.group = ws.groups.data();
+  ws.plan.needed = reinterpret_cast<const uint16_t*>(ws.used.data());
+}
+
+// The number of a group among those of the plan.
+int32_t Job::SlotOf(int32_t group) const {
+  const uint64_t before = ws_->used[group / 64] & ((uint64_t{1} << (group % 64)) - 1);
+  return ws_->rank[group / 64] + __builtin_popcountll(before);
 }
 
 // Whether a lane begins at this item, or all of them end.
@@ -456,11 +485,14 @@ Block Job::BlockOf(int64_t item) const {
   b.stride = ws_->stride;
   b.lo = ws_->codes + i0 * ws_->stride;
   b.rows = ws_->rows.data() + i0;
-  b.with_hi =
-      settles_ || (p_.kind == Problem::Kind::kLinear && p_.options.rule != Rule::kNone && !p_.options.float_outliers);
-  b.plan = plans_ && ws_->plan.groups <= HiPlan::kMaxGroups ? &ws_->plan : nullptr;
+  b.with_hi = p_.kind == Problem::Kind::kLinear && p_.options.rule != Rule::kNone && !p_.options.float_outliers;
+  b.plan = plans_ && (ws_->plan.turned || ws_->plan.groups <= HiPlan::kMaxGroups) ? &ws_->plan : nullptr;
   b.groups = quads_ ? GroupsOf(i0, i0 + b.m) : nullptr;
-  b.turned = turns_ ? ws_->turned.Get<int8_t>(0) + i0 * 2 * ws_->stride : nullptr;
+  if (turns_) {
+    b.fours = ws_->fours.data() + i0 / kTurnedRows;
+    b.turned = ws_->turned_codes + i0 / kTurnedRows * (kTurnedRows + 1) * ws_->stride;
+    b.panel = scratch.panel.Get<uint8_t>(std::max(p_.rung->turned_n * RoundUp(p_.k, 64), ws_->plan.groups * kBlockN * 4));
+  }
   b.arranged = arranged_;
   b.high = arranged_ && b.with_hi ? ws_->high_tiles.data() + i0 / kArrangedRows : nullptr;
   b.w = p_.w + j0 * p_.k;

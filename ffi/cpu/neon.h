@@ -18,7 +18,7 @@ struct Neon {
   using Weights = int8x16_t;
   using Codes = int8x16_t;
   using Packed = int8x16_t;
-  static constexpr bool kTurned = false, kFetches = true, kOffset = false;
+  static constexpr bool kOffset = false;
   static constexpr int kLanes32 = 4, kBytes = 16, kDot = 16, kDotsMost = kSmallM, kDenseN = 8, kCodeBytes = 16;
   static constexpr int kDotsTeam = 4, kDotsN[4] = {8, 8, 4, 4};
   static constexpr int64_t kPanelK = 1024;

@@ -69,7 +69,7 @@ inline int8_t* HalfAPageFrom(const int8_t* w, int8_t* buffer, int64_t m) {
 // Buffers of one thread; used within one item, never across.
 struct ThreadScratch {
   Buffer values, index, codes, outliers, magnitude, columns, mask, entered;
-  Buffer rung, c, extra, gathered, halves, groups, rows, settled;
+  Buffer rung, c, extra, gathered, halves, groups, rows, moved, panel;
   std::vector<int32_t> slots;
   uint64_t columns_job = 0;  // whose columns and mask these are
   int64_t columns_count = 0;
@@ -113,17 +113,18 @@ struct Workspace {
   // Per item of the quantising phase: the outliers of its rows, one after the other.
   struct Lists {
     List<Outlier> outliers;
-    List<HiWord> words;
+    List<HiWord> words, turned;
     List<HiQuad> quads;
     std::vector<uint64_t> groups;  // with quads: of every four columns a bit, whether there is any
 
-    // Each takes the high parts of one row and returns how many elements they are. Settled: see Rung::settle.
-    int32_t AddWords(const Outlier* high, int32_t count, bool settled) {
+    // Each takes the high parts of one row and returns how many elements they are. If codes are turned, of columns 2t and
+    // 2t + 1 those of one word add up to no less than -128 and no more than 128.
+    int32_t AddWords(const Outlier* high, int32_t count, bool turns) {
       HiWord* const first = words.Room(count);
       int32_t number = 0;
       for (int32_t j = 0; j < count; ++j) {
         const int32_t column = high[j].column;
-        const bool apart = settled && column % 2 == 1 && j > 0 && high[j - 1].column == column - 1 &&
+        const bool apart = turns && column % 2 == 1 && j > 0 && high[j - 1].column == column - 1 &&
                            std::abs(high[j - 1].hi + high[j].hi) > 128;
         if (number == 0 || first[number - 1].group != column / 4 || apart) first[number++] = {column / 4, 0};
         first[number - 1].four |= static_cast<uint32_t>(high[j].hi & 0xff) << (column % 4 * 8);
@@ -150,6 +151,8 @@ struct Workspace {
   std::vector<Lists> lists;
   int8_t* codes = nullptr;  // low ones, in lo, so many bytes from one row to the next
   int64_t stride = 0;
+  int8_t* turned_codes = nullptr;  // in turned
+  std::vector<FourRows> fours;
   // Where codes are arranged: of every 16 rows how many are not quantised yet, and their high parts.
   struct RowTile {
     std::atomic<int64_t> left{0};
@@ -172,7 +175,7 @@ struct Workspace {
     size_t total = lo.size() + turned.size() + marks.size() + entered.size() + rows.capacity() * sizeof(Row) +
                    queries.size() + shares.size() + first.size() + left.size();
     for (const Lists& list : lists) {
-      total += list.outliers.bytes() + list.words.bytes() + list.quads.bytes();
+      total += list.outliers.bytes() + list.words.bytes() + list.turned.bytes() + list.quads.bytes();
     }
     for (const RowTile& tile : row_tiles) total += tile.high.size();
     return total;

@@ -1,0 +1,411 @@
+// Products of turned codes (Rung::turn) by AVX2's product of bytes.
+//
+// vpmaddubsw adds two products in 16 bits and saturates, and two of its results may be beyond 16 bits. Of turned codes
+// four products fit: so there is one vpmaddwd, which widens sums to 32 bits, for two vpmaddubsw, where the two units
+// that multiply would otherwise be busy with as many of one as of the other. Few rows take weights as they lie, more
+// take them packed into a panel of kTileN outputs, [place][kTileN][4] (see TurnedPlace). Four rows share the bytes that
+// weights are flipped with, so that these cost next to nothing.
+#ifndef JAXINT8_FFI_CPU_TURNED_AVX2_H_
+#define JAXINT8_FFI_CPU_TURNED_AVX2_H_
+
+#include <immintrin.h>
+
+#include <cstdint>
+#include <cstring>
+
+#include "avx256.h"
+#include "dots.h"
+#include "int8.h"
+#include "rows.h"
+#include "unroll.h"
+
+namespace jaxint8::cpu {
+namespace {
+
+constexpr int kMostTurned = 128;  // that codes of one sign may add up to: 255 * 128 is within 16 bits
+
+struct Turned : Avx256 {
+  struct Two {  // the bytes of 32 columns and of the next 32, or words of four of each
+    __m256i first, second;
+  };
+  static constexpr int kTileN = 16, kRegisters = kTileN / kLanes32;
+
+  static __m256i Flip(__m256i w) { return _mm256_xor_si256(w, _mm256_set1_epi8(static_cast<char>(0x80))); }
+  static __m256i Word(const void* p) { return LoadTileCodes(static_cast<const uint8_t*>(p)); }
+  static __m256i Code(uint32_t four) { return _mm256_set1_epi32(static_cast<int32_t>(four)); }
+
+  // In place, one sum after the other: the compiler would rather finish all products first, and move sums about.
+  ALWAYS_INLINE static void AddTo(Sums& sum, __m256i a) { asm volatile("vpaddd %1, %0, %0" : "+x"(sum) : "x"(a)); }
+  static __m256i Widen16(__m256i sums) { return _mm256_madd_epi16(sums, _mm256_set1_epi16(1)); }
+  ALWAYS_INLINE static void MulAddFours(Sums& sum, const Two& w, const Two& x) {
+    const __m256i first = _mm256_maddubs_epi16(w.first, x.first), second = _mm256_maddubs_epi16(w.second, x.second);
+    AddTo(sum, Widen16(_mm256_add_epi16(first, second)));
+  }
+  ALWAYS_INLINE static void MulAddPairs(Sums& sum, __m256i w, __m256i x) {
+    AddTo(sum, Widen16(_mm256_maddubs_epi16(w, x)));
+  }
+};
+
+// Of 64 columns of a team which codes are negated: 0xff. Of columns that fit together the first keeps its sign.
+struct Flips {
+  __m256i first, second;
+};
+
+// Sums and differences of the codes in columns 2t and 2t + 1, of which the larger is the sum of magnitudes.
+struct PairSums {
+  __m256i sum, difference;
+
+  explicit PairSums(__m256i x) {
+    const __m256i even = _mm256_srai_epi16(_mm256_slli_epi16(x, 8), 8), odd = _mm256_srai_epi16(x, 8);
+    sum = _mm256_add_epi16(even, odd);
+    difference = _mm256_sub_epi16(even, odd);
+  }
+  __m256i all() const { return _mm256_max_epi16(_mm256_abs_epi16(sum), _mm256_abs_epi16(difference)); }
+};
+
+// Such that fewest codes are beyond kMostTurned: of P and N, what positive and negative codes add up to, the larger is
+// (P + N + |P - N|) / 2.
+Flips FlipPairs(const int8_t* lo, int64_t stride, int64_t m) {
+  const __m256i most = _mm256_set1_epi16(kMostTurned), seconds = _mm256_set1_epi16(static_cast<int16_t>(0xff00));
+  __m256i flips[2];
+  Unroll<2>([&](auto half) ALWAYS_INLINE {
+    __m256i fewer = Avx256::Zero();  // rows of which the difference fits, and the sum does not, less the others
+    for (int64_t i = 0; i < m; ++i) {
+      const PairSums x(Avx256::Load(lo + i * stride + half * 32));
+      fewer = _mm256_sub_epi16(fewer, _mm256_cmpgt_epi16(_mm256_abs_epi16(x.sum), most));
+      fewer = _mm256_add_epi16(fewer, _mm256_cmpgt_epi16(_mm256_abs_epi16(x.difference), most));
+    }
+    flips[half] = _mm256_and_si256(_mm256_cmpgt_epi16(fewer, Avx256::Zero()), seconds);
+  });
+  return {flips[0], flips[1]};
+}
+
+Flips FlipFours(const int8_t* lo, int64_t stride, int64_t m) {
+  __m256i beyond[8];  // by choice, how many rows are, negated
+  Unroll<8>([&](auto i) ALWAYS_INLINE { beyond[i] = Avx256::Zero(); });
+  for (int64_t i = 0; i < m; ++i) {
+    const PairSums x(Avx256::Load(lo + i * stride)), y(Avx256::Load(lo + i * stride + 32));
+    const __m256i all = _mm256_add_epi16(x.all(), y.all());
+    const __m256i room = _mm256_sub_epi16(_mm256_set1_epi16(2 * kMostTurned), all);
+    Unroll<4>([&](auto j) ALWAYS_INLINE {
+      const __m256i a = j < 2 ? x.sum : x.difference, b = j % 2 == 0 ? y.sum : y.difference;
+      const auto count = [&](__m256i& to, __m256i sum) ALWAYS_INLINE {
+        to = _mm256_add_epi16(to, _mm256_cmpgt_epi16(_mm256_abs_epi16(sum), room));
+      };
+      count(beyond[2 * j], _mm256_add_epi16(a, b));
+      count(beyond[2 * j + 1], _mm256_sub_epi16(a, b));
+    });
+  }
+  __m256i best = Avx256::Zero();  // the choice, from 0 to 7, less 8 for each row beyond
+  Unroll<8>([&](auto i) ALWAYS_INLINE {
+    const __m256i key = _mm256_add_epi16(_mm256_slli_epi16(beyond[i], 3), _mm256_set1_epi16(i));
+    best = i == 0 ? key : _mm256_max_epi16(best, key);
+  });
+  // In each byte the choice, and 8 for the second of two columns.
+  __m256i choice = _mm256_and_si256(best, _mm256_set1_epi16(7));
+  choice = _mm256_or_si256(_mm256_or_si256(choice, _mm256_slli_epi16(choice, 8)), _mm256_set1_epi16(0x0800));
+  const auto look_up = [&](__m128i table) { return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(table), choice); };
+  return {look_up(_mm_setr_epi8(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, -1, -1, -1, -1)),
+          look_up(_mm_setr_epi8(0, -1, 0, -1, 0, -1, 0, -1, 0, -1, -1, 0, 0, -1, -1, 0))};
+}
+
+// Takes 64 from the largest of these turned codes, or adds it to the smallest, until they fit: of a sum beyond
+// kMostTurned one is beyond 32 and becomes smaller by that. Says how often, of each.
+void MoveCodes(int8_t* turned, const int64_t* columns, int count, int* moved) {
+  for (;;) {
+    int positive = 0, negative = 0, high = 0, low = 0;
+    for (int i = 0; i < count; ++i) {
+      const int code = turned[columns[i]];
+      (code > 0 ? positive : negative) += code;
+      if (code > turned[columns[high]]) high = i;
+      if (code < turned[columns[low]]) low = i;
+    }
+    if (positive <= kMostTurned && negative >= -kMostTurned) return;
+    const int sign = positive > -negative ? 1 : -1, at = sign > 0 ? high : low;
+    turned[columns[at]] = static_cast<int8_t>(turned[columns[at]] - 64 * sign);
+    moved[at] += sign;
+  }
+}
+
+// By fours, or by pairs: those of the second half by themselves.
+template <bool kFours>
+bool TurnRowsBy(const int8_t* lo, int64_t stride, int64_t m, int64_t k, int64_t most, int8_t* turned, HiWord* moved,
+                int32_t* count, Row* rows) {
+  __m256i negated[kTurnedRows];  // sums of the codes that are
+  for (int64_t i = 0; i < m; ++i) negated[i] = Avx256::Zero(), count[i] = 0;
+  for (int64_t t = 0; t < k; t += 64) {
+    const Flips flips = (kFours ? FlipFours : FlipPairs)(lo + t, stride, m);
+    int8_t* bytes = turned + kTurnedRows * stride + t;
+    Avx256::StoreBytes(bytes, Turned::Flip(flips.first));
+    Avx256::StoreBytes(bytes + 32, Turned::Flip(flips.second));
+    for (int64_t i = 0; i < m; ++i) {
+      int8_t* out = turned + i * stride + t;
+      const auto turn = [](__m256i x, __m256i flip) { return _mm256_sub_epi8(_mm256_xor_si256(x, flip), flip); };
+      const __m256i first = turn(Avx256::Load(lo + i * stride + t), flips.first);
+      const __m256i second = turn(Avx256::Load(lo + i * stride + t + 32), flips.second);
+      Avx256::StoreBytes(out, first);
+      Avx256::StoreBytes(out + 32, second);
+      // Which lanes are beyond, a bit for every second byte; of pairs two lists.
+      const auto lanes = [](__m256i all, __m256i sum) {
+        const __m256i twice = _mm256_add_epi16(all, _mm256_abs_epi16(sum));
+        const __m256i beyond = _mm256_cmpgt_epi16(twice, _mm256_set1_epi16(2 * kMostTurned));
+        return static_cast<uint32_t>(_mm256_movemask_epi8(beyond)) & 0x55555555;
+      };
+      const PairSums x(first), y(second);
+      uint64_t left = 0;
+      if constexpr (kFours) {
+        left = lanes(_mm256_add_epi16(x.all(), y.all()), _mm256_add_epi16(x.sum, y.sum));
+      } else {
+        left = lanes(x.all(), x.sum) | uint64_t{lanes(y.all(), y.sum)} << 32;
+      }
+      for (; left != 0; left &= left - 1) {
+        if (count[i] + 2 > most) return false;
+        const int64_t column = __builtin_ctzll(left), columns[4] = {column, column + 1, column + 32, column + 33};
+        int parts[4] = {};
+        MoveCodes(out, columns, kFours ? 4 : 2, parts);
+        for (int pair = 0; pair < (kFours ? 4 : 2); pair += 2) {
+          const auto part = [&](int at) {
+            const bool flipped = bytes[columns[at]] == 127;
+            return static_cast<uint32_t>((flipped ? -parts[at] : parts[at]) & 0xff) << (columns[at] % 4 * 8);
+          };
+          const uint32_t four = part(pair) | part(pair + 1);
+          const auto group = static_cast<int32_t>((t + columns[pair]) / 4);
+          if (four != 0) moved[i * most + count[i]++] = {TurnedPlace(group), four};
+        }
+      }
+      const __m256i ones = _mm256_set1_epi8(1);
+      const __m256i these = _mm256_and_si256(Avx256::Load(out), flips.first);
+      const __m256i those = _mm256_and_si256(Avx256::Load(out + 32), flips.second);
+      const __m256i sums = _mm256_add_epi16(_mm256_maddubs_epi16(ones, these), _mm256_maddubs_epi16(ones, those));
+      negated[i] = Avx256::Add(negated[i], _mm256_madd_epi16(sums, _mm256_set1_epi16(1)));
+    }
+  }
+  // With u = w + 128, and 127 - w where a code is negated: sum(w * lo) = sum(u * turned) - 128 * sum(lo) - 255 *
+  // sum(those negated), and high parts are multiplied by w + 128.
+  for (int64_t i = 0; i < m; ++i) {
+    const auto sum = static_cast<uint32_t>(rows[i].sum), part = static_cast<uint32_t>(Avx256::Sum(negated[i]));
+    rows[i].turned = static_cast<int32_t>(0u - (sum << 7) - 255 * part);
+  }
+  return true;
+}
+
+bool TurnRows(const int8_t* lo, int64_t stride, int64_t m, int64_t k, bool fours, int64_t most, int8_t* turned,
+              HiWord* moved, int32_t* count, Row* rows) {
+  const auto turn = fours ? TurnRowsBy<true> : TurnRowsBy<false>;
+  return turn(lo, stride, m, k, most, turned, moved, count, rows);
+}
+
+// What the high parts of M rows add to kTileN outputs; the weights of place p lie at panel + p * place_bytes. Parts of
+// outliers are up to 127 (and two side by side up to 128 together), those that were moved 1 or 2.
+template <int M>
+[[gnu::noinline]] void HighSums(const FourRows& four, const uint8_t* panel, int64_t place_bytes,
+                                int32_t (&high)[M][Turned::kTileN]) {
+  constexpr int R = Turned::kRegisters;
+  Turned::Sums sum[M][R];
+  constexpr int32_t kSteps = 32;  // whose products, each of up to 4 * 255, add up within 16 bits
+  Unroll<M * R>([&](auto i) ALWAYS_INLINE { sum[i / R][i % R] = Turned::Zero(); });
+  const auto products = [&](const HiWord& word, auto z) ALWAYS_INLINE {
+    const __m256i w = Turned::Load(panel + word.group * place_bytes + z * Turned::kBytes);
+    return _mm256_maddubs_epi16(Turned::Flip(w), Turned::Code(word.four));
+  };
+  const HiWord* word = four.words;
+  for (int32_t begin = 0; begin < four.moved; begin += kSteps) {
+    const HiWord* stop = four.words + (four.moved < begin + kSteps ? four.moved : begin + kSteps) * kTurnedRows;
+    __m256i some[M][R];
+    Unroll<M * R>([&](auto i) ALWAYS_INLINE { some[i / R][i % R] = Turned::Zero(); });
+    for (; word < stop; word += kTurnedRows) {
+      Unroll<M * R>([&](auto i) ALWAYS_INLINE {
+        const __m256i pairs = products(word[i / R], std::integral_constant<int, i % R>{});
+        asm volatile("vpaddw %1, %0, %0" : "+x"(some[i / R][i % R]) : "x"(pairs));
+      });
+    }
+    Unroll<M * R>([&](auto i) ALWAYS_INLINE {
+      Turned::AddTo(sum[i / R][i % R], _mm256_madd_epi16(some[i / R][i % R], _mm256_set1_epi16(64)));
+    });
+  }
+  for (const HiWord* stop = word + four.outliers * kTurnedRows; word < stop; word += kTurnedRows) {
+    Unroll<M * R>([&](auto i) ALWAYS_INLINE {
+      const __m256i pairs = products(word[i / R], std::integral_constant<int, i % R>{});
+      Turned::AddTo(sum[i / R][i % R], _mm256_madd_epi16(pairs, _mm256_set1_epi16(128)));
+    });
+  }
+  Unroll<M * R>([&](auto i) ALWAYS_INLINE {
+    Turned::StoreSums(high[i / R] + i % R * Turned::kLanes32, sum[i / R][i % R]);
+  });
+}
+
+// Packs n rows of k weights, up to kTileN, four rows of 64 columns at a time; k weights of 0 up to a multiple of 64.
+void PackTurned(const int8_t* w, int64_t k, int64_t n, uint8_t* panel) {
+  constexpr int64_t kPlaceBytes = Turned::kTileN * 4;
+  for (int64_t t = 0; t < k; t += 64, panel += 16 * kPlaceBytes) {
+    for (int64_t j = 0; j < Turned::kTileN; j += 4) {
+      const int8_t* in = w + j * k + t;
+      int64_t stride = k;
+      int8_t padded[4][64];
+      if (j + 4 > n || t + 64 > k) {
+        std::memset(padded, 0, sizeof padded);
+        for (int64_t i = 0; i < 4 && j + i < n; ++i) {
+          std::memcpy(padded[i], in + i * k, static_cast<size_t>(k - t < 64 ? k - t : 64));
+        }
+        in = padded[0];
+        stride = 64;
+      }
+      Unroll<2>([&](auto half) ALWAYS_INLINE {
+        __m256i r[4], pair[4];
+        Unroll<4>([&](auto i) ALWAYS_INLINE { r[i] = Turned::Load(in + i * stride + half * 32); });
+        Unroll<2>([&](auto i) ALWAYS_INLINE {
+          pair[2 * i] = _mm256_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
+          pair[2 * i + 1] = _mm256_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
+        });
+        Unroll<4>([&](auto q) ALWAYS_INLINE {  // words q and q + 4 of four rows
+          const __m256i a = pair[q / 2], b = pair[2 + q / 2];
+          const __m256i words = q % 2 ? _mm256_unpackhi_epi64(a, b) : _mm256_unpacklo_epi64(a, b);
+          uint8_t* out = panel + (2 * q + half) * kPlaceBytes + j * 4;
+          _mm_store_si128(reinterpret_cast<__m128i*>(out), _mm256_castsi256_si128(words));
+          _mm_store_si128(reinterpret_cast<__m128i*>(out + 8 * kPlaceBytes), _mm256_extracti128_si256(words, 1));
+        });
+      });
+    }
+  }
+}
+
+// Outputs j to j + kTileN of M rows from i on: finished, if `direct`, or else sums in c.
+template <int M>
+void TurnedTile(const Block& b, int64_t i0, int64_t j, const uint8_t* panel, bool direct) {
+  constexpr int R = Turned::kRegisters;
+  alignas(32) int32_t high[M][Turned::kTileN];
+  HighSums<M>(b.fours[i0 / kTurnedRows], panel, Turned::kTileN * 4, high);
+  Turned::Sums sum[M][R];
+  Unroll<M * R>([&](auto i) ALWAYS_INLINE {
+    sum[i / R][i % R] = Turned::LoadSums(high[i / R] + i % R * Turned::kLanes32);
+  });
+  const int64_t stride = b.stride;
+  const int8_t* codes = b.turned + i0 / kTurnedRows * (kTurnedRows + 1) * stride;
+  for (const int8_t* end = codes + b.k; codes < end; codes += 64, panel += 64 * Turned::kTileN) {
+    Unroll<8>([&](auto s) ALWAYS_INLINE {  // of eight columns: four of the first half and four of the second
+      const auto words = [&](int row) ALWAYS_INLINE {
+        const int8_t* at = codes + row * stride + s * 4;
+        return Turned::Two{Turned::Word(at), Turned::Word(at + 32)};
+      };
+      const Turned::Two flips = words(kTurnedRows);
+      Turned::Two w[R];
+      Unroll<R>([&](auto z) ALWAYS_INLINE {
+        const uint8_t* at = panel + (2 * R * s + z) * Turned::kBytes;
+        w[z].first = _mm256_xor_si256(flips.first, Turned::Load(at));
+        w[z].second = _mm256_xor_si256(flips.second, Turned::Load(at + R * Turned::kBytes));
+      });
+      Unroll<M>([&](auto i) ALWAYS_INLINE {
+        const Turned::Two x = words(i);
+        Unroll<R>([&](auto z) ALWAYS_INLINE { Turned::MulAddFours(sum[i][z], w[z], x); });
+      });
+    });
+  }
+  Unroll<M>([&](auto i) ALWAYS_INLINE {
+    const Row& row = b.rows[i0 + i];
+    Unroll<R>([&](auto z) ALWAYS_INLINE {
+      const int64_t at = j + z * Turned::kLanes32;
+      const __m256i c = Turned::Add(sum[i][z], _mm256_set1_epi32(row.turned));
+      if (!direct) return Turned::StoreSums(b.c + (i0 + i) * kBlockN + at, c);
+      const Epilogue& e = *b.epilogue;
+      __m256 y = _mm256_mul_ps(_mm256_cvtepi32_ps(c), _mm256_set1_ps(row.scale));
+      y = _mm256_mul_ps(y, _mm256_loadu_ps(e.w_scale + at));
+      if (e.bias) y = _mm256_add_ps(y, _mm256_loadu_ps(e.bias + at));
+      _mm256_storeu_ps(static_cast<float*>(e.y) + (i0 + i) * e.stride + at, y);
+    });
+  });
+}
+
+void MultiplyTurnedTiles(const Block& b, uint8_t* panel) {
+  using Function = void (*)(const Block&, int64_t, int64_t, const uint8_t*, bool);
+  static constexpr Function kTile[kTurnedRows] = {TurnedTile<1>, TurnedTile<2>, TurnedTile<3>, TurnedTile<4>};
+  const Epilogue& e = *b.epilogue;
+  const bool direct = e.type == Type::kF32 && !e.extra && !e.residual && b.n == kBlockN;
+  for (int64_t j = 0; j < b.n; j += Turned::kTileN) {
+    PackTurned(b.w + j * b.k, b.k, b.n - j, panel);
+    for (int64_t i = 0; i < b.m; i += kTurnedRows) {
+      const int64_t m = b.m - i < kTurnedRows ? b.m - i : kTurnedRows;
+      kTile[m - 1](b, i, j, panel, direct);
+    }
+  }
+  if (!direct) Finish(e, 0, b.m);
+}
+
+// c[M][N] of rows from i0 on = their products with N rows of weights after N from j to j_end.
+template <int M, int N>
+void TurnedDots(const Block& b, int64_t i0, int64_t j, int64_t j_end) {
+  const int64_t k = b.k, stride = b.stride, whole = k / 64 * 64;
+  const int8_t* x = b.turned + i0 / kTurnedRows * (kTurnedRows + 1) * stride;
+  const int8_t* flips = x + kTurnedRows * stride;
+  for (; j < j_end; j += N) {
+    const int8_t* w = b.w + j * k;
+    Turned::Sums sum[M][N];
+    Unroll<M * N>([&](auto i) ALWAYS_INLINE { sum[i / N][i % N] = Turned::Zero(); });
+    const auto multiply = [&](const int8_t* from, int64_t from_stride, int64_t t) ALWAYS_INLINE {
+      Unroll<2>([&](auto half) ALWAYS_INLINE {
+        const int64_t at = t + half * 32;
+        __m256i weights[N];
+        Unroll<N>([&](auto n) ALWAYS_INLINE {
+          weights[n] = _mm256_xor_si256(Turned::Load(from + n * from_stride + half * 32), Turned::Load(flips + at));
+        });
+        Unroll<M>([&](auto i) ALWAYS_INLINE {
+          const __m256i codes = Turned::Load(x + i * stride + at);
+          Unroll<N>([&](auto n) ALWAYS_INLINE { Turned::MulAddPairs(sum[i][n], weights[n], codes); });
+        });
+      });
+    };
+    for (int64_t t = 0; t < whole; t += 64) multiply(w + t, k, t);
+    if (whole != k) {
+      int8_t padded[N][64] = {};
+      for (int n = 0; n < N; ++n) std::memcpy(padded[n], w + n * k + whole, static_cast<size_t>(k - whole));
+      multiply(padded[0], 64, whole);
+    }
+    int32_t out[(M * N + 3) / 4 * 4] = {};
+    Unroll<(M * N) / 4>([&](auto q) ALWAYS_INLINE {
+      const auto of = [&](int i) ALWAYS_INLINE { return sum[(4 * q + i) / N][(4 * q + i) % N]; };
+      Turned::Sum4(of(0), of(1), of(2), of(3), out + 4 * q);
+    });
+    Unroll<M * N>([&](auto i) ALWAYS_INLINE {
+      if constexpr (i >= M * N / 4 * 4) out[i] = Turned::Sum(sum[i / N][i % N]);
+      const auto all = static_cast<uint32_t>(out[i]) + static_cast<uint32_t>(b.rows[i0 + i / N].turned);
+      b.c[(i0 + i / N) * kBlockN + j + i % N] = static_cast<int32_t>(all);
+    });
+  }
+}
+
+// For few rows. The plan lists the groups that hold a high part; words name their places in it.
+void MultiplyTurnedDots(const Block& b, uint8_t* panel) {
+  using Function = void (*)(const Block&, int64_t, int64_t, int64_t);
+  static constexpr Function kWhole[kTurnedRows] = {TurnedDots<1, 8>, TurnedDots<2, 4>, TurnedDots<3, 4>,
+                                                   TurnedDots<4, 2>};
+  static constexpr Function kSingle[kTurnedRows] = {TurnedDots<1, 1>, TurnedDots<2, 1>, TurnedDots<3, 1>,
+                                                    TurnedDots<4, 1>};
+  const HiGroups groups(*b.plan);
+  for (int64_t j = 0; j < b.n;) {
+    const bool whole = j + kDotsRows <= b.n;
+    const int64_t end = j + (whole ? kDotsRows : 1);
+    for (int64_t i = 0; i < b.m; i += kTurnedRows) {
+      const int64_t m = b.m - i < kTurnedRows ? b.m - i : kTurnedRows;
+      (whole ? kWhole : kSingle)[m - 1](b, i, j, end);
+    }
+    if (groups.count > 0) GatherGroups(b, groups, j, end, panel);
+    j = end;
+  }
+  for (int64_t i = 0; groups.count > 0 && i < b.m; i += kTurnedRows) {
+    for (int64_t j = 0; j < kBlockN; j += Turned::kTileN) {
+      alignas(32) int32_t high[kTurnedRows][Turned::kTileN];
+      HighSums<kTurnedRows>(b.fours[i / kTurnedRows], panel + j * 4, kBlockN * 4, high);
+      for (int64_t r = 0; r < kTurnedRows && i + r < b.m; ++r) {
+        for (int z = 0; z < Turned::kRegisters; ++z) {
+          int32_t* c = b.c + (i + r) * kBlockN + j + z * Turned::kLanes32;
+          Turned::StoreSums(c, Turned::Add(Turned::LoadSums(c), Turned::LoadSums(high[r] + z * Turned::kLanes32)));
+        }
+      }
+    }
+  }
+  Finish(*b.epilogue, 0, b.m);
+}
+
+}  // namespace
+}  // namespace jaxint8::cpu
+
+#endif  // JAXINT8_FFI_CPU_TURNED_AVX2_H_
