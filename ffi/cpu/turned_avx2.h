@@ -195,49 +195,30 @@ bool TurnRows(const int8_t* lo, int64_t stride, int64_t m, int64_t k, bool fours
   return turn(lo, stride, m, k, most, turned, moved, count, rows);
 }
 
-// What the high parts of M rows add to kTileN outputs; the weights of place p lie at panel + p * place_bytes. Parts of
-// outliers are up to 127 (and two side by side up to 128 together), those that were moved 1 or 2.
-template <int M>
-[[gnu::noinline]] void HighSums(const FourRows& four, const uint8_t* panel, int64_t place_bytes,
-                                int32_t (&high)[M][Turned::kTileN]) {
-  constexpr int R = Turned::kRegisters;
-  Turned::Sums sum[M][R];
-  constexpr int32_t kSteps = 32;  // whose products, each of up to 4 * 255, add up within 16 bits
-  Unroll<M * R>([&](auto i) ALWAYS_INLINE { sum[i / R][i % R] = Turned::Zero(); });
-  const auto products = [&](const HiWord& word, auto z) ALWAYS_INLINE {
-    const __m256i w = Turned::Load(panel + word.group * place_bytes + z * Turned::kBytes);
-    return _mm256_maddubs_epi16(Turned::Flip(w), Turned::Code(word.four));
-  };
-  const HiWord* word = four.words;
-  for (int32_t begin = 0; begin < four.moved; begin += kSteps) {
-    const HiWord* stop = four.words + (four.moved < begin + kSteps ? four.moved : begin + kSteps) * kTurnedRows;
-    __m256i some[M][R];
-    Unroll<M * R>([&](auto i) ALWAYS_INLINE { some[i / R][i % R] = Turned::Zero(); });
-    for (; word < stop; word += kTurnedRows) {
-      Unroll<M * R>([&](auto i) ALWAYS_INLINE {
-        const __m256i pairs = products(word[i / R], std::integral_constant<int, i % R>{});
-        asm volatile("vpaddw %1, %0, %0" : "+x"(some[i / R][i % R]) : "x"(pairs));
+// sum += the high parts of M rows times kTileN outputs; the weights of a place, or of a group of the plan, lie kWordBytes
+// after those of the one before.
+template <int M, int64_t kWordBytes>
+ALWAYS_INLINE inline void AddHighParts(const FourRows& four, const uint8_t* panel,
+                                       Turned::Sums (&sum)[M][Turned::kRegisters]) {
+  const HiWord *word = four.words, *outliers = word + four.moved * kTurnedRows;
+  for (const HiWord* end = outliers + four.outliers * kTurnedRows; word < end; word += kTurnedRows) {
+    const __m256i unit = _mm256_set1_epi16(word < outliers ? 64 : 128);
+    Unroll<M>([&](auto i) ALWAYS_INLINE {
+      const uint8_t* w = panel + word[i].group * kWordBytes;
+      const __m256i codes = Turned::Code(word[i].four);
+      Unroll<Turned::kRegisters>([&](auto z) ALWAYS_INLINE {
+        const __m256i pairs = _mm256_maddubs_epi16(Turned::Flip(Turned::Load(w + z * Turned::kBytes)), codes);
+        Turned::AddTo(sum[i][z], _mm256_madd_epi16(pairs, unit));
       });
-    }
-    Unroll<M * R>([&](auto i) ALWAYS_INLINE {
-      Turned::AddTo(sum[i / R][i % R], _mm256_madd_epi16(some[i / R][i % R], _mm256_set1_epi16(64)));
     });
   }
-  for (const HiWord* stop = word + four.outliers * kTurnedRows; word < stop; word += kTurnedRows) {
-    Unroll<M * R>([&](auto i) ALWAYS_INLINE {
-      const __m256i pairs = products(word[i / R], std::integral_constant<int, i % R>{});
-      Turned::AddTo(sum[i / R][i % R], _mm256_madd_epi16(pairs, _mm256_set1_epi16(128)));
-    });
-  }
-  Unroll<M * R>([&](auto i) ALWAYS_INLINE {
-    Turned::StoreSums(high[i / R] + i % R * Turned::kLanes32, sum[i / R][i % R]);
-  });
 }
 
 // Packs n rows of k weights, up to kTileN, four rows of 64 columns at a time; k weights of 0 up to a multiple of 64.
 void PackTurned(const int8_t* w, int64_t k, int64_t n, uint8_t* panel) {
   constexpr int64_t kPlaceBytes = Turned::kTileN * 4;
   for (int64_t t = 0; t < k; t += 64, panel += 16 * kPlaceBytes) {
+    for (int64_t j = Turned::kTileN; j < 2 * Turned::kTileN; ++j) __builtin_prefetch(w + j * k + t, 0, 2);
     for (int64_t j = 0; j < Turned::kTileN; j += 4) {
       const int8_t* in = w + j * k + t;
       int64_t stride = k;
@@ -273,12 +254,9 @@ void PackTurned(const int8_t* w, int64_t k, int64_t n, uint8_t* panel) {
 template <int M>
 void TurnedTile(const Block& b, int64_t i0, int64_t j, const uint8_t* panel, bool direct) {
   constexpr int R = Turned::kRegisters;
-  alignas(32) int32_t high[M][Turned::kTileN];
-  HighSums<M>(b.fours[i0 / kTurnedRows], panel, Turned::kTileN * 4, high);
   Turned::Sums sum[M][R];
-  Unroll<M * R>([&](auto i) ALWAYS_INLINE {
-    sum[i / R][i % R] = Turned::LoadSums(high[i / R] + i % R * Turned::kLanes32);
-  });
+  Unroll<M * R>([&](auto i) ALWAYS_INLINE { sum[i / R][i % R] = Turned::Zero(); });
+  AddHighParts<M, Turned::kTileN * 4>(b.fours[i0 / kTurnedRows], panel, sum);
   const int64_t stride = b.stride;
   const int8_t* codes = b.turned + i0 / kTurnedRows * (kTurnedRows + 1) * stride;
   for (const int8_t* end = codes + b.k; codes < end; codes += 64, panel += 64 * Turned::kTileN) {
@@ -392,14 +370,13 @@ void MultiplyTurnedDots(const Block& b, uint8_t* panel) {
   }
   for (int64_t i = 0; groups.count > 0 && i < b.m; i += kTurnedRows) {
     for (int64_t j = 0; j < kBlockN; j += Turned::kTileN) {
-      alignas(32) int32_t high[kTurnedRows][Turned::kTileN];
-      HighSums<kTurnedRows>(b.fours[i / kTurnedRows], panel + j * 4, kBlockN * 4, high);
-      for (int64_t r = 0; r < kTurnedRows && i + r < b.m; ++r) {
-        for (int z = 0; z < Turned::kRegisters; ++z) {
-          int32_t* c = b.c + (i + r) * kBlockN + j + z * Turned::kLanes32;
-          Turned::StoreSums(c, Turned::Add(Turned::LoadSums(c), Turned::LoadSums(high[r] + z * Turned::kLanes32)));
-        }
-      }
+      constexpr int R = Turned::kRegisters;
+      Turned::Sums sum[kTurnedRows][R];
+      int32_t* c = b.c + i * kBlockN + j;  // of rows beyond the last: what is there stays
+      const auto at = [&](int q) ALWAYS_INLINE { return c + q / R * kBlockN + q % R * Turned::kLanes32; };
+      Unroll<kTurnedRows * R>([&](auto q) ALWAYS_INLINE { sum[q / R][q % R] = Turned::LoadSums(at(q)); });
+      AddHighParts<kTurnedRows, kBlockN * 4>(b.fours[i / kTurnedRows], panel + j * 4, sum);
+      Unroll<kTurnedRows * R>([&](auto q) ALWAYS_INLINE { Turned::StoreSums(at(q), sum[q / R][q % R]); });
     }
   }
   Finish(*b.epilogue, 0, b.m);
