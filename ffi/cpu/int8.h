@@ -78,6 +78,7 @@ struct Row {
 
 // So many rows are turned together (Rung::turn).
 inline constexpr int64_t kTurnedRows = 4;
+inline constexpr int64_t kTurnedLines = kTurnedRows + 2;  // lines of bytes that are written for them
 
 // Of every 64 columns words of four columns have places in this order, where codes are turned: each beside the one 32
 // columns on.
@@ -144,7 +145,7 @@ struct Block {
   const HiPlan* plan;
   // Set where high parts are quads: of every four columns a bit that says whether some row may have one there.
   const uint64_t* groups;
-  const int8_t* turned;   // [m / kTurnedRows, rounded up][kTurnedRows + 1][stride], by Rung::turn; or null
+  const int8_t* turned;   // [m / kTurnedRows, rounded up][kTurnedLines][stride], by Rung::turn; or null
   const FourRows* fours;  // with turned codes: [m / kTurnedRows, rounded up]
   uint8_t* panel;         // with turned codes, of this thread: turned_n outputs of k weights, or kMaxGroups groups of all
   bool arranged;          // codes are, by Rung::arrange

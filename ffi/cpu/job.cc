@@ -132,9 +132,9 @@ Job::Job(const Problem& problem) : p_(problem), ws_(Acquire()), id_(NextId()) {
   }
   if (arranged_) ws_->high_tiles.assign(room / kArrangedRows, HighTiles{});
   if (turns_) {
-    const int64_t fours = CeilDiv(p_.m, kTurnedRows), rows = fours * (kTurnedRows + 1);
+    const int64_t fours = CeilDiv(p_.m, kTurnedRows), lines = fours * kTurnedLines;
     ws_->fours.assign(fours, FourRows{});
-    ws_->turned_codes = HalfAPageFrom(p_.w, ws_->turned.Get<int8_t>(rows * ws_->stride + kPage), kTurnedRows + 1);
+    ws_->turned_codes = HalfAPageFrom(p_.w, ws_->turned.Get<int8_t>(lines * ws_->stride + kPage), kTurnedLines);
   }
   plans_ = turns_ ? p_.m <= p_.rung->turned_m : high && !arranged_ && p_.m <= kSmallM;
   items_[2] = plans_ && row_items > 1;
@@ -314,7 +314,7 @@ void Job::TurnRows(int64_t item, int64_t begin, int64_t end) {
     const int64_t m = std::min(kTurnedRows, end - first);
     FourRows& four = ws_->fours[first / kTurnedRows];
     Row* const rows = ws_->rows.data() + first;
-    int8_t* const turned = ws_->turned_codes + first / kTurnedRows * (kTurnedRows + 1) * ws_->stride;
+    int8_t* const turned = ws_->turned_codes + first / kTurnedRows * kTurnedLines * ws_->stride;
     int32_t count[kTurnedRows] = {};
     four.turned = p_.rung->turn(ws_->codes + first * ws_->stride, ws_->stride, m, p_.k, !plans_, most, turned, moved, count,
                                rows);
@@ -490,7 +490,7 @@ Block Job::BlockOf(int64_t item) const {
   b.groups = quads_ ? GroupsOf(i0, i0 + b.m) : nullptr;
   if (turns_) {
     b.fours = ws_->fours.data() + i0 / kTurnedRows;
-    b.turned = ws_->turned_codes + i0 / kTurnedRows * (kTurnedRows + 1) * ws_->stride;
+    b.turned = ws_->turned_codes + i0 / kTurnedRows * kTurnedLines * ws_->stride;
     b.panel = scratch.panel.Get<uint8_t>(std::max(p_.rung->turned_n * RoundUp(p_.k, 64), ws_->plan.groups * kBlockN * 4));
   }
   b.arranged = arranged_;

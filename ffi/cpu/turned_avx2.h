@@ -37,84 +37,105 @@ struct Turned : Avx256 {
   // In place, one sum after the other: the compiler would rather finish all products first, and move sums about.
   ALWAYS_INLINE static void AddTo(Sums& sum, __m256i a) { asm volatile("vpaddd %1, %0, %0" : "+x"(sum) : "x"(a)); }
   static __m256i Widen16(__m256i sums) { return _mm256_madd_epi16(sums, _mm256_set1_epi16(1)); }
+  ALWAYS_INLINE static void MulAddPairs(Sums& sum, __m256i w, __m256i x) {
+    AddTo(sum, Widen16(_mm256_maddubs_epi16(w, x)));
+  }
   ALWAYS_INLINE static void MulAddFours(Sums& sum, const Two& w, const Two& x) {
     const __m256i first = _mm256_maddubs_epi16(w.first, x.first), second = _mm256_maddubs_epi16(w.second, x.second);
     AddTo(sum, Widen16(_mm256_add_epi16(first, second)));
   }
-  ALWAYS_INLINE static void MulAddPairs(Sums& sum, __m256i w, __m256i x) {
-    AddTo(sum, Widen16(_mm256_maddubs_epi16(w, x)));
-  }
 };
 
-// Of 64 columns of a team which codes are negated: 0xff. Of columns that fit together the first keeps its sign.
-struct Flips {
-  __m256i first, second;
-};
-
-// Sums and differences of the codes in columns 2t and 2t + 1, of which the larger is the sum of magnitudes.
+// Sums and differences of the codes in columns 2t and 2t + 1, and the sums of their magnitudes.
 struct PairSums {
-  __m256i sum, difference;
+  __m256i sum, difference, all;
 
-  explicit PairSums(__m256i x) {
+  static PairSums Of(__m256i x) {
     const __m256i even = _mm256_srai_epi16(_mm256_slli_epi16(x, 8), 8), odd = _mm256_srai_epi16(x, 8);
-    sum = _mm256_add_epi16(even, odd);
-    difference = _mm256_sub_epi16(even, odd);
+    const __m256i sum = _mm256_add_epi16(even, odd), difference = _mm256_sub_epi16(even, odd);
+    return {sum, difference, _mm256_max_epi16(_mm256_abs_epi16(sum), _mm256_abs_epi16(difference))};
   }
-  __m256i all() const { return _mm256_max_epi16(_mm256_abs_epi16(sum), _mm256_abs_epi16(difference)); }
 };
 
-// Such that fewest codes are beyond kMostTurned: of P and N, what positive and negative codes add up to, the larger is
-// (P + N + |P - N|) / 2.
-Flips FlipPairs(const int8_t* lo, int64_t stride, int64_t m) {
+// How 64 columns of a team are turned.
+struct Turning {
+  int32_t order;          // word q of the second 32 columns is put beside word q ^ order of the first
+  __m256i first, second;  // 0xff where codes are negated; the second in this order
+};
+
+__m256i Order(int32_t order) {
+  return _mm256_xor_si256(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), _mm256_set1_epi32(order));
+}
+__m256i InOrder(__m256i words, __m256i order) { return _mm256_permutevar8x32_epi32(words, order); }
+
+// Such that of all rows together fewest fours of codes, or pairs, do not fit: of P and N, what positive and negative codes
+// add up to, the larger is (P + N + |P - N|) / 2. The first code keeps its sign, so of fours there are eight choices.
+Turning TurnPairs(const int8_t* lo, int64_t stride, int64_t m) {
   const __m256i most = _mm256_set1_epi16(kMostTurned), seconds = _mm256_set1_epi16(static_cast<int16_t>(0xff00));
   __m256i flips[2];
   Unroll<2>([&](auto half) ALWAYS_INLINE {
-    __m256i fewer = Avx256::Zero();  // rows of which the difference fits, and the sum does not, less the others
+    __m256i rows = Avx256::Zero();  // of which the sum does not fit, less those of which the difference does not
     for (int64_t i = 0; i < m; ++i) {
-      const PairSums x(Avx256::Load(lo + i * stride + half * 32));
-      fewer = _mm256_sub_epi16(fewer, _mm256_cmpgt_epi16(_mm256_abs_epi16(x.sum), most));
-      fewer = _mm256_add_epi16(fewer, _mm256_cmpgt_epi16(_mm256_abs_epi16(x.difference), most));
+      const PairSums x = PairSums::Of(Avx256::Load(lo + i * stride + half * 32));
+      rows = _mm256_sub_epi16(rows, _mm256_cmpgt_epi16(_mm256_abs_epi16(x.sum), most));
+      rows = _mm256_add_epi16(rows, _mm256_cmpgt_epi16(_mm256_abs_epi16(x.difference), most));
     }
-    flips[half] = _mm256_and_si256(_mm256_cmpgt_epi16(fewer, Avx256::Zero()), seconds);
+    flips[half] = _mm256_and_si256(_mm256_cmpgt_epi16(rows, Avx256::Zero()), seconds);
   });
-  return {flips[0], flips[1]};
+  return {0, flips[0], flips[1]};
 }
 
-Flips FlipFours(const int8_t* lo, int64_t stride, int64_t m) {
-  __m256i beyond[8];  // by choice, how many rows are, negated
-  Unroll<8>([&](auto i) ALWAYS_INLINE { beyond[i] = Avx256::Zero(); });
+Turning TurnFours(const int8_t* lo, int64_t stride, int64_t m) {
+  PairSums x[kTurnedRows], y[kTurnedRows];
   for (int64_t i = 0; i < m; ++i) {
-    const PairSums x(Avx256::Load(lo + i * stride)), y(Avx256::Load(lo + i * stride + 32));
-    const __m256i all = _mm256_add_epi16(x.all(), y.all());
-    const __m256i room = _mm256_sub_epi16(_mm256_set1_epi16(2 * kMostTurned), all);
-    Unroll<4>([&](auto j) ALWAYS_INLINE {
-      const __m256i a = j < 2 ? x.sum : x.difference, b = j % 2 == 0 ? y.sum : y.difference;
-      const auto count = [&](__m256i& to, __m256i sum) ALWAYS_INLINE {
-        to = _mm256_add_epi16(to, _mm256_cmpgt_epi16(_mm256_abs_epi16(sum), room));
-      };
-      count(beyond[2 * j], _mm256_add_epi16(a, b));
-      count(beyond[2 * j + 1], _mm256_sub_epi16(a, b));
-    });
+    x[i] = PairSums::Of(Avx256::Load(lo + i * stride));
+    y[i] = PairSums::Of(Avx256::Load(lo + i * stride + 32));
   }
-  __m256i best = Avx256::Zero();  // the choice, from 0 to 7, less 8 for each row beyond
-  Unroll<8>([&](auto i) ALWAYS_INLINE {
-    const __m256i key = _mm256_add_epi16(_mm256_slli_epi16(beyond[i], 3), _mm256_set1_epi16(i));
-    best = i == 0 ? key : _mm256_max_epi16(best, key);
-  });
+  __m256i best = Avx256::Zero();  // of each four the choice, less 8 for each row that does not fit
+  int32_t fewest = 0, best_order = 0;
+  for (int32_t order = 0; order < 8 && (order == 0 || fewest > 0); ++order) {
+    __m256i beyond[8];  // by choice, how many rows, negated
+    Unroll<8>([&](auto i) ALWAYS_INLINE { beyond[i] = Avx256::Zero(); });
+    for (int64_t i = 0; i < m; ++i) {
+      const __m256i places = Order(order), sum = InOrder(y[i].sum, places);
+      const __m256i difference = InOrder(y[i].difference, places);
+      const __m256i all = _mm256_add_epi16(x[i].all, InOrder(y[i].all, places));
+      const __m256i room = _mm256_sub_epi16(_mm256_set1_epi16(2 * kMostTurned), all);
+      Unroll<4>([&](auto j) ALWAYS_INLINE {
+        const __m256i a = j < 2 ? x[i].sum : x[i].difference, b = j % 2 == 0 ? sum : difference;
+        const auto count = [&](__m256i& to, __m256i of) ALWAYS_INLINE {
+          to = _mm256_add_epi16(to, _mm256_cmpgt_epi16(_mm256_abs_epi16(of), room));
+        };
+        count(beyond[2 * j], _mm256_add_epi16(a, b));
+        count(beyond[2 * j + 1], _mm256_sub_epi16(a, b));
+      });
+    }
+    __m256i least = _mm256_slli_epi16(beyond[0], 3);
+    Unroll<7>([&](auto i) ALWAYS_INLINE {
+      const __m256i key = _mm256_add_epi16(_mm256_slli_epi16(beyond[i + 1], 3), _mm256_set1_epi16(i + 1));
+      least = _mm256_max_epi16(least, key);
+    });
+    const int32_t rows = -Avx256::Sum(Turned::Widen16(_mm256_srai_epi16(least, 3)));
+    if (order > 0 && rows >= fewest) continue;
+    best = least;
+    fewest = rows;
+    best_order = order;
+  }
   // In each byte the choice, and 8 for the second of two columns.
   __m256i choice = _mm256_and_si256(best, _mm256_set1_epi16(7));
   choice = _mm256_or_si256(_mm256_or_si256(choice, _mm256_slli_epi16(choice, 8)), _mm256_set1_epi16(0x0800));
   const auto look_up = [&](__m128i table) { return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(table), choice); };
-  return {look_up(_mm_setr_epi8(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, -1, -1, -1, -1)),
+  return {best_order, look_up(_mm_setr_epi8(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, -1, -1, -1, -1)),
           look_up(_mm_setr_epi8(0, -1, 0, -1, 0, -1, 0, -1, 0, -1, -1, 0, 0, -1, -1, 0))};
 }
 
 // Takes 64 from the largest of these turned codes, or adds it to the smallest, until they fit: of a sum beyond
 // kMostTurned one is beyond 32 and becomes smaller by that. Says how often, of each.
-void MoveCodes(int8_t* turned, const int64_t* columns, int count, int* moved) {
+template <int kCodes>
+void MoveCodes(int8_t* turned, const int64_t* columns, int* moved) {
   for (;;) {
     int positive = 0, negative = 0, high = 0, low = 0;
-    for (int i = 0; i < count; ++i) {
+    for (int i = 0; i < kCodes; ++i) {
       const int code = turned[columns[i]];
       (code > 0 ? positive : negative) += code;
       if (code > turned[columns[high]]) high = i;
@@ -127,57 +148,59 @@ void MoveCodes(int8_t* turned, const int64_t* columns, int count, int* moved) {
   }
 }
 
-// By fours, or by pairs: those of the second half by themselves.
 template <bool kFours>
 bool TurnRowsBy(const int8_t* lo, int64_t stride, int64_t m, int64_t k, int64_t most, int8_t* turned, HiWord* moved,
                 int32_t* count, Row* rows) {
   __m256i negated[kTurnedRows];  // sums of the codes that are
   for (int64_t i = 0; i < m; ++i) negated[i] = Avx256::Zero(), count[i] = 0;
   for (int64_t t = 0; t < k; t += 64) {
-    const Flips flips = (kFours ? FlipFours : FlipPairs)(lo + t, stride, m);
+    const Turning turning = (kFours ? TurnFours : TurnPairs)(lo + t, stride, m);
     int8_t* bytes = turned + kTurnedRows * stride + t;
-    Avx256::StoreBytes(bytes, Turned::Flip(flips.first));
-    Avx256::StoreBytes(bytes + 32, Turned::Flip(flips.second));
+    Avx256::StoreBytes(bytes, Turned::Flip(turning.first));
+    Avx256::StoreBytes(bytes + 32, Turned::Flip(turning.second));
+    std::memcpy(bytes + stride, &turning.order, sizeof turning.order);
     for (int64_t i = 0; i < m; ++i) {
       int8_t* out = turned + i * stride + t;
+      const int8_t* in = lo + i * stride + t;
       const auto turn = [](__m256i x, __m256i flip) { return _mm256_sub_epi8(_mm256_xor_si256(x, flip), flip); };
-      const __m256i first = turn(Avx256::Load(lo + i * stride + t), flips.first);
-      const __m256i second = turn(Avx256::Load(lo + i * stride + t + 32), flips.second);
+      const __m256i first = turn(Avx256::Load(in), turning.first);
+      const __m256i second = turn(InOrder(Avx256::Load(in + 32), Order(turning.order)), turning.second);
       Avx256::StoreBytes(out, first);
       Avx256::StoreBytes(out + 32, second);
-      // Which lanes are beyond, a bit for every second byte; of pairs two lists.
-      const auto lanes = [](__m256i all, __m256i sum) {
+      const auto beyond = [](__m256i all, __m256i sum) {  // bits of the columns 2t that do not fit
         const __m256i twice = _mm256_add_epi16(all, _mm256_abs_epi16(sum));
-        const __m256i beyond = _mm256_cmpgt_epi16(twice, _mm256_set1_epi16(2 * kMostTurned));
-        return static_cast<uint32_t>(_mm256_movemask_epi8(beyond)) & 0x55555555;
+        const __m256i lanes = _mm256_cmpgt_epi16(twice, _mm256_set1_epi16(2 * kMostTurned));
+        return static_cast<uint32_t>(_mm256_movemask_epi8(lanes)) & 0x55555555;
       };
-      const PairSums x(first), y(second);
+      const PairSums x = PairSums::Of(first), y = PairSums::Of(second);
       uint64_t left = 0;
       if constexpr (kFours) {
-        left = lanes(_mm256_add_epi16(x.all(), y.all()), _mm256_add_epi16(x.sum, y.sum));
+        left = beyond(_mm256_add_epi16(x.all, y.all), _mm256_add_epi16(x.sum, y.sum));
       } else {
-        left = lanes(x.all(), x.sum) | uint64_t{lanes(y.all(), y.sum)} << 32;
+        left = beyond(x.all, x.sum) | uint64_t{beyond(y.all, y.sum)} << 32;
       }
       for (; left != 0; left &= left - 1) {
         if (count[i] + 2 > most) return false;
+        constexpr int kCodes = kFours ? 4 : 2;
         const int64_t column = __builtin_ctzll(left), columns[4] = {column, column + 1, column + 32, column + 33};
-        int parts[4] = {};
-        MoveCodes(out, columns, kFours ? 4 : 2, parts);
-        for (int pair = 0; pair < (kFours ? 4 : 2); pair += 2) {
+        int parts[kCodes] = {};
+        MoveCodes<kCodes>(out, columns, parts);
+        for (int pair = 0; pair < kCodes; pair += 2) {
           const auto part = [&](int at) {
             const bool flipped = bytes[columns[at]] == 127;
             return static_cast<uint32_t>((flipped ? -parts[at] : parts[at]) & 0xff) << (columns[at] % 4 * 8);
           };
           const uint32_t four = part(pair) | part(pair + 1);
-          const auto group = static_cast<int32_t>((t + columns[pair]) / 4);
-          if (four != 0) moved[i * most + count[i]++] = {TurnedPlace(group), four};
+          const auto word = static_cast<int32_t>(columns[pair] / 4), group = static_cast<int32_t>(t / 4);
+          const int32_t from = word < 8 ? word : word ^ turning.order;
+          if (four != 0) moved[i * most + count[i]++] = {TurnedPlace(group + from), four};
         }
       }
       const __m256i ones = _mm256_set1_epi8(1);
-      const __m256i these = _mm256_and_si256(Avx256::Load(out), flips.first);
-      const __m256i those = _mm256_and_si256(Avx256::Load(out + 32), flips.second);
+      const __m256i these = _mm256_and_si256(Avx256::Load(out), turning.first);
+      const __m256i those = _mm256_and_si256(Avx256::Load(out + 32), turning.second);
       const __m256i sums = _mm256_add_epi16(_mm256_maddubs_epi16(ones, these), _mm256_maddubs_epi16(ones, those));
-      negated[i] = Avx256::Add(negated[i], _mm256_madd_epi16(sums, _mm256_set1_epi16(1)));
+      negated[i] = Avx256::Add(negated[i], Turned::Widen16(sums));
     }
   }
   // With u = w + 128, and 127 - w where a code is negated: sum(w * lo) = sum(u * turned) - 128 * sum(lo) - 255 *
@@ -250,6 +273,9 @@ void PackTurned(const int8_t* w, int64_t k, int64_t n, uint8_t* panel) {
   }
 }
 
+// The turned codes of rows from i on.
+const int8_t* TeamOf(const Block& b, int64_t i) { return b.turned + i / kTurnedRows * kTurnedLines * b.stride; }
+
 // Outputs j to j + kTileN of M rows from i on: finished, if `direct`, or else sums in c.
 template <int M>
 void TurnedTile(const Block& b, int64_t i0, int64_t j, const uint8_t* panel, bool direct) {
@@ -258,19 +284,23 @@ void TurnedTile(const Block& b, int64_t i0, int64_t j, const uint8_t* panel, boo
   Unroll<M * R>([&](auto i) ALWAYS_INLINE { sum[i / R][i % R] = Turned::Zero(); });
   AddHighParts<M, Turned::kTileN * 4>(b.fours[i0 / kTurnedRows], panel, sum);
   const int64_t stride = b.stride;
-  const int8_t* codes = b.turned + i0 / kTurnedRows * (kTurnedRows + 1) * stride;
+  const int8_t* codes = TeamOf(b, i0);
   for (const int8_t* end = codes + b.k; codes < end; codes += 64, panel += 64 * Turned::kTileN) {
+    constexpr int64_t kWord = R * Turned::kBytes;  // of weights
+    int32_t order;
+    std::memcpy(&order, codes + (kTurnedRows + 1) * stride, sizeof order);
+    const int64_t swap = order * 2 * kWord;
     Unroll<8>([&](auto s) ALWAYS_INLINE {  // of eight columns: four of the first half and four of the second
       const auto words = [&](int row) ALWAYS_INLINE {
         const int8_t* at = codes + row * stride + s * 4;
         return Turned::Two{Turned::Word(at), Turned::Word(at + 32)};
       };
       const Turned::Two flips = words(kTurnedRows);
+      const uint8_t *first = panel + 2 * s * kWord, *second = panel + (2 * s * kWord ^ swap) + kWord;
       Turned::Two w[R];
       Unroll<R>([&](auto z) ALWAYS_INLINE {
-        const uint8_t* at = panel + (2 * R * s + z) * Turned::kBytes;
-        w[z].first = _mm256_xor_si256(flips.first, Turned::Load(at));
-        w[z].second = _mm256_xor_si256(flips.second, Turned::Load(at + R * Turned::kBytes));
+        w[z].first = _mm256_xor_si256(flips.first, Turned::Load(first + z * Turned::kBytes));
+        w[z].second = _mm256_xor_si256(flips.second, Turned::Load(second + z * Turned::kBytes));
       });
       Unroll<M>([&](auto i) ALWAYS_INLINE {
         const Turned::Two x = words(i);
@@ -312,8 +342,7 @@ void MultiplyTurnedTiles(const Block& b, uint8_t* panel) {
 template <int M, int N>
 void TurnedDots(const Block& b, int64_t i0, int64_t j, int64_t j_end) {
   const int64_t k = b.k, stride = b.stride, whole = k / 64 * 64;
-  const int8_t* x = b.turned + i0 / kTurnedRows * (kTurnedRows + 1) * stride;
-  const int8_t* flips = x + kTurnedRows * stride;
+  const int8_t *x = TeamOf(b, i0), *flips = x + kTurnedRows * stride;
   for (; j < j_end; j += N) {
     const int8_t* w = b.w + j * k;
     Turned::Sums sum[M][N];
