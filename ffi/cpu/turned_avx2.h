@@ -223,9 +223,12 @@ bool TurnRows(const int8_t* lo, int64_t stride, int64_t m, int64_t k, bool fours
 template <int M, int64_t kWordBytes>
 ALWAYS_INLINE inline void AddHighParts(const FourRows& four, const uint8_t* panel,
                                        Turned::Sums (&sum)[M][Turned::kRegisters]) {
+  static constexpr int16_t kUnits[2] = {64, 128};
   const HiWord *word = four.words, *outliers = word + four.moved * kTurnedRows;
   for (const HiWord* end = outliers + four.outliers * kTurnedRows; word < end; word += kTurnedRows) {
-    const __m256i unit = _mm256_set1_epi16(word < outliers ? 64 : 128);
+    int64_t which = word >= outliers;
+    asm("" : "+r"(which));  // one loop, whose end is mispredicted, and not two
+    const __m256i unit = _mm256_set1_epi16(kUnits[which]);
     Unroll<M>([&](auto i) ALWAYS_INLINE {
       const uint8_t* w = panel + word[i].group * kWordBytes;
       const __m256i codes = Turned::Code(word[i].four);
@@ -241,7 +244,7 @@ ALWAYS_INLINE inline void AddHighParts(const FourRows& four, const uint8_t* pane
 void PackTurned(const int8_t* w, int64_t k, int64_t n, uint8_t* panel) {
   constexpr int64_t kPlaceBytes = Turned::kTileN * 4;
   for (int64_t t = 0; t < k; t += 64, panel += 16 * kPlaceBytes) {
-    for (int64_t j = Turned::kTileN; j < 2 * Turned::kTileN; ++j) __builtin_prefetch(w + j * k + t, 0, 2);
+    for (int64_t j = Turned::kTileN; j < 2 * Turned::kTileN; ++j) __builtin_prefetch(w + j * k + t, 0, 3);
     for (int64_t j = 0; j < Turned::kTileN; j += 4) {
       const int8_t* in = w + j * k + t;
       int64_t stride = k;
@@ -280,8 +283,9 @@ const int8_t* TeamOf(const Block& b, int64_t i) { return b.turned + i / kTurnedR
 template <int M>
 void TurnedTile(const Block& b, int64_t i0, int64_t j, const uint8_t* panel, bool direct) {
   constexpr int R = Turned::kRegisters;
+  const Row* rows = b.rows + i0;
   Turned::Sums sum[M][R];
-  Unroll<M * R>([&](auto i) ALWAYS_INLINE { sum[i / R][i % R] = Turned::Zero(); });
+  Unroll<M * R>([&](auto i) ALWAYS_INLINE { sum[i / R][i % R] = _mm256_set1_epi32(rows[i / R].turned); });
   AddHighParts<M, Turned::kTileN * 4>(b.fours[i0 / kTurnedRows], panel, sum);
   const int64_t stride = b.stride;
   const int8_t* codes = TeamOf(b, i0);
@@ -308,18 +312,23 @@ void TurnedTile(const Block& b, int64_t i0, int64_t j, const uint8_t* panel, boo
       });
     });
   }
-  Unroll<M>([&](auto i) ALWAYS_INLINE {
-    const Row& row = b.rows[i0 + i];
-    Unroll<R>([&](auto z) ALWAYS_INLINE {
-      const int64_t at = j + z * Turned::kLanes32;
-      const __m256i c = Turned::Add(sum[i][z], _mm256_set1_epi32(row.turned));
-      if (!direct) return Turned::StoreSums(b.c + (i0 + i) * kBlockN + at, c);
-      const Epilogue& e = *b.epilogue;
-      __m256 y = _mm256_mul_ps(_mm256_cvtepi32_ps(c), _mm256_set1_ps(row.scale));
-      y = _mm256_mul_ps(y, _mm256_loadu_ps(e.w_scale + at));
-      if (e.bias) y = _mm256_add_ps(y, _mm256_loadu_ps(e.bias + at));
-      _mm256_storeu_ps(static_cast<float*>(e.y) + (i0 + i) * e.stride + at, y);
+  if (!direct) {
+    int32_t* c = b.c + i0 * kBlockN + j;
+    Unroll<M * R>([&](auto i) ALWAYS_INLINE {
+      Turned::StoreSums(c + i / R * kBlockN + i % R * Turned::kLanes32, sum[i / R][i % R]);
     });
+    return;
+  }
+  const Epilogue& e = *b.epilogue;
+  const float *w_scale = e.w_scale + j, *bias = e.bias ? e.bias + j : nullptr;
+  const int64_t y_stride = e.stride;
+  float* y = static_cast<float*>(e.y) + i0 * y_stride + j;
+  Unroll<M * R>([&](auto i) ALWAYS_INLINE {
+    constexpr int row = i / R, at = i % R * Turned::kLanes32;
+    __m256 value = _mm256_mul_ps(_mm256_cvtepi32_ps(sum[row][i % R]), _mm256_set1_ps(rows[row].scale));
+    value = _mm256_mul_ps(value, _mm256_loadu_ps(w_scale + at));
+    if (bias) value = _mm256_add_ps(value, _mm256_loadu_ps(bias + at));
+    _mm256_storeu_ps(y + row * y_stride + at, value);
   });
 }
 
@@ -348,6 +357,9 @@ void TurnedDots(const Block& b, int64_t i0, int64_t j, int64_t j_end) {
     Turned::Sums sum[M][N];
     Unroll<M * N>([&](auto i) ALWAYS_INLINE { sum[i / N][i % N] = Turned::Zero(); });
     const auto multiply = [&](const int8_t* from, int64_t from_stride, int64_t t) ALWAYS_INLINE {
+      if constexpr (M > 2) {
+        if (i0 == 0) Unroll<N>([&](auto n) ALWAYS_INLINE { __builtin_prefetch(w + (N + n) * k + t, 0, 3); });
+      }
       Unroll<2>([&](auto half) ALWAYS_INLINE {
         const int64_t at = t + half * 32;
         __m256i weights[N];
