@@ -501,7 +501,7 @@ Block Job::BlockOf(int64_t item) const {
   const int64_t j_next = PlaceOf(item + 1).j;
   b.ahead = BeginsLane(item + 1) ? nullptr : p_.w + j_next * p_.k;
   b.ahead_n = std::min(kBlockN, p_.n - j_next);
-  b.c = scratch.c.Get<int32_t>(RoundUp(b.m, kTurnedRows) * kBlockN);
+  b.c = scratch.c.Get<int32_t>(b.m * kBlockN);
   b.scratch = scratch.rung.Get<uint8_t>(p_.rung->scratch_bytes);
   return b;
 }

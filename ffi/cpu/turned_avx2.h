@@ -391,6 +391,19 @@ void TurnedDots(const Block& b, int64_t i0, int64_t j, int64_t j_end) {
   }
 }
 
+// c[M] += high parts of these rows times the groups of the plan.
+template <int M>
+void AddPlanned(const FourRows& four, const uint8_t* panel, int32_t* c) {
+  constexpr int R = Turned::kRegisters;
+  for (const int32_t* end = c + kBlockN; c < end; c += Turned::kTileN, panel += Turned::kTileN * 4) {
+    Turned::Sums sum[M][R];
+    const auto at = [&](int i) ALWAYS_INLINE { return c + i / R * kBlockN + i % R * Turned::kLanes32; };
+    Unroll<M * R>([&](auto i) ALWAYS_INLINE { sum[i / R][i % R] = Turned::LoadSums(at(i)); });
+    AddHighParts<M, kBlockN * 4>(four, panel, sum);
+    Unroll<M * R>([&](auto i) ALWAYS_INLINE { Turned::StoreSums(at(i), sum[i / R][i % R]); });
+  }
+}
+
 // For few rows. The plan lists the groups that hold a high part; words name their places in it.
 void MultiplyTurnedDots(const Block& b, uint8_t* panel) {
   using Function = void (*)(const Block&, int64_t, int64_t, int64_t);
@@ -398,6 +411,8 @@ void MultiplyTurnedDots(const Block& b, uint8_t* panel) {
                                                    TurnedDots<4, 2>};
   static constexpr Function kSingle[kTurnedRows] = {TurnedDots<1, 1>, TurnedDots<2, 1>, TurnedDots<3, 1>,
                                                     TurnedDots<4, 1>};
+  static constexpr void (*kHigh[kTurnedRows])(const FourRows&, const uint8_t*,
+                                              int32_t*) = {AddPlanned<1>, AddPlanned<2>, AddPlanned<3>, AddPlanned<4>};
   const HiGroups groups(*b.plan);
   for (int64_t j = 0; j < b.n;) {
     const bool whole = j + kDotsRows <= b.n;
@@ -410,15 +425,8 @@ void MultiplyTurnedDots(const Block& b, uint8_t* panel) {
     j = end;
   }
   for (int64_t i = 0; groups.count > 0 && i < b.m; i += kTurnedRows) {
-    for (int64_t j = 0; j < kBlockN; j += Turned::kTileN) {
-      constexpr int R = Turned::kRegisters;
-      Turned::Sums sum[kTurnedRows][R];
-      int32_t* c = b.c + i * kBlockN + j;  // of rows beyond the last: what is there stays
-      const auto at = [&](int q) ALWAYS_INLINE { return c + q / R * kBlockN + q % R * Turned::kLanes32; };
-      Unroll<kTurnedRows * R>([&](auto q) ALWAYS_INLINE { sum[q / R][q % R] = Turned::LoadSums(at(q)); });
-      AddHighParts<kTurnedRows, kBlockN * 4>(b.fours[i / kTurnedRows], panel + j * 4, sum);
-      Unroll<kTurnedRows * R>([&](auto q) ALWAYS_INLINE { Turned::StoreSums(at(q), sum[q / R][q % R]); });
-    }
+    const int64_t m = b.m - i < kTurnedRows ? b.m - i : kTurnedRows;
+    kHigh[m - 1](b.fours[i / kTurnedRows], panel, b.c + i * kBlockN);
   }
   Finish(*b.epilogue, 0, b.m);
 }
