@@ -347,6 +347,10 @@ void MultiplyTurnedTiles(const Block& b, uint8_t* panel) {
   if (!direct) Finish(e, 0, b.m);
 }
 
+// How far ahead in its row, or else in the one that is read behind it, a weight is fetched: rows of 4096 columns by whole
+// rows would be more lines of one set of the L1 cache than it holds, and a Zen 3's own fetching ends with a page.
+constexpr int64_t kAhead = 1024;
+
 // c[M][N] of rows from i0 on = their products with N rows of weights after N from j to j_end.
 template <int M, int N>
 void TurnedDots(const Block& b, int64_t i0, int64_t j, int64_t j_end) {
@@ -357,8 +361,9 @@ void TurnedDots(const Block& b, int64_t i0, int64_t j, int64_t j_end) {
     Turned::Sums sum[M][N];
     Unroll<M * N>([&](auto i) ALWAYS_INLINE { sum[i / N][i % N] = Turned::Zero(); });
     const auto multiply = [&](const int8_t* from, int64_t from_stride, int64_t t) ALWAYS_INLINE {
-      if constexpr (M > 2) {
-        if (i0 == 0) Unroll<N>([&](auto n) ALWAYS_INLINE { __builtin_prefetch(w + (N + n) * k + t, 0, 3); });
+      if (i0 == 0) {
+        const int64_t ahead = t + kAhead < k ? t + kAhead : t + kAhead + (N - 1) * k;
+        Unroll<N>([&](auto n) ALWAYS_INLINE { __builtin_prefetch(w + n * k + ahead, 0, 3); });
       }
       Unroll<2>([&](auto half) ALWAYS_INLINE {
         const int64_t at = t + half * 32;
@@ -407,7 +412,7 @@ void AddPlanned(const FourRows& four, const uint8_t* panel, int32_t* c) {
 // For few rows. The plan lists the groups that hold a high part; words name their places in it.
 void MultiplyTurnedDots(const Block& b, uint8_t* panel) {
   using Function = void (*)(const Block&, int64_t, int64_t, int64_t);
-  static constexpr Function kWhole[kTurnedRows] = {TurnedDots<1, 8>, TurnedDots<2, 4>, TurnedDots<3, 4>,
+  static constexpr Function kWhole[kTurnedRows] = {TurnedDots<1, 4>, TurnedDots<2, 4>, TurnedDots<3, 4>,
                                                    TurnedDots<4, 2>};
   static constexpr Function kSingle[kTurnedRows] = {TurnedDots<1, 1>, TurnedDots<2, 1>, TurnedDots<3, 1>,
                                                     TurnedDots<4, 1>};
