@@ -1,16 +1,14 @@
 // The AVX2 rung (Haswell, Zen and later).
 //
 // AVX2 has a product of bytes, vpmaddubsw, but it adds two products in 16 bits and saturates: 255 * 127 * 2 does not
-// fit. With weights as the unsigned bytes it is exact all the same where two codes side by side add up to no more than
-// 128, either way, for 255 * 128 fits. Few pairs of a row do not, one in a hundred of normally distributed ones: there
-// the larger code is split like an outlier's, into 128 and a low part of the other sign (SettleRow). So large products
-// take three instructions for 32 of them, where codes of 16 bits (vpmaddwd) take four that crowd the same two units.
+// fit. With weights as the unsigned bytes it is exact all the same where codes that are added have different signs, or
+// are small: no more than 128 together, for 255 * 128 fits. Codes that are not are negated, and their weights flipped,
+// for four rows together; what does not fit even so, next to nothing of most rows, is split like an outlier
+// (turned_avx2.h).
 //
-// Rows with many such pairs, what has outliers in floats, and bare products, whose codes are any bytes, are widened to
-// 16 bits, and so are few rows with high parts in too many columns for a plan. Else, of few rows (and of up to kSmallM
-// with outliers in floats), weights are used as they lie, by codes of which no two side by side have the same sign
-// (TurnRow): then two products never add up. A single row with many outliers gives codes the sign of w and multiplies
-// by |w|, which fits if no code is -128, as the quantiser guarantees.
+// Rows of which too much would have to be split, as of uniform ones, and bare products, whose codes are any bytes, are
+// widened to 16 bits; a few such rows give codes the sign of w and multiply by |w|, which fits if no code is -128, as
+// the quantiser guarantees.
 #include <immintrin.h>
 
 #include "attend_avx256.h"

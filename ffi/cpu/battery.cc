@@ -108,19 +108,19 @@ Inputs Make(const Case& c, uint32_t seed) {
   }
   for (int64_t j = 0; j < c.k; ++j) Put(in.norm, j, Uniform(random));
   for (int64_t j = 0; j < c.m * c.n; ++j) PutActivation(in.residual, c.type, j, 8 * Uniform(random));
-  // Every second case has rows that settle (Rung::settle): few values near the largest, and no two of one sign side by
-  // side in all of a row. There neighbours far out have high parts that add up to more than a byte.
-  const bool settles = seed % 2 == 1;
+  // Every second case has rows that can be turned (Rung::turn): few values near the largest. There neighbours far out
+  // have high parts that add up to more than a byte, and without a rule four of them move twice.
+  const bool turns = seed % 2 == 1;
   const float nan = std::numeric_limits<float>::quiet_NaN(), inf = std::numeric_limits<float>::infinity();
   for (int64_t i = 0; i < c.m; ++i) {
     const float scale = std::ldexp(1.0f, static_cast<int>(random() % 9) - 4);
     for (int64_t j = 0; j < c.columns(); ++j) {
       float value = Uniform(random);
-      for (int other = 0; settles && other < 3; ++other) value += Uniform(random);
+      for (int other = 0; turns && other < 3; ++other) value += Uniform(random);
       value *= scale * (random() % 64 == 0 ? 12 : 1);
-      if (settles && i % 8 == 1 && j % 32 / 2 == 5) value = 300 * scale;
+      if (turns && i % 8 == 1 && j % 32 / 2 == 5) value = 300 * scale;
       if (i % 16 == 3) value = j % 2 ? 0.0f : -0.0f;
-      if (i % 16 == 5) value = j % (settles ? 2 : 3) ? 2.0f : -2.0f;  // ties everywhere
+      if (i % 16 == 5) value = (j % 3 ? 2.0f : -2.0f) * (turns && j % 8 > 1 ? 0.25f : 1.0f);  // ties everywhere
       if (i % 16 == 7 && j == c.k / 2) value = nan;
       if (i % 16 == 9 && j == c.k - 1) value = -inf;
       if (i % 16 == 11) value *= 0x1p-123f;

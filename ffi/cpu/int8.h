@@ -65,12 +65,12 @@ struct HiQuad {
 
 // What the quantiser knows of one row of activations. Its low codes lie elsewhere, zero-padded to a multiple of 64.
 struct Row {
-  float scale = 1;       // NaN: the row holds a non-finite value, its codes are 0
-  int32_t sum = 0;       // of the full codes 128 * hi + lo: cancels the offset of unsigned weights
-  int32_t count = 0;     // codes with a high part; all outliers with float_outliers
-  int32_t words = 0;     // groups of four columns with an outlier that has a high part; some twice where codes are turned
-  int32_t quads = 0;     // in the place of words, if the rung asks for them (Rung::quads_k)
-  int32_t turned = 0;    // what is to be added to sums of turned codes; see Rung::turn
+  float scale = 1;               // NaN: the row holds a non-finite value, its codes are 0
+  int32_t sum = 0;               // of the full codes 128 * hi + lo: cancels the offset of unsigned weights
+  int32_t count = 0;             // codes with a high part; all outliers with float_outliers
+  int32_t words = 0;             // groups of four columns with an outlier that has a high part; if turned, some twice
+  int32_t quads = 0;             // in the place of words, if the rung asks for them (Rung::quads_k)
+  int32_t turned = 0;            // what is to be added to sums of turned codes; see Rung::turn
   const Outlier* outliers = {};  // those counted, ascending columns
   const HiWord* hi = {};         // ascending groups, turned not strictly
   const HiQuad* quad = {};       // ascending columns
@@ -85,10 +85,11 @@ inline constexpr int64_t kTurnedLines = kTurnedRows + 2;  // lines of bytes that
 inline int32_t TurnedPlace(int32_t group) { return (group & ~15) | (group & 7) << 1 | (group >> 3 & 1); }
 inline int32_t GroupOfTurned(int32_t place) { return (place & ~15) | (place & 1) << 3 | (place >> 1 & 7); }
 
-// The high parts of so many rows whose codes are turned, or fewer at the end: what was moved, in units of 64, then those
-// of outliers, in units of 128. In each step one word of every row, or 0; a group is a place, or its number in a plan.
+// The high parts of so many rows whose codes are turned, or fewer at the end: what was moved, in units of 64, then
+// those of outliers, in units of 128. In each step one word of every row, or 0; a group is a place, or, in a plan, a
+// number.
 struct FourRows {
-  bool turned = false;  // or else too much would have to be moved
+  bool turned = false;              // or else too much would have to be moved
   int32_t moved = 0, outliers = 0;  // steps
   const HiWord* words = {};         // [moved + outliers][kTurnedRows]
 };
@@ -140,15 +141,15 @@ struct Block {
   const Row* rows;   // [m]
   bool with_hi;      // some row may hold outliers that are carried as 128 * hi + lo
   bool from_memory;  // weights are likely to come from there, and not from a cache
-  // Set when with_hi and m <= kSmallM, unless codes are arranged, or there would be too many groups. Where a rung turns
-  // codes: whatever the outliers, up to its turned_m.
+  // Set when with_hi and m <= kSmallM, unless codes are arranged, or there would be too many groups. Where codes are
+  // turned: up to the rung's turned_m, and without outliers too.
   const HiPlan* plan;
   // Set where high parts are quads: of every four columns a bit that says whether some row may have one there.
   const uint64_t* groups;
   const int8_t* turned;   // [m / kTurnedRows, rounded up][kTurnedLines][stride], by Rung::turn; or null
   const FourRows* fours;  // with turned codes: [m / kTurnedRows, rounded up]
-  uint8_t* panel;         // with turned codes, of this thread: turned_n outputs of k weights, or kMaxGroups groups of all
-  bool arranged;          // codes are, by Rung::arrange
+  uint8_t* panel;  // with turned codes, of this thread: turned_n outputs of k weights, or the plan's groups of all
+  bool arranged;   // codes are, by Rung::arrange
   const HighTiles* high;  // set when with_hi and codes are arranged: [m / 16, rounded up]
   int64_t m;
   const int8_t* w;  // [n][k]
@@ -203,18 +204,17 @@ struct Rung {
   // multiples of 16 then. Null: never.
   void (*arrange)(const int8_t* rows, int64_t stride, int64_t columns, int8_t* arranged) = nullptr;
   int64_t arranged_m = 0, arranged_high_m = 0;
-  // Turns the codes of a layer, m rows of them up to kTurnedRows, for products of four unsigned bytes u and four signed
-  // ones that are within 16 bits, whichever of them are added first. Writes [kTurnedRows][stride] codes, then [stride]
-  // bytes, both for columns rounded up to 64: u = w ^ byte is w + 128, or 127 - w where the codes of all rows are negated.
-  // Such that of columns 2t, 2t + 1, 2t + 32 and 2t + 33, from a multiple of 64 on, neither the positive codes nor the
-  // negative ones add up to more than 128; what flipping does not bring about for all rows, moving 64 or 128 of a code
-  // to high parts does. Lists what was moved, count[i] words of places for row i at moved + i * most, each for one pair
-  // of columns, and sets Row::turned; high parts are multiplied by w + 128. False where they would be more than `most`.
-  // Null: never.
+  // Turns the codes of a layer, m rows of them up to kTurnedRows, for products of unsigned bytes u = w ^ byte and
+  // signed codes that add up within 16 bits, in twos or in fours. Writes kTurnedLines lines, for columns rounded up to
+  // 64: codes; then bytes, of which u is w + 128, or 127 - w where all rows' codes are negated; then for every 64
+  // columns an order. Of fours the word q of the second 32 columns is where q ^ order was. Then of columns 2t and 2t +
+  // 1, with fours also of 2t + 32 and 2t + 33, neither positive codes nor negative ones add up to more than 128: what
+  // flipping does not bring about, moving 64 or 128 of a code to high parts does. Lists what was moved, count[i] words
+  // of places for row i at moved + i * most, and sets Row::turned; high parts are multiplied by w + 128. False if they
+  // would be more than `most`. Null: never.
   bool (*turn)(const int8_t* lo, int64_t stride, int64_t m, int64_t k, bool fours, int64_t most, int8_t* turned,
                HiWord* moved, int32_t* count, Row* rows) = nullptr;
-  // Up to so many rows high parts of turned codes are planned.
-  int64_t turned_m = 0;
+  int64_t turned_m = 0;  // up to so many rows codes are turned in twos, and their high parts planned
   int64_t turned_n = 0;  // outputs whose weights are packed together
 };
 

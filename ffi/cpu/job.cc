@@ -28,8 +28,8 @@ constexpr int64_t kArrangedRows = 16;  // see Rung::arrange
 
 int64_t TypeSize(Type type) { return type == Type::kF32 || type == Type::kS32 ? 4 : 2; }
 
-// Of a row's codes the share of which turning may move a part. A word of high parts costs a third of the low products of
-// its four columns, so that at most a sixth is added.
+// Of a row's codes the share of which turning may move a part. A word of high parts costs a third of the low products
+// of its four columns, so that at most a sixth is added.
 constexpr int64_t kMovedShare = 8;
 
 // Adds to the lists what products need of the outliers of a row, of which few under column scope have a high part.
@@ -316,8 +316,8 @@ void Job::TurnRows(int64_t item, int64_t begin, int64_t end) {
     Row* const rows = ws_->rows.data() + first;
     int8_t* const turned = ws_->turned_codes + first / kTurnedRows * kTurnedLines * ws_->stride;
     int32_t count[kTurnedRows] = {};
-    four.turned = p_.rung->turn(ws_->codes + first * ws_->stride, ws_->stride, m, p_.k, !plans_, most, turned, moved, count,
-                               rows);
+    four.turned = p_.rung->turn(ws_->codes + first * ws_->stride, ws_->stride, m, p_.k, !plans_, most, turned, moved,
+                                count, rows);
     if (!four.turned) continue;
     four.moved = *std::max_element(count, count + m);
     for (int64_t i = 0; i < m; ++i) four.outliers = std::max(four.outliers, rows[i].words);
@@ -491,7 +491,8 @@ Block Job::BlockOf(int64_t item) const {
   if (turns_) {
     b.fours = ws_->fours.data() + i0 / kTurnedRows;
     b.turned = ws_->turned_codes + i0 / kTurnedRows * kTurnedLines * ws_->stride;
-    b.panel = scratch.panel.Get<uint8_t>(std::max(p_.rung->turned_n * RoundUp(p_.k, 64), ws_->plan.groups * kBlockN * 4));
+    b.panel = scratch.panel.Get<uint8_t>(
+        std::max(p_.rung->turned_n * RoundUp(p_.k, 64), b.plan ? b.plan->groups * kBlockN * 4 : 0));
   }
   b.arranged = arranged_;
   b.high = arranged_ && b.with_hi ? ws_->high_tiles.data() + i0 / kArrangedRows : nullptr;

@@ -1,10 +1,11 @@
 // Products of turned codes (Rung::turn) by AVX2's product of bytes.
 //
-// vpmaddubsw adds two products in 16 bits and saturates, and two of its results may be beyond 16 bits. Of turned codes
-// four products fit: so there is one vpmaddwd, which widens sums to 32 bits, for two vpmaddubsw, where the two units
-// that multiply would otherwise be busy with as many of one as of the other. Few rows take weights as they lie, more
-// take them packed into a panel of kTileN outputs, [place][kTileN][4] (see TurnedPlace). Four rows share the bytes that
-// weights are flipped with, so that these cost next to nothing.
+// vpmaddubsw adds two products in 16 bits and saturates, and two of its results may be beyond 16 bits. Of codes turned
+// in fours all four products fit: one vpmaddwd, which widens sums to 32 bits, serves two vpmaddubsw, and the two units
+// that multiply have three instructions for 64 products in the place of four. For these weights are packed into a panel
+// of kTileN outputs, [place][kTileN][4] (see TurnedPlace). Few rows take weights as they lie, by codes turned in twos,
+// of which next to none is moved: high parts would have to gather their weights. Four rows share the bytes that weights
+// are flipped with, so that these cost next to nothing.
 #ifndef JAXINT8_FFI_CPU_TURNED_AVX2_H_
 #define JAXINT8_FFI_CPU_TURNED_AVX2_H_
 
@@ -68,8 +69,9 @@ __m256i Order(int32_t order) {
 }
 __m256i InOrder(__m256i words, __m256i order) { return _mm256_permutevar8x32_epi32(words, order); }
 
-// Such that of all rows together fewest fours of codes, or pairs, do not fit: of P and N, what positive and negative codes
-// add up to, the larger is (P + N + |P - N|) / 2. The first code keeps its sign, so of fours there are eight choices.
+// Such that of all rows together fewest pairs of codes do not fit, or fours: of P and N, what positive and negative
+// codes add up to, the larger is (P + N + |P - N|) / 2. The first code keeps its sign, so that fours have eight
+// choices.
 Turning TurnPairs(const int8_t* lo, int64_t stride, int64_t m) {
   const __m256i most = _mm256_set1_epi16(kMostTurned), seconds = _mm256_set1_epi16(static_cast<int16_t>(0xff00));
   __m256i flips[2];
@@ -218,8 +220,8 @@ bool TurnRows(const int8_t* lo, int64_t stride, int64_t m, int64_t k, bool fours
   return turn(lo, stride, m, k, most, turned, moved, count, rows);
 }
 
-// sum += the high parts of M rows times kTileN outputs; the weights of a place, or of a group of the plan, lie kWordBytes
-// after those of the one before.
+// sum += the high parts of M rows times kTileN outputs; the weights of a place, or of a group of the plan, lie
+// kWordBytes after those of the one before.
 template <int M, int64_t kWordBytes>
 ALWAYS_INLINE inline void AddHighParts(const FourRows& four, const uint8_t* panel,
                                        Turned::Sums (&sum)[M][Turned::kRegisters]) {
@@ -347,8 +349,8 @@ void MultiplyTurnedTiles(const Block& b, uint8_t* panel) {
   if (!direct) Finish(e, 0, b.m);
 }
 
-// How far ahead in its row, or else in the one that is read behind it, a weight is fetched: rows of 4096 columns by whole
-// rows would be more lines of one set of the L1 cache than it holds, and a Zen 3's own fetching ends with a page.
+// How far ahead in its row, or else in the one that is read behind it, a weight is fetched: rows of 4096 columns by
+// whole rows would be more lines of one set of the L1 cache than it holds, and a Zen 3's own fetching ends with a page.
 constexpr int64_t kAhead = 1024;
 
 // c[M][N] of rows from i0 on = their products with N rows of weights after N from j to j_end.
@@ -416,8 +418,8 @@ void MultiplyTurnedDots(const Block& b, uint8_t* panel) {
                                                    TurnedDots<4, 2>};
   static constexpr Function kSingle[kTurnedRows] = {TurnedDots<1, 1>, TurnedDots<2, 1>, TurnedDots<3, 1>,
                                                     TurnedDots<4, 1>};
-  static constexpr void (*kHigh[kTurnedRows])(const FourRows&, const uint8_t*,
-                                              int32_t*) = {AddPlanned<1>, AddPlanned<2>, AddPlanned<3>, AddPlanned<4>};
+  static constexpr void (*kHigh[kTurnedRows])(const FourRows&, const uint8_t*, int32_t*) = {
+      AddPlanned<1>, AddPlanned<2>, AddPlanned<3>, AddPlanned<4>};
   const HiGroups groups(*b.plan);
   for (int64_t j = 0; j < b.n;) {
     const bool whole = j + kDotsRows <= b.n;

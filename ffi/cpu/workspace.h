@@ -117,8 +117,8 @@ struct Workspace {
     List<HiQuad> quads;
     std::vector<uint64_t> groups;  // with quads: of every four columns a bit, whether there is any
 
-    // Each takes the high parts of one row and returns how many elements they are. If codes are turned, of columns 2t and
-    // 2t + 1 those of one word add up to no less than -128 and no more than 128.
+    // Each takes the high parts of one row and returns how many elements they are. If codes are turned, of columns 2t
+    // and 2t + 1 those of one word add up to no less than -128 and no more than 128.
     int32_t AddWords(const Outlier* high, int32_t count, bool turns) {
       HiWord* const first = words.Room(count);
       int32_t number = 0;
