@@ -120,7 +120,7 @@ const Rung kAvx2 = {"avx2",
                     /*arranged_m=*/0,
                     /*arranged_high_m=*/0,
                     TurnRows,
-                    /*turned_m=*/12,
+                    /*turned_m=*/11,
                     /*turned_n=*/Turned::kTileN};
 
 }  // namespace jaxint8::cpu
