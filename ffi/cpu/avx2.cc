@@ -6,9 +6,9 @@
 // for four rows together; what does not fit even so, next to nothing of most rows, is split like an outlier
 // (turned_avx2.h).
 //
-// Rows of which too much would have to be split, as of uniform ones, and bare products, whose codes are any bytes, are
-// widened to 16 bits; a few such rows give codes the sign of w and multiply by |w|, which fits if no code is -128, as
-// the quantiser guarantees.
+// Few rows of which too much would have to be split, as of uniform ones, are turned each by itself; more of them, and
+// bare products, whose codes are any bytes, are widened to 16 bits. A single row with many outliers gives codes the
+// sign of w and multiplies by |w|, which fits if no code is -128, as the quantiser guarantees.
 #include <immintrin.h>
 
 #include "attend_avx256.h"
@@ -89,6 +89,8 @@ struct Avx2Bytes : Avx2 {
   }
 };
 
+constexpr int64_t kTurnedMost = 11;  // rows that are turned in twos: packing weights for fours takes longer
+
 bool AllTurned(const Block& b) {
   if (b.turned == nullptr) return false;
   for (int64_t i = 0; i < b.m; i += kTurnedRows) {
@@ -99,6 +101,7 @@ bool AllTurned(const Block& b) {
 
 void MultiplyAvx2(const Block& b) {
   if (AllTurned(b)) return b.plan && b.plan->turned ? MultiplyTurnedDots(b, b.panel) : MultiplyTurnedTiles(b, b.panel);
+  if (b.epilogue && b.k > 0 && b.m > kTurnedMost) return MultiplyTiled<Avx2>(b);
   if (b.epilogue) return Multiply<Avx2, Avx2Bytes>(b);
   Multiply<Avx2, Avx2>(b);  // the codes of a bare product are any bytes
 }
@@ -120,7 +123,7 @@ const Rung kAvx2 = {"avx2",
                     /*arranged_m=*/0,
                     /*arranged_high_m=*/0,
                     TurnRows,
-                    /*turned_m=*/11,
+                    /*turned_m=*/kTurnedMost,
                     /*turned_n=*/Turned::kTileN};
 
 }  // namespace jaxint8::cpu

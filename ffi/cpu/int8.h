@@ -68,7 +68,7 @@ struct Row {
   float scale = 1;               // NaN: the row holds a non-finite value, its codes are 0
   int32_t sum = 0;               // of the full codes 128 * hi + lo: cancels the offset of unsigned weights
   int32_t count = 0;             // codes with a high part; all outliers with float_outliers
-  int32_t words = 0;             // groups of four columns with an outlier that has a high part; if turned, some twice
+  int32_t words = 0;             // groups of four columns with an outlier that has a high part; if turned, some thrice
   int32_t quads = 0;             // in the place of words, if the rung asks for them (Rung::quads_k)
   int32_t turned = 0;            // what is to be added to sums of turned codes; see Rung::turn
   const Outlier* outliers = {};  // those counted, ascending columns
@@ -79,17 +79,20 @@ struct Row {
 // So many rows are turned together (Rung::turn).
 inline constexpr int64_t kTurnedRows = 4;
 inline constexpr int64_t kTurnedLines = kTurnedRows + 2;  // lines of bytes that are written for them
+// And the room that they have: in twos that of each of them alone.
+constexpr int64_t TurnedLines(bool twos) { return twos ? kTurnedRows * kTurnedLines : kTurnedLines; }
 
 // Of every 64 columns words of four columns have places in this order, where codes are turned: each beside the one 32
 // columns on.
-inline int32_t TurnedPlace(int32_t group) { return (group & ~15) | (group & 7) << 1 | (group >> 3 & 1); }
-inline int32_t GroupOfTurned(int32_t place) { return (place & ~15) | (place & 1) << 3 | (place >> 1 & 7); }
+static inline int32_t TurnedPlace(int32_t group) { return (group & ~15) | (group & 7) << 1 | (group >> 3 & 1); }
+static inline int32_t GroupOfTurned(int32_t place) { return (place & ~15) | (place & 1) << 3 | (place >> 1 & 7); }
 
 // The high parts of so many rows whose codes are turned, or fewer at the end: what was moved, in units of 64, then
 // those of outliers, in units of 128. In each step one word of every row, or 0; a group is a place, or, in a plan, a
 // number.
 struct FourRows {
   bool turned = false;              // or else too much would have to be moved
+  bool alone = false;               // each row by itself, in twos: then nothing has to be, but none share flips
   int32_t moved = 0, outliers = 0;  // steps
   const HiWord* words = {};         // [moved + outliers][kTurnedRows]
 };
@@ -99,7 +102,7 @@ struct FourRows {
 // are read as a stream use their own lists instead; a single one with many outliers keeps its high parts for all
 // columns (dense), for weights are read more slowly than multiplied.
 struct HiPlan {
-  static constexpr int64_t kMaxGroups = 256;  // with more, a tiled product is better
+  static constexpr int64_t kMaxGroups = 256, kMaxTurned = 384;  // with more, a tiled product is better
 
   bool dense = false;
   bool turned = false;  // all rows are, and FourRows::words name these groups
@@ -146,7 +149,7 @@ struct Block {
   const HiPlan* plan;
   // Set where high parts are quads: of every four columns a bit that says whether some row may have one there.
   const uint64_t* groups;
-  const int8_t* turned;   // [m / kTurnedRows, rounded up][kTurnedLines][stride], by Rung::turn; or null
+  const int8_t* turned;   // [m / kTurnedRows, rounded up][TurnedLines][stride], by Rung::turn; or null
   const FourRows* fours;  // with turned codes: [m / kTurnedRows, rounded up]
   uint8_t* panel;  // with turned codes, of this thread: turned_n outputs of k weights, or the plan's groups of all
   bool arranged;   // codes are, by Rung::arrange
@@ -211,7 +214,7 @@ struct Rung {
   // 1, with fours also of 2t + 32 and 2t + 33, neither positive codes nor negative ones add up to more than 128: what
   // flipping does not bring about, moving 64 or 128 of a code to high parts does. Lists what was moved, count[i] words
   // of places for row i at moved + i * most, and sets Row::turned; high parts are multiplied by w + 128. False if they
-  // would be more than `most`. Null: never.
+  // would be `most` or more, or are likely to be; never of one row in twos, of which nothing is moved. Null: never.
   bool (*turn)(const int8_t* lo, int64_t stride, int64_t m, int64_t k, bool fours, int64_t most, int8_t* turned,
                HiWord* moved, int32_t* count, Row* rows) = nullptr;
   int64_t turned_m = 0;  // up to so many rows codes are turned in twos, and their high parts planned

@@ -28,9 +28,12 @@ constexpr int64_t kArrangedRows = 16;  // see Rung::arrange
 
 int64_t TypeSize(Type type) { return type == Type::kF32 || type == Type::kS32 ? 4 : 2; }
 
-// Of a row's codes the share of which turning may move a part. A word of high parts costs a third of the low products
-// of its four columns, so that at most a sixth is added.
-constexpr int64_t kMovedShare = 8;
+// Of a row's columns the share of which turning may move words: in fours, where a word of high parts costs a third of
+// the low products of its four columns, and in twos, where weights must be gathered for it. Rows of which the largest
+// values are outliers move a tenth of their words in fours (of which this allows four tenths); uniform ones half.
+constexpr int64_t kMovedShare = 10, kMovedShareTwos = 64;
+// Of fewer outputs turning many rows takes longer than it saves.
+constexpr int64_t kTurnedOutputs = 512;
 
 // Adds to the lists what products need of the outliers of a row, of which few under column scope have a high part.
 void ListOutliers(const RowScratch& scratch, bool float_outliers, bool quads, bool turns, Workspace::Lists* lists,
@@ -101,7 +104,8 @@ Job::Job(const Problem& problem) : p_(problem), ws_(Acquire()), id_(NextId()) {
   if (p_.m == 1) p_.options.column_scope = false;
   // Rows quantised by one item: 4 Ki values, a microsecond, or a 64th of them all.
   rows_per_item_ = CeilDiv(p_.m, std::clamp<int64_t>(CeilDiv(p_.m * p_.k, 4096), 1, 64));
-  turns_ = p_.kind == Problem::Kind::kLinear && p_.k > 0 && p_.rung->turn != nullptr;
+  turns_ = p_.kind == Problem::Kind::kLinear && p_.k > 0 && p_.rung->turn != nullptr &&
+           (p_.m <= p_.rung->turned_m || p_.n >= kTurnedOutputs);
   if (turns_) rows_per_item_ = RoundUp(rows_per_item_, kTurnedRows);
   const int64_t row_items = CeilDiv(p_.m, rows_per_item_);
   const double values = static_cast<double>(p_.m) * static_cast<double>(p_.k);
@@ -114,7 +118,7 @@ Job::Job(const Problem& problem) : p_(problem), ws_(Acquire()), id_(NextId()) {
     std::memset(ws_->marks.Get<uint8_t>(p_.k), 0, static_cast<size_t>(p_.k));
   }
   items_[1] = row_items;
-  cost_[1] = values * 0.25 + before;
+  cost_[1] = values * (turns_ ? 0.7 : 0.25) + before;
   if (ws_->lists.size() < static_cast<size_t>(row_items)) ws_->lists.resize(row_items);
   if (!multiplies) return;
 
@@ -132,11 +136,11 @@ Job::Job(const Problem& problem) : p_(problem), ws_(Acquire()), id_(NextId()) {
   }
   if (arranged_) ws_->high_tiles.assign(room / kArrangedRows, HighTiles{});
   if (turns_) {
-    const int64_t fours = CeilDiv(p_.m, kTurnedRows), lines = fours * kTurnedLines;
+    const int64_t fours = CeilDiv(p_.m, kTurnedRows), lines = fours * TurnedLines(p_.m <= p_.rung->turned_m);
     ws_->fours.assign(fours, FourRows{});
     ws_->turned_codes = HalfAPageFrom(p_.w, ws_->turned.Get<int8_t>(lines * ws_->stride + kPage), kTurnedLines);
   }
-  plans_ = turns_ ? p_.m <= p_.rung->turned_m : high && !arranged_ && p_.m <= kSmallM;
+  plans_ = p_.rung->turn ? turns_ && p_.m <= p_.rung->turned_m : high && !arranged_ && p_.m <= kSmallM;
   items_[2] = plans_ && row_items > 1;
   quads_ = high && p_.m >= kLeastQuadRows && p_.k <= p_.rung->quads_k;
   // Both halves of a gate and its sums are to stay in the second-level cache, and so are arranged codes.
@@ -308,16 +312,21 @@ void Job::QuantizeRows(int64_t item) {
 // Turns the codes of these rows, just quantised, and lists their high parts side by side.
 void Job::TurnRows(int64_t item, int64_t begin, int64_t end) {
   List<HiWord>& list = ws_->lists[item].turned;
-  const int64_t most = p_.k / kMovedShare;
+  const int64_t most = p_.k / (plans_ ? kMovedShareTwos : kMovedShare), lines = TurnedLines(plans_);
   HiWord* const moved = Scratch().moved.Get<HiWord>(kTurnedRows * most);
   for (int64_t first = begin; first < end; first += kTurnedRows) {
     const int64_t m = std::min(kTurnedRows, end - first);
     FourRows& four = ws_->fours[first / kTurnedRows];
     Row* const rows = ws_->rows.data() + first;
-    int8_t* const turned = ws_->turned_codes + first / kTurnedRows * kTurnedLines * ws_->stride;
+    int8_t* const turned = ws_->turned_codes + first / kTurnedRows * lines * ws_->stride;
+    const int8_t* const codes = ws_->codes + first * ws_->stride;
     int32_t count[kTurnedRows] = {};
-    four.turned = p_.rung->turn(ws_->codes + first * ws_->stride, ws_->stride, m, p_.k, !plans_, most, turned, moved,
-                                count, rows);
+    four.turned = p_.rung->turn(codes, ws_->stride, m, p_.k, !plans_, most, turned, moved, count, rows);
+    four.alone = !four.turned && plans_;
+    for (int64_t i = 0; four.alone && i < m; ++i) {
+      four.turned = p_.rung->turn(codes + i * ws_->stride, ws_->stride, 1, p_.k, false, most,
+                                  turned + i * kTurnedLines * ws_->stride, moved + i * most, count + i, rows + i);
+    }
     if (!four.turned) continue;
     four.moved = *std::max_element(count, count + m);
     for (int64_t i = 0; i < m; ++i) four.outliers = std::max(four.outliers, rows[i].words);
@@ -373,11 +382,15 @@ void Job::CopyRows(int64_t item) {
 void Job::PlanHi() {
   Workspace& ws = *ws_;
   ws.plan = HiPlan{};
-  if (turns_ && PlanTurned()) return;
   if (p_.m == 1) {
     // Dense: an instruction more per 64 columns, and some at the end of a row. Else: some ten per group and four
-    // outputs.
-    if (ws.rows[0].words <= HiPlan::kMaxGroups && ws.rows[0].count * 200 <= p_.k + 200) return;
+    // outputs. Turned codes have groups of a plan, which cost less.
+    const int64_t words = ws.rows[0].words, count = ws.rows[0].count;
+    const bool few = turns_ ? words * 22 <= p_.k : count * 200 <= p_.k + 200;
+    if (words <= HiPlan::kMaxGroups && few) {
+      if (turns_) PlanTurned();
+      return;
+    }
     const int64_t width = RoundUp(p_.k, 64);
     int8_t* hi = ws.hi.Get<int8_t>(width);
     std::memset(hi, 0, static_cast<size_t>(width));
@@ -389,6 +402,7 @@ void Job::PlanHi() {
     ws.plan.hi = hi;
     return;
   }
+  if (turns_ && PlanTurned()) return;
   const auto for_each = [&](auto take) {
     for (int64_t i = 0; i < p_.m; ++i) {
       for (int32_t j = 0; j < ws.rows[i].words; ++j) take(ws.rows[i].hi[j].group);
@@ -415,6 +429,7 @@ bool Job::PlanTurned() {
     }
   };
   UnionOfGroups([&](auto take) { for_each([&](const HiWord* word) { take(GroupOfTurned(word->group)); }); });
+  if (ws.plan.groups > HiPlan::kMaxTurned) return false;
   for_each([&](HiWord* word) { word->group = SlotOf(GroupOfTurned(word->group)); });
   ws.plan.turned = true;
   return true;
@@ -488,9 +503,9 @@ Block Job::BlockOf(int64_t item) const {
   b.with_hi = p_.kind == Problem::Kind::kLinear && p_.options.rule != Rule::kNone && !p_.options.float_outliers;
   b.plan = plans_ && (ws_->plan.turned || ws_->plan.groups <= HiPlan::kMaxGroups) ? &ws_->plan : nullptr;
   b.groups = quads_ ? GroupsOf(i0, i0 + b.m) : nullptr;
-  if (turns_) {
+  if (turns_ && (!plans_ || ws_->plan.turned)) {
     b.fours = ws_->fours.data() + i0 / kTurnedRows;
-    b.turned = ws_->turned_codes + i0 / kTurnedRows * kTurnedLines * ws_->stride;
+    b.turned = ws_->turned_codes + i0 / kTurnedRows * TurnedLines(plans_) * ws_->stride;
     b.panel = scratch.panel.Get<uint8_t>(
         std::max(p_.rung->turned_n * RoundUp(p_.k, 64), b.plan ? b.plan->groups * kBlockN * 4 : 0));
   }

@@ -181,6 +181,8 @@ bool TurnRowsBy(const int8_t* lo, int64_t stride, int64_t m, int64_t k, int64_t 
       } else {
         left = beyond(x.all, x.sum) | uint64_t{beyond(y.all, y.sum)} << 32;
       }
+      // Beyond its share up to here: the rest will hardly be better.
+      if (left != 0 && count[i] > 8 + most * (t + 64) / k) return false;
       for (; left != 0; left &= left - 1) {
         if (count[i] + 2 > most) return false;
         constexpr int kCodes = kFours ? 4 : 2;
@@ -278,7 +280,7 @@ void PackTurned(const int8_t* w, int64_t k, int64_t n, uint8_t* panel) {
   }
 }
 
-// The turned codes of rows from i on.
+// The turned codes of rows from i on, in fours.
 const int8_t* TeamOf(const Block& b, int64_t i) { return b.turned + i / kTurnedRows * kTurnedLines * b.stride; }
 
 // Outputs j to j + kTileN of M rows from i on: finished, if `direct`, or else sums in c.
@@ -353,11 +355,12 @@ void MultiplyTurnedTiles(const Block& b, uint8_t* panel) {
 // whole rows would be more lines of one set of the L1 cache than it holds, and a Zen 3's own fetching ends with a page.
 constexpr int64_t kAhead = 1024;
 
-// c[M][N] of rows from i0 on = their products with N rows of weights after N from j to j_end.
+// c[M][N] of rows from i0 on, whose turned codes are x, = their products with N rows of weights after N from j to
+// j_end.
 template <int M, int N>
-void TurnedDots(const Block& b, int64_t i0, int64_t j, int64_t j_end) {
+void TurnedDots(const Block& b, const int8_t* x, int64_t i0, int64_t j, int64_t j_end) {
   const int64_t k = b.k, stride = b.stride, whole = k / 64 * 64;
-  const int8_t *x = TeamOf(b, i0), *flips = x + kTurnedRows * stride;
+  const int8_t* flips = x + kTurnedRows * stride;
   for (; j < j_end; j += N) {
     const int8_t* w = b.w + j * k;
     Turned::Sums sum[M][N];
@@ -413,7 +416,7 @@ void AddPlanned(const FourRows& four, const uint8_t* panel, int32_t* c) {
 
 // For few rows. The plan lists the groups that hold a high part; words name their places in it.
 void MultiplyTurnedDots(const Block& b, uint8_t* panel) {
-  using Function = void (*)(const Block&, int64_t, int64_t, int64_t);
+  using Function = void (*)(const Block&, const int8_t*, int64_t, int64_t, int64_t);
   static constexpr Function kWhole[kTurnedRows] = {TurnedDots<1, 4>, TurnedDots<2, 4>, TurnedDots<3, 4>,
                                                    TurnedDots<4, 2>};
   static constexpr Function kSingle[kTurnedRows] = {TurnedDots<1, 1>, TurnedDots<2, 1>, TurnedDots<3, 1>,
@@ -426,7 +429,13 @@ void MultiplyTurnedDots(const Block& b, uint8_t* panel) {
     const int64_t end = j + (whole ? kDotsRows : 1);
     for (int64_t i = 0; i < b.m; i += kTurnedRows) {
       const int64_t m = b.m - i < kTurnedRows ? b.m - i : kTurnedRows;
-      (whole ? kWhole : kSingle)[m - 1](b, i, j, end);
+      const int8_t* x = b.turned + i * kTurnedLines * b.stride;
+      if (b.fours[i / kTurnedRows].alone) {
+        for (int64_t r = 0; r < m; ++r, x += kTurnedLines * b.stride)
+          (whole ? kWhole : kSingle)[0](b, x, i + r, j, end);
+      } else {
+        (whole ? kWhole : kSingle)[m - 1](b, x, i, j, end);
+      }
     }
     if (groups.count > 0) GatherGroups(b, groups, j, end, panel);
     j = end;
