@@ -19,7 +19,7 @@ template <int kBlocks>
 class ClusterTeam {
  public:
   static constexpr bool kSpread = true, kOfWarps = false;
-  static constexpr int kMostWarps = kTeamMostWarps, kTurn = 1;
+  static constexpr int kTurn = 1;
 
   static JAXINT8_DEVICE int Block() { return static_cast<int>(static_cast<unsigned>(BlockIndex()) % kBlocks); }
   static JAXINT8_DEVICE int Index() { return Block() * BlockThreads() + ThreadIndex(); }

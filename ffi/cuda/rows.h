@@ -37,17 +37,15 @@ inline constexpr int kCandidates = 32;
 inline constexpr int kBins = 128;
 
 // Where things lie in the shared memory of a team that quantises rows, in words.
-template <int kMostWarps>
-struct RowScratchOf {
-  static constexpr int kMaxima = kMostWarps > 1 ? kTeamWords : 0;  // one a thread
-  static constexpr int kBinsAt = kMaxima + 32 * kMostWarps;
+struct RowScratch {
+  static constexpr int kMaxima = kTeamWords;  // one a thread
+  static constexpr int kBinsAt = kMaxima + 32 * kTeamMostWarps;
   static constexpr int kCount = kBinsAt + kBins;
   static constexpr int kList = kCount + 4;
   static constexpr int kOnce = kList + 2 * kCandidates;
   static constexpr int kPieces = kOnce + 4;
   static constexpr int kWords = (kPieces + kPieceWords + 31) / 32 * 32;
 };
-using RowScratch = RowScratchOf<kTeamMostWarps>;
 inline constexpr int kScratchWords = RowScratch::kWords;
 
 // Where a row goes. Pointers to shared or device memory.
@@ -129,7 +127,7 @@ class Row {
 
  private:
   using Group = typename Groups::Group;
-  using Scratch = RowScratchOf<AnyTeam::kMostWarps>;
+  using Scratch = RowScratch;
   struct Values {
     float v[8];
   };
@@ -333,7 +331,7 @@ class Row {
 
   // What every warp would find for itself: where many rows are under way, one warp does and tells the others. Has a
   // barrier then; there must be one between two calls.
-  static constexpr bool kOnce = Groups::kHeld > 1 && AnyTeam::kMostWarps > 1;
+  static constexpr bool kOnce = Groups::kHeld > 1;
   template <typename Find>
   JAXINT8_DEVICE Word4 Once(Find find) {
     if constexpr (!kOnce) return find();

@@ -37,7 +37,6 @@ class Team {
  public:
   static constexpr bool kSpread = false;  // over several blocks
   static constexpr bool kOfWarps = kTeamWarps > 0;
-  static constexpr int kMostWarps = kTeamWarps > 0 ? kTeamWarps : kTeamMostWarps;
   // Of what warps take in turn, the next is so many further on; 1 where their number is not known here.
   static constexpr int kTurn = kTeamWarps > 0 ? kTeamWarps : 1;
 
@@ -61,9 +60,7 @@ class Team {
   static JAXINT8_DEVICE int Lane() { return static_cast<int>(static_cast<unsigned>(ThreadIndex()) % 32); }
   JAXINT8_DEVICE void Sync() {
     if constexpr (kOfWarps) ++syncs_;
-    if constexpr (kTeamWarps == 1) {
-      WarpBarrier();
-    } else if constexpr (kTeams == 1 && kTeamWarps == 0) {
+    if constexpr (kTeams == 1 && kTeamWarps == 0) {
       Barrier();
     } else {
       PartBarrier(1 + Number(), Size());
@@ -114,7 +111,6 @@ class Team {
   // Lane by lane, in all warps: the largest of one of 32 parts of the team, which are all of it. words: one a thread.
   // Has a barrier of the block.
   JAXINT8_DEVICE uint32_t MaxOfParts(uint32_t v, Ptr<uint32_t> words) {
-    if constexpr (kTeamWarps == 1) return v;
     Share(v, words);
     return MaxOfShared(v, words);
   }
