@@ -33,9 +33,12 @@ JAXINT8_DEVICE void WithTypeOf(const Epilogue& e, F f) {
   }
 }
 
-JAXINT8_DEVICE float Finish(int32_t sum, float row_scale, float w_scale, bool has_bias, float bias) {
-  const float y = Multiply(Multiply(IntToFloat(sum), row_scale), w_scale);
-  return has_bias ? Add(y, bias) : y;
+// In the place of a bias where there is none: added to any number, zeros of either sign included, it changes nothing,
+// and no output has to ask.
+inline constexpr float kNoBias = -0.0f;
+
+JAXINT8_DEVICE float Finish(int32_t sum, float row_scale, float w_scale, float bias) {
+  return Add(Multiply(Multiply(IntToFloat(sum), row_scale), w_scale), bias);
 }
 
 JAXINT8_DEVICE uint32_t Round(const Epilogue& e, float y) {
@@ -45,7 +48,7 @@ JAXINT8_DEVICE uint32_t Round(const Epilogue& e, float y) {
 // The output of one sum without the residual, in the low bits for 16-bit types.
 JAXINT8_DEVICE uint32_t Output(const Epilogue& e, int32_t sum, float row_scale, float w_scale, float bias) {
   if (e.type == Type::kS32) return static_cast<uint32_t>(sum);
-  return Round(e, Finish(sum, row_scale, w_scale, static_cast<bool>(e.bias), bias));
+  return Round(e, Finish(sum, row_scale, w_scale, bias));
 }
 
 JAXINT8_DEVICE bool IsWide(const Epilogue& e) { return e.type == Type::kF32 || e.type == Type::kS32; }

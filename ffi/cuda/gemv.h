@@ -196,7 +196,7 @@ class GemvKernel {
 
   // What the lane's output is made with, beside its sum.
   struct Scales {
-    float w_scale = 0, bias = 0;
+    float w_scale = 0, bias = kNoBias;
     uint32_t residual[kRows] = {};
   };
   JAXINT8_DEVICE Scales LoadScales(int row) const {

@@ -182,6 +182,7 @@ class NarrowKernel {
           m_(kernel.RowOf(tile) + thread_ / 32 * 16 + thread_ % 32 / 4 + 8 * group_),
           n_(kernel.ColumnOf(tile)) {
       const Epilogue& e = p_.epilogue;
+      column_ = group_ == 0 ? 0 : kNoBias;
       if (e.type == Type::kS32) return;
       if (m_ < p_.m) row_scale_ = Load(e.row_scale + m_);
       if (thread_ < kTileN && n_ + thread_ < p_.n) {
@@ -213,28 +214,17 @@ class NarrowKernel {
       }
     }
 
-    // Stores the outputs of sums c[4 * j] and c[4 * j + 1].
+    // Stores the outputs of sums c[4 * j] and c[4 * j + 1]. The code that runs is one piece: fetching it takes the time.
     template <Type kType>
     JAXINT8_DEVICE void Finish(const int32_t (&c)[kSums]) const {
       Epilogue e = p_.epilogue;
       e.type = kType;
-      const int t = thread_ % 4;
-#pragma unroll
-      for (int j = 0; j < kEights; j += 4) {
-        uint32_t y[4][2] = {};
-#pragma unroll
-        for (int q = 0; q < 4 && j + q < kEights; ++q) {
-          const Word4 of = LoadAs<Word4>(Columns() + 8 * (8 * (j + q) + 2 * t));
-          const int at = 4 * (j + q);
-          y[q][0] = cuda::Output(e, c[at], row_scale_, FloatFromBits(of.x), FloatFromBits(of.y));
-          y[q][1] = cuda::Output(e, c[at + 1], row_scale_, FloatFromBits(of.z), FloatFromBits(of.w));
-        }
-        if (j / 4 < kFours && InFours(kType)) {
-          StoreFour(e, j / 4, y);
-          continue;
-        }
-#pragma unroll
-        for (int q = 0; q < 4 && j + q < kEights; ++q) StorePair(e, n_ + 8 * (j + q) + 2 * t, y[q]);
+      if (!InFours(kType)) {
+        FinishPairs<0>(e, c);
+      } else if (e.residual) {
+        FinishFours<true>(e, c);
+      } else {
+        FinishFours<false>(e, c);
       }
     }
 
@@ -255,19 +245,48 @@ class NarrowKernel {
       return static_cast<int32_t>(static_cast<uint32_t>(own) + static_cast<uint32_t>(other));
     }
 
-    JAXINT8_DEVICE void StoreFour(const Epilogue& e, int four, const uint32_t (&y)[4][2]) const {
-      uint32_t words[4];
-#pragma unroll
-      for (int q = 0; q < 4; ++q) words[q] = y[q][0] | y[q][1] << 16;
-      TransposeQuad(words, thread_ % 4);
-      if (!Has(four)) return;
-      if (e.residual) {
-        const uint32_t added[4] = {residual_[four].x, residual_[four].y, residual_[four].z, residual_[four].w};
-#pragma unroll
-        for (int q = 0; q < 4; ++q) words[q] = AddResiduals(e, words[q], added[q]);
-      }
-      StoreAs<Word4>(e.y + ByteOf(four), Word4{words[0], words[1], words[2], words[3]});
+    // y[i]: of sum c[4 * j + i].
+    JAXINT8_DEVICE void MakePair(const Epilogue& e, const int32_t (&c)[kSums], int j, uint32_t (&y)[2]) const {
+      const Word4 of = LoadAs<Word4>(Columns() + 8 * (8 * j + 2 * (thread_ % 4)));
+      y[0] = cuda::Output(e, c[4 * j], row_scale_, FloatFromBits(of.x), FloatFromBits(of.y));
+      y[1] = cuda::Output(e, c[4 * j + 1], row_scale_, FloatFromBits(of.z), FloatFromBits(of.w));
     }
+
+    // From eight kFrom on.
+    template <int kFrom>
+    JAXINT8_DEVICE void FinishPairs(const Epilogue& e, const int32_t (&c)[kSums]) const {
+#pragma unroll
+      for (int j = kFrom; j < kEights; ++j) {
+        uint32_t y[2];
+        MakePair(e, c, j, y);
+        StorePair(e, n_ + 8 * j + 2 * (thread_ % 4), y);
+      }
+    }
+
+    template <bool kAdds>
+    JAXINT8_DEVICE void FinishFours(const Epilogue& e, const int32_t (&c)[kSums]) const {
+      const Ptr<uint8_t> to = e.y + ByteOf(0);
+#pragma unroll
+      for (int four = 0; four < kFours; ++four) {
+        uint32_t words[4];
+#pragma unroll
+        for (int q = 0; q < 4; ++q) {
+          uint32_t y[2];
+          MakePair(e, c, 4 * four + q, y);
+          words[q] = y[0] | y[1] << 16;
+        }
+        TransposeQuad(words, thread_ % 4);
+        if (!Has(four)) continue;
+        if constexpr (kAdds) {
+          const uint32_t added[4] = {residual_[four].x, residual_[four].y, residual_[four].z, residual_[four].w};
+#pragma unroll
+          for (int q = 0; q < 4; ++q) words[q] = AddResiduals(e, words[q], added[q]);
+        }
+        StoreAs<Word4>(to + 64 * four, Word4{words[0], words[1], words[2], words[3]});
+      }
+      FinishPairs<4 * kFours>(e, c);
+    }
+
     JAXINT8_DEVICE void StorePair(const Epilogue& e, int64_t n, const uint32_t (&y)[2]) const {
       if (m_ >= p_.m || n >= p_.n) return;
       if (p_.n % 2 == 0) return StoreOutputs(e, m_, n, y[0], y[1]);
@@ -279,7 +298,7 @@ class NarrowKernel {
     const Ptr<uint8_t> given_;
     const int group_, thread_;
     const int64_t m_, n_;
-    float row_scale_ = 0, column_ = 0;
+    float row_scale_ = 0, column_;
     Word4 residual_[kFours > 0 ? kFours : 1] = {};
   };
 

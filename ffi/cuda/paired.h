@@ -203,7 +203,7 @@ class PairedKernel {
     Groups groups(x, k);
     // The scale of a column, or its bias.
     const int column = ThreadIndex() % kTileN;
-    float of_column = 0;
+    float of_column = kNoBias;
     if (ThreadIndex() < 2 * kTileN && n_ + column < p_.n) {
       const Ptr<const float> from = ThreadIndex() < kTileN ? p_.epilogue.w_scale : p_.epilogue.bias;
       if (from) of_column = Load(from + n_ + column);
@@ -330,8 +330,7 @@ class PairedKernel {
     Epilogue e = p_.epilogue;
     e.type = kType;
     const auto finish = [&](uint32_t s, uint32_t scale, uint32_t bias) {
-      return cuda::Finish(static_cast<int32_t>(s), row_scale, FloatFromBits(scale), static_cast<bool>(e.bias),
-                          FloatFromBits(bias));
+      return cuda::Finish(static_cast<int32_t>(s), row_scale, FloatFromBits(scale), FloatFromBits(bias));
     };
     const float y[4] = {finish(sum.x, w.x, b.x), finish(sum.y, w.y, b.y), finish(sum.z, w.z, b.z),
                         finish(sum.w, w.w, b.w)};

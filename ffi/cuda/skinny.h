@@ -125,7 +125,7 @@ class SkinnyKernel {
       const int count = last_ - group < p_.groups ? last_ - group : p_.groups;
       const int64_t n = int64_t{group} / kUnit * kStreamOutputs + column;
       const bool stores = mine < count && n < p_.n;
-      float w_scale = 0, bias = 0, up_scale = 0, up_bias = 0;
+      float w_scale = 0, bias = kNoBias, up_scale = 0, up_bias = kNoBias;
       uint32_t residual[kRows] = {};
 #pragma unroll
       for (int i = 0; i < kRows; ++i) {

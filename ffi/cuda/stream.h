@@ -227,7 +227,7 @@ class StreamKernel {
       for (int s = 0; s < p_.split; ++s) {
         sum += static_cast<uint32_t>(Load(Sums(buffer, warp + s) + row * kSumStride + column % kStreamOutputs));
       }
-      float scale = 0, w_scale = 0, bias = 0;
+      float scale = 0, w_scale = 0, bias = kNoBias;
       if (p_.epilogue.type != Type::kS32) {
         if constexpr (kFused) {
           scale = Load(Cast<float>(SharedMemory() + layout_.scales) + row);

@@ -222,6 +222,8 @@ class SwappedKernel {
     const int lane = ThreadIndex() % kLanes;
     const Epilogue& e = p_.epilogue;
     Scales s{};
+#pragma unroll
+    for (float& bias : s.bias) bias = kNoBias;
     s.first = 4 * lane;
     s.n = tile.n + s.first % kOutputs;
     if (e.type == Type::kS32) return s;

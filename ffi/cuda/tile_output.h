@@ -81,7 +81,7 @@ class TileOutput {
     for (int i = lane; i < kTileN; i += 32) {
       const int64_t n = place.n + i;
       const bool valid = n < n_ && e_.type != Type::kS32;
-      const float scale = valid ? Load(e_.w_scale + n) : 0, bias = valid && e_.bias ? Load(e_.bias + n) : 0;
+      const float scale = valid ? Load(e_.w_scale + n) : 0, bias = valid && e_.bias ? Load(e_.bias + n) : kNoBias;
       StoreAs<Word2>(columns_ + 8 * i, Word2{Bits(scale), Bits(bias)});
     }
     Arrive(full_);

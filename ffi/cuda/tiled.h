@@ -176,7 +176,7 @@ class TiledKernel {
 #pragma unroll
     for (int j = 0; j < kColumns; ++j) {
       const int64_t n = n0_ + warp_ % kWarpsN * kWarpN + 8 * j + 2 * t;
-      float w_scale[2] = {}, bias[2] = {};
+      float w_scale[2] = {}, bias[2] = {kNoBias, kNoBias};
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         if (scaled && n + h < p_.n) {
