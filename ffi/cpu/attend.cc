@@ -9,8 +9,6 @@
 namespace jaxint8::cpu {
 namespace {
 
-int64_t SizeOf(Type type) { return type == Type::kF32 ? 4 : 2; }
-
 const void* Advance(const void* data, int64_t bytes) { return static_cast<const char*>(data) + bytes; }
 
 }  // namespace

@@ -91,7 +91,7 @@ float Uniform(std::mt19937& random) { return static_cast<float>(random() >> 8) *
 Inputs Make(const Case& c, uint32_t seed) {
   std::mt19937 random(seed);
   Inputs in;
-  const int64_t size = c.type == Type::kF32 ? 4 : 2;
+  const int64_t size = SizeOf(c.type);
   in.x.resize(c.m * c.columns() * size);
   in.norm.resize(c.k * 4);
   in.residual.resize(c.m * c.n * size);
@@ -144,7 +144,7 @@ void RunOn(int threads, const Problem& problem) {
 
 Outputs Run(const Case& c, const Inputs& in, const Rung* rung, int threads) {
   Outputs out;
-  const int64_t size = c.type == Type::kF32 ? 4 : 2;
+  const int64_t size = SizeOf(c.type);
   out.y.resize(c.m * c.n * size);
   out.rows.resize(c.m * c.k * size);
   out.product.resize(c.m * c.n * 4);
@@ -201,7 +201,7 @@ Outputs Run(const Case& c, const Inputs& in, const Rung* rung, int threads) {
 
 // One NaN for all, because processors differ in the sign and payload of the NaN that they make.
 void UnifyNans(Bytes& bytes, Type type) {
-  const size_t size = type == Type::kF32 ? 4 : 2;
+  const auto size = static_cast<size_t>(SizeOf(type));
   const uint32_t infinity = type == Type::kF32 ? 0x7f800000 : type == Type::kBF16 ? 0x7f80 : 0x7c00;
   const uint32_t magnitude = type == Type::kF32 ? 0x7fffffff : 0x7fff;
   for (size_t i = 0; i < bytes.size(); i += size) {
@@ -262,7 +262,7 @@ Bytes RunAttend(const AttendCase& c, const Bytes& qkv, const Bytes& angles, Cach
   std::vector<int32_t> start;
   for (int64_t row = 0; row < c.b; ++row) start.push_back(static_cast<int32_t>(StartOf(c, row)));
   const auto* turns = reinterpret_cast<const float*>(angles.data());
-  Bytes y(c.b * c.heads * c.d * (c.type == Type::kF32 ? 4 : 2));
+  Bytes y(c.b * c.heads * c.d * SizeOf(c.type));
   AttendProblem p{};
   p.rung = rung, p.type = c.type;
   p.b = c.b, p.heads = c.heads, p.kv_heads = c.kv_heads, p.d = c.d, p.slots = c.slots, p.slot = c.slot;
@@ -290,7 +290,7 @@ void CheckAttention(const std::vector<const Rung*>& rungs, std::vector<int>* fai
   uint32_t seed = 0;
   for (const AttendCase& c : cases) {
     std::mt19937 random(++seed);
-    const int64_t heads = c.heads + 2 * c.kv_heads, size = c.type == Type::kF32 ? 4 : 2;
+    const int64_t heads = c.heads + 2 * c.kv_heads, size = SizeOf(c.type);
     Bytes qkv(c.b * heads * c.d * size), angles(c.b * c.d * 4);
     for (int64_t i = 0; i < c.b * heads * c.d; ++i) {
       const int64_t row = i / (heads * c.d), head = i / c.d % heads;

@@ -27,6 +27,7 @@ inline constexpr int64_t kSmallM = 72;
 inline constexpr int64_t kFetchBytes = 96 << 10, kFetchM = 24;
 
 enum class Type : int32_t { kF32, kBF16, kF16, kS32 };
+constexpr int64_t SizeOf(Type type) { return type == Type::kF32 || type == Type::kS32 ? 4 : 2; }
 enum class Rule : int32_t { kNone, kThreshold, kRelative, kTopK };
 
 // The outlier rule and how outliers are carried; see jaxint8/outliers.py and jaxint8/reference.py for the law.

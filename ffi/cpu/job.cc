@@ -26,8 +26,6 @@ constexpr int64_t kLeastQuadRows = 96;
 static_assert(kLeastQuadRows > kSmallM);
 constexpr int64_t kArrangedRows = 16;  // see Rung::arrange
 
-int64_t TypeSize(Type type) { return type == Type::kF32 || type == Type::kS32 ? 4 : 2; }
-
 // Of a row's columns the share of which turning may move words: in fours, where a word of high parts costs a third of
 // the low products of its four columns, and in twos, where weights must be gathered for it. Rows of which the largest
 // values are outliers move a tenth of their words in fours (of which this allows four tenths); uniform ones half.
@@ -114,7 +112,7 @@ Job::Job(const Problem& problem) : p_(problem), ws_(Acquire()), id_(NextId()) {
   if (quantizes && p_.options.column_scope) {
     items_[0] = row_items;
     cost_[0] = values * 0.15 + before;
-    if (before > 0) ws_->entered.Get<char>(p_.m * p_.k * TypeSize(p_.type));
+    if (before > 0) ws_->entered.Get<char>(p_.m * p_.k * SizeOf(p_.type));
     std::memset(ws_->marks.Get<uint8_t>(p_.k), 0, static_cast<size_t>(p_.k));
   }
   items_[1] = row_items;
@@ -204,7 +202,7 @@ void Job::Run(int phase, int64_t item) {
 // Row i as it is quantised. Behind a prologue it lies in a buffer of this thread, or, where columns are marked, in one
 // of the job, written by the pass that marks them (keeps) and read by the next.
 const void* Job::RowOf(int64_t i, bool keeps) {
-  const int64_t bytes = p_.k * TypeSize(p_.type);
+  const int64_t bytes = p_.k * SizeOf(p_.type);
   const auto* x = static_cast<const char*>(p_.x);
   if (p_.prologue.kind == Prologue::Kind::kNone) return x + i * bytes;
   char* row = nullptr;
@@ -220,7 +218,7 @@ const void* Job::RowOf(int64_t i, bool keeps) {
 }
 
 void Job::EnterRows(int64_t item) {
-  const int64_t bytes = p_.k * TypeSize(p_.type);
+  const int64_t bytes = p_.k * SizeOf(p_.type);
   const int64_t wide = p_.prologue.kind == Prologue::Kind::kSiluGate ? 2 * bytes : bytes;
   const int64_t end = std::min(p_.m, (item + 1) * rows_per_item_);
   for (int64_t i = item * rows_per_item_; i < end; ++i) {
@@ -542,7 +540,7 @@ void Job::Multiply(int64_t item) {
   const auto [i0, j0] = PlaceOf(item);
   if (p_.kind == Problem::Kind::kLinear) {
     Epilogue e = EpilogueOf(b, j0);
-    const int64_t at = (i0 * p_.n + j0) * TypeSize(p_.type);
+    const int64_t at = (i0 * p_.n + j0) * SizeOf(p_.type);
     e.residual = p_.residual ? static_cast<const char*>(p_.residual) + at : nullptr;
     e.y = static_cast<char*>(p_.y) + at;
     e.stride = p_.n;
@@ -560,7 +558,7 @@ void Job::Multiply(int64_t item) {
 // Both halves into a buffer in the second-level cache, row by row one behind the other, then the gate.
 void Job::MultiplyGated(const Block& gate, int64_t item) {
   const auto [i0, j0] = PlaceOf(item);
-  const int64_t size = TypeSize(p_.type);
+  const int64_t size = SizeOf(p_.type);
   char* halves = Scratch().halves.Get<char>(gate.m * 2 * gate.n * size);
   const auto half = [&](Block b, int64_t which) {
     b.w += which * p_.n * p_.k;

@@ -426,7 +426,7 @@ template <Type kType>
     bias[z] = e.bias ? _mm512_maskz_loadu_ps(mask[z], e.bias + (mask[z] ? z * 16 : 0)) : _mm512_setzero_ps();
   });
   // In locals, because a store to y might change *e for all the compiler knows.
-  const int64_t step = e.stride * (kType == Type::kF32 ? 4 : 2);
+  const int64_t step = e.stride * SizeOf(kType);
   const int32_t* c = e.c + begin * kBlockN;
   const float* extra = e.extra;
   const Row* rows = e.rows;
@@ -453,7 +453,7 @@ inline bool FinishesSums(const Epilogue& e) { return e.n == kBlockN && !e.extra 
 // The epilogue of rows first.. from registers; their sums need not be in c.
 template <int M, Type kType>
 ALWAYS_INLINE inline void FinishSumsAs(const Epilogue& e, int64_t first, const __m512i (&acc)[M][4]) {
-  const int64_t step = e.stride * (kType == Type::kF32 ? 4 : 2);
+  const int64_t step = e.stride * SizeOf(kType);
   const float *w_scale = e.w_scale, *bias = e.bias;
   const Row* rows = e.rows + first;
   char* y = static_cast<char*>(e.y) + first * step;
@@ -487,7 +487,7 @@ ALWAYS_INLINE inline void FinishSums(const Epilogue& e, int64_t first, const __m
 
 // Asks for the lines of y and of the residual that Finish will need: they come while the tile is multiplied.
 inline void FetchOutputs(const Epilogue& e, int64_t begin, int64_t end) {
-  const int64_t size = e.type == Type::kF32 ? 4 : 2;
+  const int64_t size = SizeOf(e.type);
   for (int64_t i = begin; i < end; ++i) {
     const char* y = static_cast<const char*>(e.y) + i * e.stride * size;
     for (int64_t j = 0; j < e.n * size; j += 64) __builtin_prefetch(y + j, 1);
