@@ -29,12 +29,12 @@ AVX512_VNNI = (
     "strips_avx512",
     "tiles_avx512",
 )
+# Compiled for any machine, so that they may share functions.
+PLAIN = ("job", "job_rows", "job_high", "job_products", "attend", "dispatch")
 CODE = {
     "x86_64": {
         "scalar": (r"mulps", r"%[yz]mm"),
-        "job": (r"ret", r"%[yz]mm"),
-        "attend": (r"ret", r"%[yz]mm"),
-        "dispatch": (r"ret", r"%[yz]mm"),
+        **dict.fromkeys(PLAIN, (r"ret", r"%[yz]mm")),
         "processor": (r"cpuid|__cpu_model", r"%[yz]mm"),
         "avx2": (r"vpmaddwd .*%ymm", rf"vpdp|{NEWER}"),
         "avx_vnni": (r"\{vex\} vpdpbusd .*%ymm", NEWER),
@@ -134,14 +134,7 @@ def check_code(folder: pathlib.Path, machine: str, prefix: str = "") -> None:
             raise CheckError(f"{path}: too new for its processors: {match[0].strip()}")
         symbols = subprocess.run([nm, "-C", str(path)], capture_output=True, text=True, check=True)
         shared = re.findall(r"^\w+ [WVu] (.*)$", symbols.stdout, re.M)
-        if name in (
-            "job",
-            "attend",
-            "dispatch",
-            "processor",
-        ):  # compiled for any machine: may be shared
-            shared = []
-        if shared:
+        if shared and name not in (*PLAIN, "processor"):
             raise CheckError(f"{path}: shares {shared[0]} with files for other processors")
         checked.append(name)
     print(f"machine code of {machine}: {', '.join(checked)}")

@@ -77,7 +77,8 @@ struct Row {
   const HiQuad* quad = {};       // ascending columns
 };
 
-// So many rows are turned together (Rung::turn).
+// So many rows are arranged together (Rung::arrange), and so many turned (Rung::turn).
+inline constexpr int64_t kArrangedRows = 16;
 inline constexpr int64_t kTurnedRows = 4;
 inline constexpr int64_t kTurnedLines = kTurnedRows + 2;  // lines of bytes that are written for them
 // And the room that they have: in twos that of each of them alone.
