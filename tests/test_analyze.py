@@ -129,7 +129,12 @@ def test_the_command_injects_into_a_model_that_says_so(checkpoint, tmp_path, cap
     [
         (["--inject=16"], "output: expected a folder"),
         (["--inject=3", "--output=x"], "factor: expected a power of two"),
-        (["--methods=float32"], "methods: expected int8 methods"),
+        (["--methods=topk,float32"], "methods: expected int8 methods, got 'float32'"),
+        (
+            ["--methods=llm_int8,topk:kv_int8"],
+            "methods: expected no kv_int8, as a cache changes no",
+        ),
+        (["--methods=topk:kv_int8"], "layer's product, got 'topk:kv_int8'"),
         (["--sites=head"], "sites: expected any of down, out, qkv, up, got head"),
         (["--text=none.txt"], "text: none.txt cannot be read"),
         (["--window=257"], "window: 257 exceeds the model's 256 positions"),

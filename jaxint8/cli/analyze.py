@@ -62,7 +62,7 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_list(
         "methods",
         ["vectorwise", "zeropoint_vectorwise", "llm_int8", "relative", "topk"],
-        "Int8 methods of the signal-to-noise plot, named as for jaxint8-eval.",
+        "Int8 methods of the signal-to-noise plot, named as for jaxint8-eval, without :kv_int8.",
         flag_values=values,
     )
     flags.DEFINE_string("output", None, "Folder for the report and plots.", flag_values=values)
@@ -86,8 +86,13 @@ def run(options: app.Options) -> None:
             raise ValueError("output: expected a folder to save the model with injected outliers")
         names = methods.parse_methods(options["methods"])
         schemes = {name: methods.method(name).quantization for name in names}
-        if None in schemes.values():
-            raise ValueError(f"methods: expected int8 methods, got {', '.join(names)}")
+        for name, scheme in schemes.items():
+            if scheme is None:
+                raise ValueError(f"methods: expected int8 methods, got {name!r}")
+            if scheme.kv_cache != "float":
+                raise ValueError(
+                    f"methods: expected no kv_int8, as a cache changes no layer's product, got {name!r}"
+                )
         text = None if options["inject"] is not None else datasets.load_text(options["text"])
         if output is not None:
             Path(output).mkdir(parents=True, exist_ok=True)
