@@ -6,6 +6,7 @@ use; positioned reads into a buffer of the caller's size do not, and cost the sa
 conversion to int8 would make anyway.
 """
 
+import dataclasses
 import math
 import os
 import weakref
@@ -111,11 +112,52 @@ def row_span(
     return start, math.prod(shape[1:]), (max(0, stop - start), *shape[1:])
 
 
-def check_spans(path: Path, spans: list[tuple[int, int, str]]) -> None:
-    """Raises CheckpointError if two of the spans (first byte, byte after, tensor name) overlap."""
+@dataclasses.dataclass(frozen=True, slots=True)
+class Entry[Kind]:
+    """Where a tensor lies: what the format calls its elements, shape, first byte in the file, bytes."""
+
+    kind: Kind
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+def check_spans(path: Path, entries: Mapping[str, Entry[Any]]) -> None:
+    """Raises CheckpointError if two of the tensors overlap."""
     end, last = 0, ""
-    for low, high, name in sorted(spans):
+    for low, high, name in sorted((e.offset, e.offset + e.nbytes, n) for n, e in entries.items()):
         if low < high:
             if low < end:
                 raise CheckpointError(f"{path}: tensors {last!r} and {name!r} overlap in the file")
             end, last = high, name
+
+
+class TensorFile[Kind]:
+    """What readers of one file share; with `dtype` and `read` a `TensorReader`."""
+
+    metadata: Mapping[str, Any]
+    _entries: Mapping[str, Entry[Kind]]
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        """Opens the file; reading its header is left to the format."""
+        self.path = Path(path)
+        self.files = [self.path]
+        self._file = PositionedFile(self.path)
+
+    def names(self) -> list[str]:
+        """See `TensorReader`."""
+        return list(self._entries)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """See `TensorReader`."""
+        return self._entry(name).shape
+
+    def close(self) -> None:
+        """See `TensorReader`."""
+        self._file.close()
+
+    def _entry(self, name: str) -> Entry[Kind]:
+        try:
+            return self._entries[name]
+        except KeyError:
+            raise CheckpointError(f"{self.path}: has no tensor {name!r}") from None

@@ -22,7 +22,8 @@ from gguf.quants import dequantize
 
 from jaxint8.checkpoint.base import (
     CheckpointError,
-    PositionedFile,
+    Entry,
+    TensorFile,
     TensorReader,
     check_spans,
     row_span,
@@ -56,33 +57,15 @@ _STRING, _ARRAY = 8, 9
 _DIMS_MAX = 4
 # Elements dequantised at a time: the package makes several float32 temporaries of this size.
 _BLOCK = 1 << 20
+_Entry = Entry[GGMLQuantizationType]
 
 
-class _Entry:
-    __slots__ = ("kind", "nbytes", "offset", "shape")
-
-    def __init__(
-        self, kind: GGMLQuantizationType, shape: tuple[int, ...], offset: int, nbytes: int
-    ) -> None:
-        self.kind, self.shape, self.offset, self.nbytes = kind, shape, offset, nbytes
-
-
-class GGUFFile:
+class GGUFFile(TensorFile[GGMLQuantizationType]):
     """One GGUF file; implements `TensorReader`. Quantised tensors are read as float32."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
-        self.files = [self.path]
-        self._file = PositionedFile(self.path)
+        super().__init__(path)
         self.metadata, self._entries = _read_header(self.path, self._file.size)
-
-    def names(self) -> list[str]:
-        """See `TensorReader`."""
-        return list(self._entries)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """See `TensorReader`."""
-        return self._entry(name).shape
 
     def dtype(self, name: str) -> np.dtype[Any]:
         """See `TensorReader`."""
@@ -120,16 +103,6 @@ class GGUFFile:
                     f"{self.path}: {where}: type {entry.kind.name} cannot be dequantised"
                 ) from None
         return out.reshape(shape)
-
-    def close(self) -> None:
-        """See `TensorReader`."""
-        self._file.close()
-
-    def _entry(self, name: str) -> _Entry:
-        try:
-            return self._entries[name]
-        except KeyError:
-            raise CheckpointError(f"{self.path}: has no tensor {name!r}") from None
 
 
 def shard_paths(path: Path, metadata: Mapping[str, Any]) -> list[Path]:
@@ -257,7 +230,7 @@ def _parse(cursor: _Cursor) -> tuple[dict[str, Any], dict[str, _Entry]]:
         if name in entries:
             raise CheckpointError(f"{path}: the header holds tensor {name!r} twice")
         entries[name] = _check_entry(path, name, kind, shape, start + offset, len(cursor.data))
-    check_spans(path, [(e.offset, e.offset + e.nbytes, name) for name, e in entries.items()])
+    check_spans(path, entries)
     return metadata, entries
 
 
@@ -294,4 +267,4 @@ def _check_entry(
             f"{where}: {ggml.name}{list(shape)} takes bytes {offset} to {offset + nbytes}, "
             f"the file has {size}: truncated, or a false header"
         )
-    return _Entry(ggml, shape, offset, nbytes)
+    return Entry(ggml, shape, offset, nbytes)

@@ -18,7 +18,9 @@ import numpy as np
 
 from jaxint8.checkpoint.base import (
     CheckpointError,
+    Entry,
     PositionedFile,
+    TensorFile,
     TensorReader,
     check_spans,
     row_span,
@@ -43,58 +45,28 @@ DTYPES: dict[str, np.dtype[Any]] = {
 }
 HEADER_MAX = 100_000_000  # bytes; the limit of the format's own implementation
 INDEX_NAME = "model.safetensors.index.json"
+_Entry = Entry[np.dtype[Any]]
 
 
-class _Entry:
-    """Where a tensor lies: dtype, shape, first byte in the file, bytes."""
-
-    __slots__ = ("dtype", "nbytes", "offset", "shape")
-
-    def __init__(
-        self, dtype: np.dtype[Any], shape: tuple[int, ...], offset: int, nbytes: int
-    ) -> None:
-        self.dtype, self.shape, self.offset, self.nbytes = dtype, shape, offset, nbytes
-
-
-class SafetensorsFile:
+class SafetensorsFile(TensorFile[np.dtype[Any]]):
     """One safetensors file; implements `TensorReader`."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
-        self.files = [self.path]
-        self._file = PositionedFile(self.path)
+        super().__init__(path)
         self.metadata, self._entries = _read_header(self._file)
-
-    def names(self) -> list[str]:
-        """See `TensorReader`."""
-        return list(self._entries)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """See `TensorReader`."""
-        return self._entry(name).shape
 
     def dtype(self, name: str) -> np.dtype[Any]:
         """See `TensorReader`."""
-        return self._entry(name).dtype
+        return self._entry(name).kind
 
     def read(self, name: str, rows: slice | None = None) -> np.ndarray:
         """See `TensorReader`."""
         entry = self._entry(name)
         where = f"tensor {name!r}"
         first, row, shape = row_span(entry.shape, rows, f"{self.path}: {where}")
-        size = entry.dtype.itemsize
+        size = entry.kind.itemsize
         data = self._file.read(entry.offset + first * row * size, math.prod(shape) * size, where)
-        return data.view(entry.dtype).reshape(shape)
-
-    def close(self) -> None:
-        """See `TensorReader`."""
-        self._file.close()
-
-    def _entry(self, name: str) -> _Entry:
-        try:
-            return self._entries[name]
-        except KeyError:
-            raise CheckpointError(f"{self.path}: has no tensor {name!r}") from None
+        return data.view(entry.kind).reshape(shape)
 
 
 class ShardedCheckpoint:
@@ -220,7 +192,7 @@ def _read_header(file: PositionedFile) -> tuple[dict[str, str], dict[str, _Entry
     entries = {
         name: _check_entry(path, name, value, start, file.size) for name, value in header.items()
     }
-    check_spans(path, [(e.offset, e.offset + e.nbytes, name) for name, e in entries.items()])
+    check_spans(path, entries)
     used = sum(entry.nbytes for entry in entries.values())
     if used != file.size - start:
         raise CheckpointError(f"{path}: the tensors cover {used} of {file.size - start} data bytes")
@@ -253,7 +225,7 @@ def _check_entry(path: Path, name: str, value: Any, start: int, size: int) -> _E
             f"{where}: {value['dtype']}{shape} takes {expected} bytes, "
             f"data_offsets {offsets} hold {high - low}"
         )
-    return _Entry(dtype, tuple(shape), start + low, high - low)
+    return Entry(dtype, tuple(shape), start + low, high - low)
 
 
 def _is_sizes(value: Any) -> bool:
