@@ -52,7 +52,6 @@ class Pool:
 
     def __init__(self, total: int, label: str = "loading") -> None:
         """Starts nothing yet."""
-        self._total = total
         self._executor = concurrent.futures.ThreadPoolExecutor(
             min(_THREADS_MAX, os.cpu_count() or 1)
         )
