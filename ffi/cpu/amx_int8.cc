@@ -337,18 +337,21 @@ bool Supported() { return kAvx512Vnni.supported(); }
 bool Supported() { return HasAmxInt8() && kAvx512Vnni.supported(); }
 #endif
 
+// The same for the rung and for what stands in for it in tests.
+constexpr Rung RungOf(const char* name) {
+  return {name,         Supported, EnterRowWide,       MarkRow, QuantizeRow, MultiplyAmx,
+          &kAttendWide, kChunkM,   sizeof(AmxScratch), 0,       Arrange,     kFewRows,
+          kMostHighRows};
+}
+
 }  // namespace
 
 #if defined(JAXINT8_EMULATED_TILES)
 extern const Rung kAmxInt8Emulated;
-const Rung kAmxInt8Emulated = {"amx_int8 emulated", Supported, EnterRowWide,       MarkRow, QuantizeRow, MultiplyAmx,
-                               &kAttendWide,        kChunkM,   sizeof(AmxScratch), 0,       Arrange,     kFewRows,
-                               kMostHighRows};
+const Rung kAmxInt8Emulated = RungOf("amx_int8 emulated");
 #else
 extern const Rung kAmxInt8;
-const Rung kAmxInt8 = {"amx_int8",   Supported, EnterRowWide,       MarkRow, QuantizeRow, MultiplyAmx,
-                       &kAttendWide, kChunkM,   sizeof(AmxScratch), 0,       Arrange,     kFewRows,
-                       kMostHighRows};
+const Rung kAmxInt8 = RungOf("amx_int8");
 #endif
 
 }  // namespace jaxint8::cpu

@@ -51,30 +51,27 @@ struct AvxVnni : Bytes256<AvxVnni> {
 bool HasAvx512VlVnni() { return __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni"); }
 #endif
 
+// The same for the rung and for what stands in for it in tests.
+constexpr Rung RungOf(const char* name, bool (*supported)()) {
+  return {name,
+          supported,
+          EnterRow,
+          MarkRow,
+          QuantizeRow,
+          Multiply<AvxVnni>,
+          &AttendVectors<Attend256<AvxVnni>>::kFunctions,
+          /*chunk_m=*/kChunkM,
+          sizeof(TileScratch<AvxVnni>)};
+}
+
 }  // namespace
 
 #if defined(JAXINT8_EVEX)
 extern const Rung kAvxVnniEvex;
-const Rung kAvxVnniEvex = {"avx_vnni as EVEX",
-                           HasAvx512VlVnni,
-                           EnterRow,
-                           MarkRow,
-                           QuantizeRow,
-                           Multiply<AvxVnni>,
-                           &AttendVectors<Attend256<AvxVnni>>::kFunctions,
-                           /*chunk_m=*/kChunkM,
-                           sizeof(TileScratch<AvxVnni>)};
+const Rung kAvxVnniEvex = RungOf("avx_vnni as EVEX", HasAvx512VlVnni);
 #else
 extern const Rung kAvxVnni;
-const Rung kAvxVnni = {"avx_vnni",
-                       HasAvxVnni,
-                       EnterRow,
-                       MarkRow,
-                       QuantizeRow,
-                       Multiply<AvxVnni>,
-                       &AttendVectors<Attend256<AvxVnni>>::kFunctions,
-                       /*chunk_m=*/kChunkM,
-                       sizeof(TileScratch<AvxVnni>)};
+const Rung kAvxVnni = RungOf("avx_vnni", HasAvxVnni);
 #endif
 
 }  // namespace jaxint8::cpu
