@@ -8,9 +8,7 @@
 #ifndef JAXINT8_FFI_CPU_INT8_H_
 #define JAXINT8_FFI_CPU_INT8_H_
 
-#include <algorithm>
 #include <cstdint>
-#include <memory>
 
 #include "phased.h"
 
