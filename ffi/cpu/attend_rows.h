@@ -43,13 +43,9 @@ struct PlainRows {
 
   // Codes up to a limit; returns the scale.
   static float Encode(const float* x, int64_t d, float limit, int32_t* codes) {
-    int32_t largest = 0;
-    for (int64_t i = 0; i < d; ++i) {
-      const auto a = static_cast<int32_t>(Magnitude(x[i]));
-      largest = a > largest ? a : largest;
-    }
-    const float scale = FromBits(static_cast<uint32_t>(largest)) / limit;
-    const bool finite = static_cast<uint32_t>(largest) < kInfinity;
+    const uint32_t largest = AbsMax(x, d);
+    const float scale = FromBits(largest) / limit;
+    const bool finite = largest < kInfinity;
     if (!finite || scale < kSmallestScale) {
       for (int64_t i = 0; i < d; ++i) codes[i] = 0;
       return finite ? 1.0f : __builtin_nanf("");

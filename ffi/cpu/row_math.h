@@ -38,6 +38,16 @@ inline float FromBits(uint32_t bits) {
 
 inline uint32_t Magnitude(float x) { return Bits(x) & kMagnitude; }
 
+// The largest magnitude, as a bit pattern (they order as integers); above kInfinity if any value is NaN.
+inline uint32_t AbsMax(const float* x, int64_t k) {
+  int32_t largest = 0;
+  for (int64_t i = 0; i < k; ++i) {
+    const int32_t a = static_cast<int32_t>(Magnitude(x[i]));
+    largest = a > largest ? a : largest;
+  }
+  return static_cast<uint32_t>(largest);
+}
+
 // Round half to even for |x| < 2^22: adding 1.5 * 2^23 leaves no fraction bits.
 inline float Round(float x) { return (x + 12582912.0f) - 12582912.0f; }
 

@@ -40,16 +40,6 @@ const float* Widen(Type type, const void* x, int64_t k, float* buffer) {
   return static_cast<const float*>(x);
 }
 
-// The largest magnitude, as a bit pattern (they order as integers); above kInfinity if any value is NaN.
-uint32_t AbsMax(const float* x, int64_t k) {
-  int32_t largest = 0;
-  for (int64_t i = 0; i < k; ++i) {
-    const int32_t a = static_cast<int32_t>(Magnitude(x[i]));
-    largest = a > largest ? a : largest;
-  }
-  return static_cast<uint32_t>(largest);
-}
-
 // Bit j is set where |x[j]| >= threshold (bit patterns), j < 16.
 inline uint32_t AtLeast16(const float* x, uint32_t threshold) {
 #if defined(__AVX2__)
