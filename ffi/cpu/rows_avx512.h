@@ -63,7 +63,6 @@ struct WideRow {
 
 template <Type kType, bool kCopy>
 inline void WidenAs(const void* data, int64_t k, float* buffer, WideRow* row) {
-  Unroll<4>([&](auto i) ALWAYS_INLINE { row->maxima[i] = _mm512_setzero_si512(); });
   __m512i maxima[4];
   Unroll<4>([&](auto i) ALWAYS_INLINE { maxima[i] = _mm512_setzero_si512(); });
   const auto step = [&](int64_t t, int64_t left) ALWAYS_INLINE {
