@@ -118,52 +118,55 @@ struct GatherKernel {
   }
 };
 
-// The columns with bits, in shared memory, listed by a block that is alone on its multiprocessor: every warp works at
-// all of them, which is sooner done than what GatherKernel does, and would take more where blocks share the processor.
-// Their order does not matter: of 128 columns, ascending, those of a place and 32, 64 and 96 places further stand
-// together, so that the bytes that the lanes of a warp pick at once lie near each other and in different banks.
+// The columns with bits, in shared memory. Their order does not matter: of 128 columns, ascending, those of a place and
+// 32, 64 and 96 places further stand together, so that the bytes that the lanes of a warp pick at once lie near each
+// other and in different banks.
+template <int kWarps>
 class GatherList {
  public:
-  static constexpr int64_t Bytes(int64_t capacity) { return 4 * capacity; }
+  static constexpr int64_t Bytes(int64_t capacity) { return 4 * (2 * kWarps + capacity); }
 
   explicit JAXINT8_DEVICE GatherList(Ptr<uint8_t> at) : at_(at) {}
 
-  JAXINT8_DEVICE Ptr<int32_t> Columns() const { return Cast<int32_t>(at_); }
+  JAXINT8_DEVICE Ptr<int32_t> Columns() const { return Cast<int32_t>(at_ + 4 * 2 * kWarps); }
   static JAXINT8_DEVICE int PlaceOf(int i) { return (i & ~127) | (i & 31) << 2 | (i >> 5 & 3); }
   // Which of them, ascending, a lane has in byte e of the word of a group of 128.
   static JAXINT8_DEVICE int At(int group, int lane, int e) { return 128 * group + 32 * e + lane; }
 
-  // Lists as many as fit, by all threads of a block of kWarps warps, and returns how many there are. Every warp counts
-  // all bits, 4,096 at a time, four words a lane, and lists the columns of every so manyth word.
-  template <int kWarps>
+  // Lists as many as fit, by all threads of a block of kWarps warps, half a word of bits each in a turn, and returns how
+  // many there are. No loop is longer than the bits need: a warp takes some four cycles for an instruction.
   JAXINT8_DEVICE int Make(const GatherParams& p) const {
-    static_assert(kWarps % 4 == 0 && 32 % (kWarps / 4) == 0);
-    const int lane = ThreadIndex() % 32, warp = ThreadIndex() / 32, own = warp % 4;
+    static_assert(kWarps % 4 == 0);
+    constexpr int kHalves = 32 * kWarps;
+    const int warp = ThreadIndex() / 32;
     const int words = static_cast<int>(p.words), capacity = static_cast<int>(p.capacity);
-    int count = 0;
+    int count = 0, turn = 0;
 #pragma unroll 1
-    for (int first = 0; first < words; first += 4 * 32) {
-      const int at_word = first + 4 * lane;  // there are whole fours
-      const Word4 four = at_word < words ? LoadAs<Word4>(p.used + at_word) : Word4{0, 0, 0, 0};
-      const uint32_t bits[4] = {four.x, four.y, four.z, four.w};
-      uint32_t mine = 0, before = 0, all = 0;
+    for (int first = 0; first < 2 * words; first += kHalves, turn ^= 1) {
+      const int half = first + ThreadIndex();
+      uint32_t bits = half < 2 * words ? Load(p.used + half / 2) >> half % 2 * 16 & 0xffff : 0;
+      const auto own = static_cast<uint32_t>(PopulationCount(bits));
+      const uint32_t scan = InclusiveScan(own);
+      const Ptr<uint32_t> sums = Cast<uint32_t>(at_) + turn * kWarps;
+      if (ThreadIndex() % 32 == 31) Store(sums + warp, scan);
+      Barrier();
+      uint32_t all = 0, before = 0;
 #pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        if (e == own) {
-          mine = bits[e];
-          before = all;
+      for (int i = 0; i < kWarps; i += 4) {
+        const Word4 four = LoadAs<Word4>(sums + i);
+        const uint32_t of[4] = {four.x, four.y, four.z, four.w};
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          before += i + e < warp ? of[e] : 0;
+          all += of[e];
         }
-        all += static_cast<uint32_t>(PopulationCount(bits[e]));
       }
-      const uint32_t scan = InclusiveScan(all);
-      before += scan - all;
-#pragma unroll 4
-      for (int from = warp / 4; from < 32; from += kWarps / 4) {
-        const uint32_t word = Shuffle(mine, from);
-        const int at = count + static_cast<int>(Shuffle(before, from)) + PopulationCount(word & ((1u << lane) - 1));
-        if ((word >> lane & 1) && at < capacity) Store(Columns() + PlaceOf(at), 32 * (first + 4 * from + own) + lane);
+      int at = count + static_cast<int>(before + scan - own);
+#pragma unroll 1
+      for (; bits != 0; bits &= bits - 1, ++at) {
+        if (at < capacity) Store(Columns() + PlaceOf(at), 16 * half + LowestBit(bits));
       }
-      count += static_cast<int>(Shuffle(scan, 31));
+      count += static_cast<int>(all);
     }
     Barrier();  // the list is complete: in the executor it is anyway before any copy arrives
     return count;
@@ -181,9 +184,10 @@ struct ChunkGatherKernel {
   static constexpr int kMaxThreads = 256;
   static constexpr int kMinBlocks = 1;
   static constexpr int kChunk = 32 * 1024, kChunks = 4;  // bytes, and how many at once
+  using List = GatherList<kMaxThreads / 32>;
   static constexpr int kListAt = kChunk * kChunks + 8 * kChunks;
-  static constexpr int64_t Shared(int64_t capacity) { return kListAt + GatherList::Bytes(capacity); }
-  static_assert(kListAt + GatherList::Bytes(kGatherMost) <= 227 * 1024);
+  static constexpr int64_t Shared(int64_t capacity) { return kListAt + List::Bytes(capacity); }
+  static_assert(kListAt + List::Bytes(kGatherMost) <= 227 * 1024);
   static bool Takes(const GatherParams& p, int64_t multiprocessors) {
     return p.stride_a <= kChunk && (p.rows_b + multiprocessors - 1) / multiprocessors * p.stride_b <= kChunk * kChunks;
   }
@@ -218,6 +222,68 @@ struct ChunkGatherKernel {
             in_b ? b_.row : a_.row, in_b ? b_.rows : a_.rows, in_b ? b_.each : a_.each};
   }
 
+  // What a warp picks of rows: 128 columns, four neighbours a lane, or several times as many; where there are more
+  // warps than that they share the rows.
+  class Picker {
+   public:
+    JAXINT8_DEVICE Picker(const List& list, int count, int capacity)
+        : list_(list), count_(count), capacity_(capacity), groups_((count + kGroup - 1) / kGroup) {
+      const int warp = ThreadIndex() / 32;
+      if (groups_ > 0 && groups_ < kWarps) {
+        parts_ = kWarps / groups_;
+        part_ = warp / groups_;
+      }
+      group_ = warp - part_ * groups_;
+      Take(group_);
+    }
+
+    // in: [rows] of so many bytes; out: [rows][capacity].
+    JAXINT8_DEVICE void Pick(Ptr<const uint8_t> in, int stride, Ptr<int8_t> out, int rows) {
+      if (part_ >= parts_) return;
+#pragma unroll 1
+      for (int group = group_; group < groups_; group += kWarps) {
+        if (groups_ > kWarps) Take(group);
+        const Ptr<int8_t> to = out + (group * kGroup + 4 * (ThreadIndex() % 32));
+#pragma unroll 1
+        for (int row = part_; row < rows; row += kRows * parts_) {
+          uint32_t words[kRows];
+#pragma unroll
+          for (int i = 0; i < kRows; ++i) {
+            const int r = row + i * parts_ < rows ? row + i * parts_ : row;
+            const Ptr<const uint8_t> from = in + r * stride;
+            words[i] = PackBytes(Load(from + columns_[0]), Load(from + columns_[1]), Load(from + columns_[2]),
+                                 Load(from + columns_[3])) &
+                       keep_;
+          }
+#pragma unroll
+          for (int i = 0; i < kRows; ++i) {
+            if (row + i * parts_ < rows) StoreAs<uint32_t>(to + (row + i * parts_) * capacity_, words[i]);
+          }
+        }
+      }
+    }
+
+   private:
+    static constexpr int kRows = 4, kGroup = static_cast<int>(kGatherStep), kWarps = kMaxThreads / 32;
+
+    JAXINT8_DEVICE void Take(int group) {
+      const int lane = ThreadIndex() % 32;
+      keep_ = 0;
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const bool valid = List::At(group, lane, e) < count_;
+        columns_[e] = valid ? Load(list_.Columns() + (group * kGroup + 4 * lane + e)) : 0;
+        keep_ |= valid ? 0xffu << 8 * e : 0;  // beyond the last column stand zeros
+      }
+    }
+
+    const List& list_;
+    const int count_, capacity_, groups_;
+    int parts_ = 1, part_ = 0, group_;
+    int columns_[4];
+    uint32_t keep_;
+  };
+
   JAXINT8_DEVICE explicit ChunkGatherKernel(const Params& p)
       : p_(p),
         chunks_(SharedAddress(SharedMemory())),
@@ -248,18 +314,29 @@ struct ChunkGatherKernel {
 #pragma unroll 1
       for (int c = early; c < first; ++c) CopyChunk(c);
     }
-    const GatherList list(SharedMemory() + kListAt);
-    const int count = list.Make<kMaxThreads / 32>(p_);
+    const List list(SharedMemory() + kListAt);
+    const int count = list.Make(p_);
     if (BlockIndex() == 0 && ThreadIndex() == 0) Store(p_.count, static_cast<uint32_t>(count));
-    const bool fits = count <= p_.capacity;
+    if (count > p_.capacity) {
+      for (int c = 0; c < first; ++c) WaitBarrier(Copied(c), 0);
+      return;
+    }
+    Picker picker(list, count, static_cast<int>(p_.capacity));
+    PickAll(b_, 0, picker);
+    PickAll(a_, b_.Chunks(), picker);
+  }
+
+  // The chunks of a matrix, from that number on.
+  JAXINT8_DEVICE void PickAll(const Share& share, int c, Picker& picker) const {
 #pragma unroll 1
-    for (int c = 0; c < (fits ? all_ : first); ++c) {
+    for (int row = 0; row < share.rows; row += share.each, ++c) {
       WaitBarrier(Copied(c), static_cast<uint32_t>(c / kChunks & 1));
-      if (!fits) continue;
-      const bool in_b = c < b_.Chunks();
-      Pick(Of(in_b), in_b ? c : c - b_.Chunks(), c % kChunks * kChunk, list, count);
+      const int left = share.rows - row;
+      picker.Pick(SharedMemory() + c % kChunks * kChunk, share.stride,
+                  share.out + int64_t{share.row + row} * p_.capacity, left < share.each ? left : share.each);
+      if (c + kChunks >= all_) continue;
       Barrier();
-      if (ThreadIndex() == 0 && c + kChunks < all_) CopyChunk(c + kChunks);
+      if (ThreadIndex() == 0) CopyChunk(c + kChunks);
     }
   }
 
@@ -272,45 +349,6 @@ struct ChunkGatherKernel {
     ArriveExpecting(Copied(c), bytes);
     CopyBytes(chunks_ + static_cast<uint32_t>(c % kChunks * kChunk),
               share.in + int64_t{share.row + chunk * share.each} * share.stride, bytes, Copied(c));
-  }
-
-  // The columns of a chunk's rows. A warp has 128 of them, four neighbours a lane, of all rows, or shares these where
-  // there are more warps.
-  JAXINT8_DEVICE void Pick(const Share& share, int chunk, int at, const GatherList& list, int count) const {
-    constexpr int kRows = 4, kGroup = static_cast<int>(kGatherStep), kWarps = kMaxThreads / 32;
-    const int lane = ThreadIndex() % 32, warp = ThreadIndex() / 32, groups = (count + kGroup - 1) / kGroup;
-    const int parts = groups > 0 && groups < kWarps ? kWarps / groups : 1, part = groups > 0 ? warp / groups : 0;
-    const int rows = share.RowsOf(chunk), capacity = static_cast<int>(p_.capacity);
-    if (parts > 1 && part >= parts) return;
-#pragma unroll 1
-    for (int group = parts > 1 ? warp - part * groups : warp; group < groups; group += kWarps) {
-      const int j = group * kGroup + 4 * lane;
-      int columns[4];
-      uint32_t keep = 0;
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        const bool valid = GatherList::At(group, lane, e) < count;
-        columns[e] = valid ? Load(list.Columns() + j + e) : 0;
-        keep |= valid ? 0xffu << 8 * e : 0;  // beyond the last column stand zeros
-      }
-      const Ptr<int8_t> out = share.out + (int64_t{share.row + chunk * share.each} * capacity + j);
-#pragma unroll 1
-      for (int row = parts > 1 ? part : 0; row < rows; row += kRows * parts) {
-        uint32_t words[kRows];
-#pragma unroll
-        for (int i = 0; i < kRows; ++i) {
-          const int r = row + i * parts < rows ? row + i * parts : row;
-          const Ptr<uint8_t> in = SharedMemory() + (at + r * share.stride);
-          words[i] =
-              PackBytes(Load(in + columns[0]), Load(in + columns[1]), Load(in + columns[2]), Load(in + columns[3])) &
-              keep;
-        }
-#pragma unroll
-        for (int i = 0; i < kRows; ++i) {
-          if (row + i * parts < rows) StoreAs<uint32_t>(out + (row + i * parts) * capacity, words[i]);
-        }
-      }
-    }
   }
 
   const Params& p_;
