@@ -100,7 +100,7 @@ int ChooseWgmma(const WgmmaShape (&shapes)[kCount], int64_t m, int64_t n, int64_
 inline bool PrefersSparse(const Problem& p, bool by_column) {
   const double products = static_cast<double>(p.m) * static_cast<double>(p.n) * static_cast<double>(p.k);
   if (p.options.rule == Rule::kTopK) return products <= 5e11;
-  return by_column ? p.m <= 512 || products <= 4e9 : p.m <= 768 || products <= 8e9;
+  return by_column ? p.m <= 640 || products <= 2.5e9 : p.m <= 768 || products <= 8e9;
 }
 
 // Up to this many rows Hopper's product has the weights in the place of the rows (swapped.h): measured on an H200.
