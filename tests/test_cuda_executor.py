@@ -286,6 +286,15 @@ def test_sparse_groups(executor: Executor, rows: int) -> None:
     expect_linear(executor, case, Threshold(6.0, "token"), SPARSE)
 
 
+def test_sparse_before_full(executor: Executor) -> None:
+    """A last step of sparse products, and behind it a block that is multiplied in full: both add to the same sums."""
+    case = battery.make((70, 300, 20), np.float32, "no_bias")
+    case.x[:] = np.clip(case.x, -3, 3)
+    case.x[::5, 8:12] = [50, -60, 70, -80]
+    case.x[1::5, 270] = 90
+    expect_linear(executor, case, Threshold(6.0, "token"), SPARSE)
+
+
 def expect_prologue(executor: Executor, x: np.ndarray, k: int, around: Around) -> None:
     wanted = around.rows(x)
     got = executor.prologue(x, k, around)

@@ -247,7 +247,10 @@ class SparseKernel {
       }
       Pass(turn, last);
     }
-    if (any & kAnyFull) AccumulateFull(high, rows, turn, last);
+    if (any & kAnyFull) {
+      ProductWait<0>();  // products with the same sums are in order only if they have the same shape
+      AccumulateFull(high, rows, turn, last);
+    }
     ProductWait<0>();
     Pin(c);
     Pin(high);

@@ -5,6 +5,7 @@
 #ifndef JAXINT8_FFI_CUDA_EXECUTOR_HOPPER_H_
 #define JAXINT8_FFI_CUDA_EXECUTOR_HOPPER_H_
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <memory>
@@ -359,6 +360,11 @@ void Queue(int32_t (&c)[kSize], uint64_t a, uint64_t b, uint32_t add, const uint
   m.Collective(site, &argument, [&](void* const* all) {
     const auto* first = static_cast<Argument*>(all[0]);
     QueuedProduct p{first->a, first->b, first->add != 0, swapped, sparse, 2 * kSize, {}, {}, site};
+    // Those of one shape are in order by themselves; no others are, but for a wait between.
+    const auto differs = [&](const QueuedProduct& other) { return other.c[0] == first->c && other.sparse != sparse; };
+    bool mixed = std::any_of(queue.open.begin(), queue.open.end(), differs);
+    for (const auto& group : queue.groups) mixed = mixed || std::any_of(group.begin(), group.end(), differs);
+    if (mixed) m.Fail(site, "products of different shapes with the same sums, and no wait between");
     for (int lane = 0; lane < 32; ++lane) {
       const auto* other = static_cast<Argument*>(all[lane]);
       if (other->a != p.a || other->b != p.b || (other->add != 0) != p.add) m.Fail(site, "lanes differ in a product");
