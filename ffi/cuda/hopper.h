@@ -190,6 +190,13 @@ JAXINT8_DEVICE void Pin(int32_t (&c)[kSize]) {
   for (int i = 0; i < kSize; ++i) asm volatile("" : "+r"(c[i])::"memory");
 }
 
+// Keeps words in their registers up to here, where products that read them have been waited for.
+template <int kSize>
+JAXINT8_DEVICE void Hold(const uint32_t (&v)[kSize]) {
+#pragma unroll
+  for (int i = 0; i < kSize; ++i) asm volatile("" ::"r"(v[i]) : "memory");
+}
+
 // The sums of a product as operands, and their names in its text.
 #define JAXINT8_R8(i)                                                                                         \
   "+r"(c[i]), "+r"(c[i + 1]), "+r"(c[i + 2]), "+r"(c[i + 3]), "+r"(c[i + 4]), "+r"(c[i + 5]), "+r"(c[i + 6]), \
@@ -235,9 +242,9 @@ JAXINT8_PRODUCT(128, "m64n256k32", JAXINT8_N128, "%128, %129", "%130", JAXINT8_R
 // c[64 x n] += a[64 x 64] * b[n x 64]^T, where of every four neighbours in a row of a two at most are not 0, and a is
 // stored as those two: 32 bytes a row. Bits 4i to 4i + 3 of `places` say where in group i of eight the two belong, the
 // first one's lowest; the first stands before the second. The word of a lane is that of row 16 * w + g + 8 * (t % 2)
-// and columns from 32 * (t / 2) on.
+// and columns from 32 * (t / 2) on. The word is read until the product has been waited for: see Hold.
 #define JAXINT8_SPARSE(sums, shape, names, operands, ...)                                               \
-  JAXINT8_DEVICE void SparseProduct(int32_t (&c)[sums], uint64_t a, uint64_t b, uint32_t places) {      \
+  JAXINT8_DEVICE void SparseProduct(int32_t (&c)[sums], uint64_t a, uint64_t b, uint32_t& places) {     \
     asm volatile("wgmma.mma_async.sp.sync.aligned." shape ".s32.s8.s8 {" names "}, " operands ", 0, 1;" \
                  : __VA_ARGS__                                                                          \
                  : "l"(a), "l"(b), "r"(places));                                                        \

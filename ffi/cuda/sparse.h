@@ -227,31 +227,43 @@ class SparseKernel {
     for (int i = 0; i < kSums; ++i) high[i] = 0;
     Pin(c);
     Pin(high);
-#pragma unroll 1
-    for (int step = 0; step < steps_; ++step) {
+    // What products read from registers stays there until they have been waited for, a step later.
+    uint32_t even[2] = {}, odd[2] = {};
+    const auto multiply = [&](int step, uint32_t (&where)[2], const uint32_t (&before)[2]) {
       const uint32_t flags = Load(flags_ + step), halves = SparseHalves(flags >> kLower * group);
       any |= flags;
       WaitBarrier(full_ + 8 * turn.stage, turn.parity);
       const uint32_t at = Stage(turn.stage);
       const uint64_t a = TileDescriptor<128>(at + rows), b = TileDescriptor<128>(at + kBytesA);
       const uint64_t h = TileDescriptor<64>(at + codes);
-      Word2 where{};
-      if (halves) where = LoadAs<Word2>(shared_ + (turn.stage * kStageBytes + places));
+      if (halves) {
+        const Word2 words = LoadAs<Word2>(shared_ + (turn.stage * kStageBytes + places));
+        where[0] = words.x ^ kSparseEmpty;
+        where[1] = words.y ^ kSparseEmpty;
+      }
       ProductFence();
-      if (halves & 1) SparseProduct(high, h, b, where.x ^ kSparseEmpty);
-      if (halves & 2) SparseProduct(high, h + 2, b + 4, where.y ^ kSparseEmpty);
+      if (halves & 1) SparseProduct(high, h, b, where[0]);
+      if (halves & 2) SparseProduct(high, h + 2, b + 4, where[1]);
 #pragma unroll
       for (int j = 0; j < kTileK / 32; ++j) {
         Product(c, a + 2 * j, b + 2 * j, add);  // 32 bytes further, in units of 16
         add = 1;
       }
       Pass(turn, last);
+      Hold(before);
+    };
+#pragma unroll 1
+    for (int step = 0; step < steps_; step += 2) {
+      multiply(step, even, odd);
+      if (step + 1 < steps_) multiply(step + 1, odd, even);
     }
     if (any & kAnyFull) {
       ProductWait<0>();  // products with the same sums are in order only if they have the same shape
       AccumulateFull(high, rows, turn, last);
     }
     ProductWait<0>();
+    Hold(even);
+    Hold(odd);
     Pin(c);
     Pin(high);
     Release(last);

@@ -274,7 +274,8 @@ struct QueuedProduct {
   uint64_t a, b;
   bool add, swapped, sparse;
   int columns;
-  uint32_t places[32];  // of sparse ones, by lane
+  uint32_t places[32];         // of sparse ones, by lane
+  const uint32_t* place_of[32];  // where these are, and stay until the product is waited for
   int32_t* c[32];
   Site site;
 };
@@ -308,6 +309,9 @@ inline void ReadTileRow(uint64_t descriptor, int row, int8_t* to, const Site& si
 
 // The warp's 16 rows of a in full: 32 columns, or 64 of which 32 are stored.
 inline void ReadRowsOfA(const QueuedProduct& p, int8_t (&a)[16][64]) {
+  for (int lane = 0; p.sparse && lane < 32; ++lane) {
+    if (*p.place_of[lane] != p.places[lane]) TheMachine().Fail(p.site, "places changed before the product has ended");
+  }
   const int first = TheMachine().thread() / 32 % 4 * 16;
   for (int r = 0; r < 16; ++r) {
     int8_t stored[32];
@@ -351,15 +355,16 @@ template <int kSize>
 void Queue(int32_t (&c)[kSize], uint64_t a, uint64_t b, uint32_t add, const uint32_t* places, Site site) {
   struct Argument {
     uint64_t a, b;
-    uint32_t add, places;
+    uint32_t add;
+    const uint32_t* places;
     int32_t* c;
-  } argument{a, b, add, places == nullptr ? 0 : *places, c};
+  } argument{a, b, add, places, c};
   Machine& m = TheMachine();
   const bool swapped = m.Planted(site, Fault::kSwapFragment), sparse = places != nullptr;
   ProductQueue& queue = QueueOfWarp();
   m.Collective(site, &argument, [&](void* const* all) {
     const auto* first = static_cast<Argument*>(all[0]);
-    QueuedProduct p{first->a, first->b, first->add != 0, swapped, sparse, 2 * kSize, {}, {}, site};
+    QueuedProduct p{first->a, first->b, first->add != 0, swapped, sparse, 2 * kSize, {}, {}, {}, site};
     // Those of one shape are in order by themselves; no others are, but for a wait between.
     const auto differs = [&](const QueuedProduct& other) { return other.c[0] == first->c && other.sparse != sparse; };
     bool mixed = std::any_of(queue.open.begin(), queue.open.end(), differs);
@@ -369,7 +374,10 @@ void Queue(int32_t (&c)[kSize], uint64_t a, uint64_t b, uint32_t add, const uint
       const auto* other = static_cast<Argument*>(all[lane]);
       if (other->a != p.a || other->b != p.b || (other->add != 0) != p.add) m.Fail(site, "lanes differ in a product");
       p.c[lane] = other->c;
-      p.places[lane] = other->places;
+      if (sparse) {
+        p.places[lane] = *other->places;
+        p.place_of[lane] = other->places;
+      }
       if (queue.sums.count(other->c) == 0) {
         queue.sums[other->c].assign(other->c, other->c + kSize);
         for (int i = 0; i < kSize; ++i) other->c[i] = 0x5bad5bad;
@@ -383,7 +391,7 @@ void Product(int32_t (&c)[kSize], uint64_t a, uint64_t b, uint32_t add, Site sit
   Queue(c, a, b, add, nullptr, site);
 }
 template <int kSize>
-void SparseProduct(int32_t (&c)[kSize], uint64_t a, uint64_t b, uint32_t places, Site site = Site::Here()) {
+void SparseProduct(int32_t (&c)[kSize], uint64_t a, uint64_t b, uint32_t& places, Site site = Site::Here()) {
   Queue(c, a, b, 1, &places, site);
 }
 
@@ -411,6 +419,8 @@ void ProductWait(Site site = Site::Here()) {
 }
 template <int kSize>
 void Pin(int32_t (&)[kSize]) {}
+template <int kSize>
+void Hold(const uint32_t (&)[kSize]) {}
 
 template <int kRegisters>
 void GiveRegisters() {}
