@@ -54,70 +54,6 @@ JAXINT8_DEVICE uint32_t InclusiveScan(uint32_t v) {
   return v;
 }
 
-// With `columns` the places of the bits: out[r][j] = in[r][columns[j]] for two matrices, one warp per row. Writes the
-// count alone if there are more than fit. Every block makes the list for itself: that is sooner done than another
-// kernel launched.
-struct GatherKernel {
-  using Params = GatherParams;
-  static constexpr int kMaxThreads = 256;
-  static constexpr int kMinBlocks = 4;
-  static constexpr int64_t Shared(int64_t capacity) { return 4 * (32 + capacity); }
-
-  static JAXINT8_DEVICE void Run(const Params& p) {
-    WaitForPreviousKernel();
-    AllowNextKernel();
-    const int64_t count = List(p);
-    if (BlockIndex() == 0 && ThreadIndex() == 0) Store(p.count, static_cast<uint32_t>(count));
-    if (count > p.capacity) return;
-    const int64_t width = (count + kGatherStep - 1) / kGatherStep * kGatherStep;
-    const int lane = ThreadIndex() % 32, warps = BlockThreads() / 32;
-    const Ptr<const int32_t> columns = Columns();
-    for (int64_t r = BlockIndex() * warps + ThreadIndex() / 32; r < p.rows_a + p.rows_b; r += BlockCount() * warps) {
-      const bool first = r < p.rows_a;
-      const int64_t row = first ? r : r - p.rows_a;
-      const Ptr<const int8_t> in = first ? p.a + row * p.stride_a : p.b + row * p.stride_b;
-      const Ptr<int8_t> out = (first ? p.out_a : p.out_b) + row * p.capacity;
-      for (int64_t j = 4 * lane; j < width; j += 4 * 32) {
-        uint32_t word = 0;
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          if (j + e < count) {
-            word |= static_cast<uint32_t>(static_cast<uint8_t>(Load(in + Load(columns + j + e)))) << (8 * e);
-          }
-        }
-        StoreAs<uint32_t>(out + j, word);
-      }
-    }
-  }
-
- private:
-  static JAXINT8_DEVICE Ptr<int32_t> Columns() { return Cast<int32_t>(SharedMemory() + 4 * 32); }
-
-  // Lists the columns in shared memory, as many as fit, and returns how many there are.
-  static JAXINT8_DEVICE int64_t List(const Params& p) {
-    const int lane = ThreadIndex() % 32, warp = ThreadIndex() / 32, warps = BlockThreads() / 32;
-    const Ptr<uint32_t> sums = Cast<uint32_t>(SharedMemory());
-    const int64_t share = (p.words + BlockThreads() - 1) / BlockThreads();
-    const int64_t begin = share * ThreadIndex();
-    const int64_t end = begin + share < p.words ? begin + share : p.words;
-    uint32_t own = 0;
-    for (int64_t i = begin; i < end; ++i) own += static_cast<uint32_t>(PopulationCount(Load(p.used + i)));
-    const uint32_t scan = InclusiveScan(own);
-    if (lane == 31) Store(sums + warp, scan);
-    Barrier();
-    const uint32_t others = InclusiveScan(lane < warps ? Load(sums + lane) : 0);
-    const uint32_t before = Shuffle(others, warp > 0 ? warp - 1 : 0), all = Shuffle(others, warps - 1);
-    int64_t at = scan - own + (warp > 0 ? before : 0);
-    for (int64_t i = begin; i < end; ++i) {
-      for (uint32_t bits = Load(p.used + i); bits; bits &= bits - 1, ++at) {
-        if (at < p.capacity) Store(Columns() + at, static_cast<int32_t>(32 * i + LowestBit(bits)));
-      }
-    }
-    Barrier();
-    return all;
-  }
-};
-
 // The columns with bits, in shared memory. Their order does not matter: of 128 columns, ascending, those of a place and
 // 32, 64 and 96 places further stand together, so that the bytes that the lanes of a warp pick at once lie near each
 // other and in different banks.
@@ -176,6 +112,101 @@ class GatherList {
   const Ptr<uint8_t> at_;
 };
 
+// 128 of these columns, four a lane of a warp, and what stands there in rows.
+template <typename List>
+class PickedColumns {
+ public:
+  static constexpr int kGroup = static_cast<int>(kGatherStep);
+  static constexpr int kRows = 4;  // at once
+
+  JAXINT8_DEVICE void Take(const List& list, int group, int count) {
+    const int lane = ThreadIndex() % 32;
+    keep_ = 0;
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      const bool valid = List::At(group, lane, e) < count;
+      columns_[e] = valid ? Load(list.Columns() + (group * kGroup + 4 * lane + e)) : 0;
+      keep_ |= valid ? 0xffu << 8 * e : 0;  // beyond the last column stand zeros
+    }
+  }
+
+  // Of the rows from `row` on, each so many further, up to kRows: in has so many bytes a row, out too.
+  template <typename Byte>
+  JAXINT8_DEVICE void Pick(Ptr<const Byte> in, int stride, Ptr<int8_t> out, int out_stride, int row, int rows,
+                           int step) const {
+    uint32_t words[kRows];
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      const int r = row + i * step < rows ? row + i * step : row;
+      words[i] = Word(in + r * stride);
+    }
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      if (row + i * step < rows) StoreAs<uint32_t>(out + (row + i * step) * out_stride, words[i]);
+    }
+  }
+
+ private:
+  template <typename Byte>
+  JAXINT8_DEVICE uint32_t Word(Ptr<const Byte> from) const {
+    const auto byte = [&](int e) { return static_cast<uint32_t>(static_cast<uint8_t>(Load(from + columns_[e]))); };
+    return PackBytes(byte(0), byte(1), byte(2), byte(3)) & keep_;
+  }
+
+  int columns_[4];
+  uint32_t keep_;
+};
+
+// Picks the columns of two matrices. Writes the count alone if there are more than fit. Every block makes the list for
+// itself: that is sooner done than another kernel launched. A warp takes some rows at once, of the first or of the
+// second matrix.
+struct GatherKernel {
+  using Params = GatherParams;
+  static constexpr int kMaxThreads = 256;
+  static constexpr int kMinBlocks = 4;
+  using List = GatherList<kMaxThreads / 32>;
+  using Columns = PickedColumns<List>;
+  static constexpr int64_t Shared(int64_t capacity) { return List::Bytes(capacity); }
+  static constexpr int64_t Blocks(int64_t rows_a, int64_t rows_b) {
+    constexpr int64_t kRows = Columns::kRows, kWarps = kMaxThreads / 32;
+    return ((rows_a + kRows - 1) / kRows + (rows_b + kRows - 1) / kRows + kWarps - 1) / kWarps;
+  }
+
+  static JAXINT8_DEVICE void Run(const Params& p) {
+    WaitForPreviousKernel();
+    AllowNextKernel();
+    const List list(SharedMemory());
+    const int count = list.Make(p);
+    if (BlockIndex() == 0 && ThreadIndex() == 0) Store(p.count, static_cast<uint32_t>(count));
+    if (count > p.capacity) return;
+    const int64_t warps = BlockThreads() / 32, fours_a = (p.rows_a + Columns::kRows - 1) / Columns::kRows,
+                  fours = fours_a + (p.rows_b + Columns::kRows - 1) / Columns::kRows;
+#pragma unroll 1
+    for (int64_t four = BlockIndex() * warps + ThreadIndex() / 32; four < fours; four += BlockCount() * warps) {
+      if (four < fours_a) {
+        PickRows(p.a, p.stride_a, p.out_a, p.rows_a, four, p, list, count);
+      } else {
+        PickRows(p.b, p.stride_b, p.out_b, p.rows_b, four - fours_a, p, list, count);
+      }
+    }
+  }
+
+ private:
+  static JAXINT8_DEVICE void PickRows(Ptr<const int8_t> in, int64_t stride, Ptr<int8_t> out, int64_t rows, int64_t four,
+                                      const Params& p, const List& list, int count) {
+    const int64_t first = four * Columns::kRows, left = rows - first;
+    in = in + first * stride;
+    out = out + (first * p.capacity + 4 * (ThreadIndex() % 32));
+#pragma unroll 1
+    for (int group = 0; group * Columns::kGroup < count; ++group) {
+      Columns columns;
+      columns.Take(list, group, count);
+      columns.Pick(in, static_cast<int>(stride), out + group * Columns::kGroup, static_cast<int>(p.capacity), 0,
+                   left < Columns::kRows ? static_cast<int>(left) : Columns::kRows, 1);
+    }
+  }
+};
+
 // The same on Hopper where all multiprocessors together can hold the weights: chunks of rows are copied to shared
 // memory as they lie, those of weights before the rows are quantised, and the bytes are picked there. With more weights
 // it would take longer than the above.
@@ -185,6 +216,7 @@ struct ChunkGatherKernel {
   static constexpr int kMinBlocks = 1;
   static constexpr int kChunk = 32 * 1024, kChunks = 4;  // bytes, and how many at once
   using List = GatherList<kMaxThreads / 32>;
+  using Columns = PickedColumns<List>;
   static constexpr int kListAt = kChunk * kChunks + 8 * kChunks;
   static constexpr int64_t Shared(int64_t capacity) { return kListAt + List::Bytes(capacity); }
   static_assert(kListAt + List::Bytes(kGatherMost) <= 227 * 1024);
@@ -222,19 +254,19 @@ struct ChunkGatherKernel {
             in_b ? b_.row : a_.row, in_b ? b_.rows : a_.rows, in_b ? b_.each : a_.each};
   }
 
-  // What a warp picks of rows: 128 columns, four neighbours a lane, or several times as many; where there are more
-  // warps than that they share the rows.
+  // Which columns a warp picks, and of which rows: 128 columns, or several times as many; where there are more warps
+  // than that they share the rows.
   class Picker {
    public:
     JAXINT8_DEVICE Picker(const List& list, int count, int capacity)
-        : list_(list), count_(count), capacity_(capacity), groups_((count + kGroup - 1) / kGroup) {
+        : list_(list), count_(count), capacity_(capacity), groups_((count + Columns::kGroup - 1) / Columns::kGroup) {
       const int warp = ThreadIndex() / 32;
       if (groups_ > 0 && groups_ < kWarps) {
         parts_ = kWarps / groups_;
         part_ = warp / groups_;
       }
       group_ = warp - part_ * groups_;
-      Take(group_);
+      columns_.Take(list_, group_, count_);
     }
 
     // in: [rows] of so many bytes; out: [rows][capacity].
@@ -242,46 +274,22 @@ struct ChunkGatherKernel {
       if (part_ >= parts_) return;
 #pragma unroll 1
       for (int group = group_; group < groups_; group += kWarps) {
-        if (groups_ > kWarps) Take(group);
-        const Ptr<int8_t> to = out + (group * kGroup + 4 * (ThreadIndex() % 32));
+        if (groups_ > kWarps) columns_.Take(list_, group, count_);
+        const Ptr<int8_t> to = out + (group * Columns::kGroup + 4 * (ThreadIndex() % 32));
 #pragma unroll 1
-        for (int row = part_; row < rows; row += kRows * parts_) {
-          uint32_t words[kRows];
-#pragma unroll
-          for (int i = 0; i < kRows; ++i) {
-            const int r = row + i * parts_ < rows ? row + i * parts_ : row;
-            const Ptr<const uint8_t> from = in + r * stride;
-            words[i] = PackBytes(Load(from + columns_[0]), Load(from + columns_[1]), Load(from + columns_[2]),
-                                 Load(from + columns_[3])) &
-                       keep_;
-          }
-#pragma unroll
-          for (int i = 0; i < kRows; ++i) {
-            if (row + i * parts_ < rows) StoreAs<uint32_t>(to + (row + i * parts_) * capacity_, words[i]);
-          }
+        for (int row = part_; row < rows; row += Columns::kRows * parts_) {
+          columns_.Pick(in, stride, to, capacity_, row, rows, parts_);
         }
       }
     }
 
    private:
-    static constexpr int kRows = 4, kGroup = static_cast<int>(kGatherStep), kWarps = kMaxThreads / 32;
-
-    JAXINT8_DEVICE void Take(int group) {
-      const int lane = ThreadIndex() % 32;
-      keep_ = 0;
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        const bool valid = List::At(group, lane, e) < count_;
-        columns_[e] = valid ? Load(list_.Columns() + (group * kGroup + 4 * lane + e)) : 0;
-        keep_ |= valid ? 0xffu << 8 * e : 0;  // beyond the last column stand zeros
-      }
-    }
+    static constexpr int kWarps = kMaxThreads / 32;
 
     const List& list_;
     const int count_, capacity_, groups_;
     int parts_ = 1, part_ = 0, group_;
-    int columns_[4];
-    uint32_t keep_;
+    Columns columns_;
   };
 
   JAXINT8_DEVICE explicit ChunkGatherKernel(const Params& p)

@@ -131,7 +131,7 @@ const char* Call::GatherOutliers(Ptr<const int8_t> hi, Ptr<const int8_t> w, int6
     JAXINT8_TRY(queue_.Launch<ChunkGatherKernel>(multiprocessors_, ChunkGatherKernel::kMaxThreads,
                                                  ChunkGatherKernel::Shared(plan_.capacity), g));
   } else {
-    const int64_t blocks = (p_.m + p_.n + GatherKernel::kMaxThreads / 32 - 1) / (GatherKernel::kMaxThreads / 32);
+    const int64_t blocks = GatherKernel::Blocks(p_.m, p_.n);
     const int64_t most = 8 * multiprocessors_;
     JAXINT8_TRY(queue_.Launch<GatherKernel>(blocks < most ? blocks : most, GatherKernel::kMaxThreads,
                                             GatherKernel::Shared(plan_.capacity), g));
