@@ -214,7 +214,8 @@ class NarrowKernel {
       }
     }
 
-    // Stores the outputs of sums c[4 * j] and c[4 * j + 1]. The code that runs is one piece: fetching it takes the time.
+    // Stores the outputs of sums c[4 * j] and c[4 * j + 1]. What form they have is asked once: of so few warps each
+    // instruction takes four cycles or more.
     template <Type kType>
     JAXINT8_DEVICE void Finish(const int32_t (&c)[kSums]) const {
       Epilogue e = p_.epilogue;
