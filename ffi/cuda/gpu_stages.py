@@ -169,10 +169,29 @@ def stage_native(quick: bool = False) -> dict[str, Any]:
                 failures.append(f"prologue {prologue} {shape}")
     from gpu_attend import native_attend  # which needs this module
 
-    for native in (native_blocks, native_largest, native_attend):
+    for native in (native_many_tiles, native_blocks, native_largest, native_attend):
         of_it, wrong = native(executor, quick)
         count, failures = count + of_it, failures + wrong
     return {"cases": count, "failures": failures}
+
+
+def native_many_tiles(executor: Any, quick: bool) -> tuple[int, list[str]]:
+    """Layers too large for the oracle, of several tiles a block, several times, against the plain kernel (tiled.h)."""
+    failures, count = [], 0
+    shapes = [(2048, 4096, 4096), (2048, 768, 3072), (700, 1536, 6144), (1500, 2048, 8192)]
+    for shape in shapes[:0] if quick else shapes:
+        case = battery.make(shape, ml_dtypes.bfloat16)
+        for rule in (TopK(8), RelativeThreshold(), Threshold(6.0, "column"), None):
+            wanted = executor.linear(case, rule, tests.TILED).view(np.uint16)
+            for path in (tests.AUTO, tests.WGMMA, tests.SPARSE):
+                if path == tests.SPARSE and rule is None:
+                    continue
+                for attempt in range(4):
+                    count += 1
+                    wrong = int((executor.linear(case, rule, path).view(np.uint16) != wanted).sum())
+                    if wrong:
+                        failures.append(f"{shape} {rule} path {path} run {attempt}: {wrong} differ")
+    return count, failures
 
 
 def native_blocks(executor: Any, quick: bool) -> tuple[int, list[str]]:
