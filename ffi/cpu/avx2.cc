@@ -89,7 +89,7 @@ struct Avx2Bytes : Avx2 {
   }
 };
 
-constexpr int64_t kTurnedMost = 11;  // rows that are turned in twos: packing weights for fours takes longer
+constexpr int64_t kTurnedMost = 11;  // rows that take weights as they lie: packing them takes longer
 
 bool AllTurned(const Block& b) {
   if (b.turned == nullptr) return false;

@@ -208,16 +208,17 @@ struct Rung {
   void (*arrange)(const int8_t* rows, int64_t stride, int64_t columns, int8_t* arranged) = nullptr;
   int64_t arranged_m = 0, arranged_high_m = 0;
   // Turns the codes of a layer, m rows of them up to kTurnedRows, for products of unsigned bytes u = w ^ byte and
-  // signed codes that add up within 16 bits, in twos or in fours. Writes kTurnedLines lines, for columns rounded up to
-  // 64: codes; then bytes, of which u is w + 128, or 127 - w where all rows' codes are negated; then for every 64
-  // columns an order. Of fours the word q of the second 32 columns is where q ^ order was. Then of columns 2t and 2t +
-  // 1, with fours also of 2t + 32 and 2t + 33, neither positive codes nor negative ones add up to more than 128: what
-  // flipping does not bring about, moving 64 or 128 of a code to high parts does. Lists what was moved, count[i] words
-  // of places for row i at moved + i * most, and sets Row::turned; high parts are multiplied by w + 128. False if they
-  // would be `most` or more, or are likely to be; never of one row in twos, of which nothing is moved. Null: never.
+  // signed codes that add up within 16 bits: with `fours` all of them in fours, for tiles, or else in twos, or in fours
+  // where they fit as they are. Writes kTurnedLines lines, for columns rounded up to 64: codes; bytes, of which u is w
+  // + 128, or 127 - w where all rows' codes are negated; and which columns stand side by side. Where and how only the
+  // rung's products know. Of the columns that are added neither positive codes nor negative ones add up to more than
+  // 128: what flipping does not bring about, moving 64 or 128 of a code to high parts does. Lists what was moved,
+  // count[i] words of places for row i at moved + i * most, and sets Row::turned; high parts are multiplied by w + 128.
+  // False if they would be `most` or more, or are likely to be; never of one row without `fours`, of which nothing is
+  // moved. Null: never.
   bool (*turn)(const int8_t* lo, int64_t stride, int64_t m, int64_t k, bool fours, int64_t most, int8_t* turned,
                HiWord* moved, int32_t* count, Row* rows) = nullptr;
-  int64_t turned_m = 0;  // up to so many rows codes are turned in twos, and their high parts planned
+  int64_t turned_m = 0;  // up to so many rows codes are turned for dot products, and their high parts planned
   int64_t turned_n = 0;  // outputs whose weights are packed together
 };
 
