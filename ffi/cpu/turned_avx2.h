@@ -373,37 +373,28 @@ ALWAYS_INLINE inline void AddHighParts(const FourRows& four, const uint8_t* pane
   }
 }
 
-// Packs n rows of k weights, up to kTileN, four rows of 64 columns at a time; k weights of 0 up to a multiple of 64.
+// Packs n rows of k weights, up to kTileN, eight rows of 64 columns at a time; k weights of 0 up to a multiple of 64.
 void PackTurned(const int8_t* w, int64_t k, int64_t n, uint8_t* panel) {
   constexpr int64_t kPlaceBytes = Turned::kTileN * 4;
   for (int64_t t = 0; t < k; t += 64, panel += 16 * kPlaceBytes) {
-    for (int64_t j = Turned::kTileN; j < 2 * Turned::kTileN; ++j) __builtin_prefetch(w + j * k + t, 0, 3);
-    for (int64_t j = 0; j < Turned::kTileN; j += 4) {
+    for (int64_t j = 0; j < Turned::kTileN; j += 8) {
       const int8_t* in = w + j * k + t;
       int64_t stride = k;
-      int8_t padded[4][64];
-      if (j + 4 > n || t + 64 > k) {
+      int8_t padded[8][64];
+      if (j + 8 > n || t + 64 > k) {
         std::memset(padded, 0, sizeof padded);
-        for (int64_t i = 0; i < 4 && j + i < n; ++i) {
+        for (int64_t i = 0; i < 8 && j + i < n; ++i) {
           std::memcpy(padded[i], in + i * k, static_cast<size_t>(k - t < 64 ? k - t : 64));
         }
         in = padded[0];
         stride = 64;
       }
       Unroll<2>([&](auto half) ALWAYS_INLINE {
-        __m256i r[4], pair[4];
-        Unroll<4>([&](auto i) ALWAYS_INLINE { r[i] = Turned::Load(in + i * stride + half * 32); });
-        Unroll<2>([&](auto i) ALWAYS_INLINE {
-          pair[2 * i] = _mm256_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
-          pair[2 * i + 1] = _mm256_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
-        });
-        Unroll<4>([&](auto q) ALWAYS_INLINE {  // words q and q + 4 of four rows
-          const __m256i a = pair[q / 2], b = pair[2 + q / 2];
-          const __m256i words = q % 2 ? _mm256_unpackhi_epi64(a, b) : _mm256_unpacklo_epi64(a, b);
-          uint8_t* out = panel + (2 * q + half) * kPlaceBytes + j * 4;
-          _mm_store_si128(reinterpret_cast<__m128i*>(out), _mm256_castsi256_si128(words));
-          _mm_store_si128(reinterpret_cast<__m128i*>(out + 8 * kPlaceBytes), _mm256_extracti128_si256(words, 1));
-        });
+        __m256i r[8];
+        Unroll<8>([&](auto i) ALWAYS_INLINE { r[i] = Turned::Load(in + i * stride + half * 32); });
+        Turned::Transpose(r);
+        Unroll<8>([&](auto q)
+                      ALWAYS_INLINE { Turned::StorePacked(panel + (2 * q + half) * kPlaceBytes + j * 4, r[q]); });
       });
     }
   }
@@ -420,8 +411,13 @@ void TurnedTile(const Block& b, int64_t i0, int64_t j, const uint8_t* panel, boo
   Turned::Sums sum[M][R];
   Unroll<M * R>([&](auto i) ALWAYS_INLINE { sum[i / R][i % R] = _mm256_set1_epi32(rows[i / R].turned); });
   AddHighParts<M, Turned::kTileN * 4>(b.fours[i0 / kTurnedRows], panel, sum);
+  // What is packed next is fetched meanwhile, by each team its share.
+  const int64_t teams = (b.m + kTurnedRows - 1) / kTurnedRows, team = i0 / kTurnedRows;
+  const int64_t fetched = Turned::kTileN * team / teams, fetched_end = Turned::kTileN * (team + 1) / teams;
+  const int8_t* const next = b.w + (j + Turned::kTileN) * b.k;
   const int8_t *codes = TeamOf(b, i0), *steps = codes + kTurnedWidth * b.stride;
   for (int64_t t = 0; t < b.k; t += 64, codes += 64 * kTurnedWidth, panel += 64 * Turned::kTileN) {
+    for (int64_t r = fetched; r < fetched_end; ++r) __builtin_prefetch(next + r * b.k + t, 0, 2);
     constexpr int64_t kWord = R * Turned::kBytes;  // of weights
     const int64_t swap = StepAt(steps, t)->order * 2 * kWord;
     Unroll<8>([&](auto s) ALWAYS_INLINE {  // of eight columns: four of the first half and four of the second
