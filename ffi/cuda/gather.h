@@ -69,8 +69,8 @@ class GatherList {
   // Which of them, ascending, a lane has in byte e of the word of a group of 128.
   static JAXINT8_DEVICE int At(int group, int lane, int e) { return 128 * group + 32 * e + lane; }
 
-  // Lists as many as fit, by all threads of a block of kWarps warps, half a word of bits each in a turn, and returns how
-  // many there are. No loop is longer than the bits need: a warp takes some four cycles for an instruction.
+  // Lists as many as fit, by all threads of a block of kWarps warps, half a word of bits each in a turn, and returns
+  // how many there are. No loop is longer than the bits need: a warp takes some four cycles for an instruction.
   JAXINT8_DEVICE int Make(const GatherParams& p) const {
     static_assert(kWarps % 4 == 0);
     constexpr int kHalves = 32 * kWarps;

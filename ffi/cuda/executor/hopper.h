@@ -274,7 +274,7 @@ struct QueuedProduct {
   uint64_t a, b;
   bool add, swapped, sparse;
   int columns;
-  uint32_t places[32];         // of sparse ones, by lane
+  uint32_t places[32];           // of sparse ones, by lane
   const uint32_t* place_of[32];  // where these are, and stay until the product is waited for
   int32_t* c[32];
   Site site;
