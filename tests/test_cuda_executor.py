@@ -271,6 +271,22 @@ def test_sparse(executor: Executor, shape: tuple[int, int, int], rule: Any, orde
     expect_linear(executor, battery.make(shape, battery.DTYPES[order]), rule, SPARSE)
 
 
+# Groups of 128 gathered columns: some, of which each has rows of its own, and some warps nothing to do; and more than
+# there are warps. By the kernel for Hopper and by the plain one.
+@pytest.mark.parametrize("path", [WGMMA, TILED])
+@pytest.mark.parametrize(
+    ("shape", "threshold", "groups"), [((70, 1304, 20), 2.9, 3), ((66, 4104, 9), 2.83, 9)], ids=str
+)
+def test_gathered_groups(
+    executor: Executor, shape: tuple[int, int, int], threshold: float, groups: int, path: int
+) -> None:
+    case = battery.make(shape, ml_dtypes.bfloat16, "no_bias")
+    columns = int((np.abs(case.x.astype(np.float32)) >= threshold).any(axis=0).sum())
+    assert -(-columns // 128) == groups
+    assert columns <= -(-shape[1] // 4 // 128) * 128  # more are not gathered
+    expect_linear(executor, case, Threshold(threshold, "token"), path)
+
+
 @pytest.mark.parametrize("rows", [1, 66, 130])
 def test_sparse_groups(executor: Executor, rows: int) -> None:
     """Every set of outliers that four neighbours can be, rows whose outliers are all in one group, and rows without."""

@@ -4,7 +4,8 @@
 
 Prints one line per kernel and exits with status 1 if a kernel spills, uses the stack, wants more shared memory than a
 block may have, lacks the matrix instructions that it is made of, or waits for each of them: the assembler serialises
-wgmma where the registers of one are touched before it has been waited for, and only mentions it (C7510 to C7519).
+wgmma where the registers of one are touched before it has been waited for, and only mentions it (C7510 to C7519). Or if
+sparse products of two steps share a register of places, or one is copied: it may still be read when it is written.
 Needs cuobjdump and nvdisasm (CUDA toolkit, or the wheels nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm).
 """
 
@@ -126,6 +127,17 @@ def code(path: str) -> dict[tuple[str, str], str]:
     return {key: "\n".join(text) for key, text in found.items()}
 
 
+def shares_places(text: str) -> bool:
+    """Whether sparse products of two steps, two each, read places from one register, or one of these is copied."""
+    read = re.findall(r"\bIGMMA\.SP\.\S+ R\d+, gdesc\[UR\d+\], R\d+, (R\d+)\b", text)
+    copied = (
+        re.search(rf"\b(?:IMAD\.)?MOV\S* R\d+, (?:RZ, RZ, )?(?:{'|'.join(read)})\b", text)
+        if read
+        else None
+    )
+    return bool(read) and (len(set(read)) < max(4, len(read)) or copied is not None)
+
+
 def main() -> int:
     """Checks the object files named on the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -163,6 +175,8 @@ def main() -> int:
             waits = len(re.findall(r"\bWARPGROUP\.DEPBAR\b", text))
             if 0 < matrix[1] <= waits:
                 faults.append(f"{where}: {waits} waits for {matrix[1]} IGMMA: serialised")
+            if shares_places(text):
+                faults.append(f"{where}: sparse products share registers of their places")
             faults += [
                 f"{where}: has {p}"
                 for k, p in FORBIDDEN.items()

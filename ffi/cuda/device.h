@@ -167,7 +167,7 @@ JAXINT8_DEVICE void Mma(int32_t (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, 
 // Programmatic dependent launch: a kernel launched as `overlapped` may start before the one before it in the stream
 // ends. It must wait here before it reads what that one writes. A kernel that allows the next one before it has waited
 // itself leaves the next no memory to read before it waits; only behind one that has waited first is what older kernels
-// wrote there (the weights that skinny.h, swapped.h and narrow.h ask for early, always behind a quantiser).
+// wrote there (the weights that skinny.h, swapped.h, narrow.h and gather.h ask for early, always behind a quantiser).
 JAXINT8_DEVICE void WaitForPreviousKernel() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");

@@ -56,6 +56,10 @@ def _cases(quick: bool) -> Iterator[tuple[tuple[int, int, int], type, str, Any]]
             for shape in ((5, 528, 37), (40, 1029, 130)):
                 dtype = np.float32 if kind in battery.FLOAT32_ONLY else ml_dtypes.bfloat16
                 yield shape, dtype, kind, rule
+    # Three, five and thirteen groups of gathered columns.
+    for columns, threshold in ((2048, 3.3), (4096, 3.3), (8192, 3.2)):
+        for scope in ("token", "column"):
+            yield (160, columns, 136), ml_dtypes.bfloat16, "no_bias", Threshold(threshold, scope)
     large = [(1, 4096, 4096), (3, 4096, 1000), (8, 14336, 512), (16, 4096, 4096), (17, 4096, 1024)]
     large += [
         (32, 8328, 130),

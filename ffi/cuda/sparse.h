@@ -1,5 +1,5 @@
 // The product for many rows with outliers on Hopper (sm_90a): as wgmma.h, with the high parts multiplied from the same
-// tile of weights as 2:4-sparse operands (wgmma.mma_async.sp), at half the cost of the low parts.
+// tile of weights as 2:4-sparse operands (wgmma.mma_async.sp), at two thirds of the cost of the low parts.
 //
 // High parts are so few that hardly any four neighbours in a row hold more than two. Flags of the quantiser say where
 // that is so: such a block of 64 rows and 128 columns is multiplied in full, in a step of its own at the end of a tile.
