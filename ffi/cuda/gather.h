@@ -325,24 +325,22 @@ struct ChunkGatherKernel {
     const List list(SharedMemory() + kListAt);
     const int count = list.Make(p_);
     if (BlockIndex() == 0 && ThreadIndex() == 0) Store(p_.count, static_cast<uint32_t>(count));
-    if (count > p_.capacity) {
-      for (int c = 0; c < first; ++c) WaitBarrier(Copied(c), 0);
-      return;
-    }
-    Picker picker(list, count, static_cast<int>(p_.capacity));
-    PickAll(b_, 0, picker);
-    PickAll(a_, b_.Chunks(), picker);
+    const bool fits = count <= p_.capacity;  // else nothing is picked, but what has been asked for is waited for
+    Picker picker(list, fits ? count : 0, static_cast<int>(p_.capacity));
+    const int end = fits ? all_ : first;
+    PickAll(b_, 0, end, picker);
+    PickAll(a_, b_.Chunks(), end, picker);
   }
 
-  // The chunks of a matrix, from that number on.
-  JAXINT8_DEVICE void PickAll(const Share& share, int c, Picker& picker) const {
+  // The chunks of a matrix, from that number on, up to another.
+  JAXINT8_DEVICE void PickAll(const Share& share, int c, int end, Picker& picker) const {
 #pragma unroll 1
-    for (int row = 0; row < share.rows; row += share.each, ++c) {
+    for (int row = 0; row < share.rows && c < end; row += share.each, ++c) {
       WaitBarrier(Copied(c), static_cast<uint32_t>(c / kChunks & 1));
       const int left = share.rows - row;
       picker.Pick(SharedMemory() + c % kChunks * kChunk, share.stride,
                   share.out + int64_t{share.row + row} * p_.capacity, left < share.each ? left : share.each);
-      if (c + kChunks >= all_) continue;
+      if (c + kChunks >= end) continue;
       Barrier();
       if (ThreadIndex() == 0) CopyChunk(c + kChunks);
     }
