@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxint8.rounding import divide, sqrt
 from jaxint8.shards import WHOLE, Shards
 
 Scope = Literal["token", "column"]
@@ -144,15 +145,6 @@ def outlier_mask(x: jax.Array, rule: OutlierRule | None, shards: Shards = WHOLE)
     return mask
 
 
-def divide(x: jax.Array, divisor: jax.Array | int) -> jax.Array:
-    """Returns the correctly rounded float32 quotient x / divisor, broadcasting.
-
-    XLA's algebraic simplifier turns a division by a constant, or by anything broadcast, into a multiplication by the
-    rounded reciprocal, which now and then moves a code. A select whose predicate it cannot decide keeps the division.
-    """
-    return x / jnp.where(x == x, jnp.asarray(divisor, jnp.float32), jnp.float32(1))
-
-
 def finite_rows(x: jax.Array, shards: Shards = WHOLE) -> jax.Array:
     """Returns bool[m, 1]: True where every value of the row is finite."""
     return shards.all_of_rows(jnp.all(jnp.isfinite(x), axis=-1, keepdims=True))
@@ -190,5 +182,5 @@ def _relative_threshold(
     low = shards.sum_of_rows(jnp.sum(square & 4095, axis=-1, keepdims=True))
     # 64 = sqrt(4096), the weight of the high half; each operation is rounded on its own, so no backend can differ.
     mean = divide((high + (low >> 12)).astype(jnp.float32), shards.width(held))
-    root = jnp.sqrt(mean)
+    root = sqrt(mean)
     return jnp.float32(value) * (unit * (jnp.float32(64) * root)), usable

@@ -13,7 +13,8 @@ import jax.core
 import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
-from jaxint8.outliers import SMALLEST_SCALE, OutlierRule, divide, finite_rows, outlier_mask
+from jaxint8.outliers import SMALLEST_SCALE, OutlierRule, finite_rows, outlier_mask
+from jaxint8.rounding import divide
 from jaxint8.shards import WHOLE, Shards
 
 Arithmetic = Literal["int15", "float"]

@@ -13,8 +13,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxint8.dispatch import Implementation, integer_product
-from jaxint8.outliers import divide, finite_rows
+from jaxint8.outliers import finite_rows
 from jaxint8.quantize import CODE_MAX, usable_scale
+from jaxint8.rounding import divide
 
 # 254 * 254 * k < 2**31: what a zeropoint product's int32 sum can hold.
 ZEROPOINT_K_MAX = (2**31 - 1) // (2 * CODE_MAX) ** 2

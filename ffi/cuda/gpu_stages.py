@@ -340,7 +340,7 @@ def stage_jax() -> dict[str, Any]:
     text = jax.jit(linear).lower(x).compile().as_text()
     from gpu_attend import check_attend  # which needs this module
 
-    for check in (check_blocks(), check_largest(), check_attend()):
+    for check in (check_portable(), check_blocks(), check_largest(), check_attend()):
         count, failures = count + check["cases"], failures + check["failures"]
     return {
         "cases": count,
@@ -348,6 +348,44 @@ def stage_jax() -> dict[str, Any]:
         "chosen": "cuda" if "jaxint8_linear" in text else "not the kernel",
         "available": list(kernels.available()),
     }
+
+
+def check_portable() -> dict[str, Any]:
+    """The implementation in pure JAX, and codes of weights, with XLA's own arithmetic for GPUs, to the bit."""
+    failures: list[str] = []
+    count = 0
+    for shape, dtype, kind in (
+        ((64, 499, 65), np.float32, "outliers"),
+        ((300, 1029, 70), ml_dtypes.bfloat16, "no_bias"),
+        ((17, 130, 31), np.float16, "ties"),
+    ):
+        case = battery.make(shape, dtype, kind)
+        weights = jaxint8.QuantizedMatrix(jnp.asarray(case.codes), jnp.asarray(case.scale))
+
+        @jax.jit
+        def layers(x: jax.Array, weights: Any, bias: jax.Array | None) -> list[jax.Array]:
+            return [
+                jaxint8.int8_linear(x, weights, bias, outliers=rule, implementation="xla")
+                for rule in battery.RULES
+            ]
+
+        bias = None if case.bias is None else jnp.asarray(case.bias)
+        made = layers(jnp.asarray(case.x), weights, bias)
+        for rule, y in zip(battery.RULES, made, strict=True):
+            wanted = reference.int8_linear(case.x, case.codes, case.scale, case.bias, rule)
+            count += 1
+            if not np.array_equal(
+                np.asarray(y, np.float32), wanted.astype(np.float32), equal_nan=True
+            ):
+                failures.append(f"pure JAX, {shape} {kind} {rule}")
+    kernel = np.random.default_rng(7).standard_normal((2048, 3000), np.float32)
+    for dtype in (np.float32, ml_dtypes.bfloat16):
+        count += 1
+        found = jaxint8.quantize(jnp.asarray(kernel.astype(dtype)))
+        codes, scale = reference.quantize(kernel.astype(dtype))
+        if not (np.array_equal(found.codes, codes) and np.array_equal(found.scale, scale)):
+            failures.append(f"codes of weights in {np.dtype(dtype).name}")
+    return {"cases": count, "failures": failures}
 
 
 def check_largest() -> dict[str, Any]:
