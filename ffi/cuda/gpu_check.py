@@ -38,6 +38,7 @@ STAGES = {
     "profile": 100,
     "largest": 60,
     "attend": 60,
+    "mesh": 400,
     "memcheck": 100,
     "racecheck": 100,
 }
@@ -49,6 +50,7 @@ EXTRA = {
     "profile": "gpu_profile",
     "largest": "gpu_profile",
     "attend": "gpu_attend",
+    "mesh": "gpu_mesh",
 }
 
 
@@ -174,8 +176,9 @@ def summarise(report: dict[str, Any]) -> str:
                 f"{row['k']:6d}->{row['n']:<6d} m={row['m']:<5d} {row['rule']:19s} {row['us']:8.1f} "
                 f"({row['tera_ops']:6.0f}, {row['tb_per_s']:5.2f}){ratio}"
             )
-    for row in report.get("decode", {}).get("rows", []):
-        lines.append("8B  " + ", ".join(f"{key}={_short(value)}" for key, value in row.items()))
+    for stage in ("decode", "mesh"):
+        for row in report.get(stage, {}).get("rows", []):
+            lines.append("8B  " + ", ".join(f"{key}={_short(value)}" for key, value in row.items()))
     for row in report.get("profile", {}).get("rows", []):
         lines.append(
             f"{row['method']}, batch {row['batch']}: {row['us']:.0f} us a step of {row['layers']} layers"

@@ -10,12 +10,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from gpu_check import STAGES
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from jaxint8 import QuantizedMatrix, RelativeThreshold, TopK, quantize
 from jaxint8.models import generate
 from jaxint8.models.cache import capacity_for, init_cache
 from jaxint8.models.config import DecoderConfig, QuantizationConfig
 from jaxint8.models.decoder import forward
+from jaxint8.models.placement import Placement
 from jaxint8.models.sampling import Draw, Sampling
 
 CONFIG = DecoderConfig(
@@ -113,27 +116,39 @@ class Decoding:
         batch: int,
         config: DecoderConfig = CONFIG,
         steps: int = STEPS,
+        placement: Placement | None = None,
     ) -> None:
         """Fills a cache as long as generation would make it."""
         self._params = params
         self._steps = jnp.int32(steps)
         self._length, self._step = jnp.int32(CONTEXT), jnp.int32(1)
-        self._how = {"config": config, "quantization": quantization}
+        self._how = {"config": config, "quantization": quantization, "placement": placement}
         capacity = capacity_for(CONTEXT + STEPS)
         start = jnp.zeros((batch,), jnp.int32)
-        cache = init_cache(config, capacity, start, jnp.bfloat16, quantization)
+        held = config if placement is None else placement.cache_config
+        cache = init_cache(held, capacity, start, jnp.bfloat16, quantization)
         leaves, tree = jax.tree.flatten((cache.keys, cache.values))
         keys = jax.random.split(jax.random.key(2), len(leaves))
         filled = [_random(key, leaf) for key, leaf in zip(keys, leaves, strict=True)]
         k, v = jax.tree.unflatten(tree, filled)
         cache = dataclasses.replace(cache, keys=k, values=v)
-        self._state = generate._State(
+        state = generate._State(
             cache=cache,
             token=jnp.arange(batch, dtype=jnp.int32),
             done=jnp.zeros((batch,), bool),
             step=self._step,
             keys=jax.random.split(jax.random.key(3), batch),
         )
+        if placement is not None:
+            whole = NamedSharding(placement.mesh, P())
+            shardings = dataclasses.replace(
+                jax.tree.map(lambda _: whole, state),
+                cache=jax.tree.map(
+                    lambda spec: NamedSharding(placement.mesh, spec), placement.cache_specs(cache)
+                ),
+            )
+            state = jax.device_put(state, shardings)
+        self._state = state
 
     def __call__(self) -> jax.Array:
         """Makes the tokens."""
@@ -151,7 +166,7 @@ def _prefill(params: Any, tokens: jax.Array, quantization: Any) -> jax.Array:
     return forward(CONFIG, params, tokens, quantization=quantization, last_only=True)[0]
 
 
-def _median(function: Callable[[], Any]) -> float:
+def median(function: Callable[[], Any]) -> float:
     """Returns seconds of a call, the median of several after one that compiles."""
     jax.block_until_ready(function())
     times = []
@@ -164,7 +179,7 @@ def _median(function: Callable[[], Any]) -> float:
 
 def _prefilling(params: Any, quantization: Any, batch: int) -> float:
     tokens = jax.random.randint(jax.random.key(1), (batch, PROMPT), 0, CONFIG.vocab_size)
-    return PROMPT * batch / _median(lambda: _prefill(params, tokens, quantization))
+    return PROMPT * batch / median(lambda: _prefill(params, tokens, quantization))
 
 
 def stage_decode() -> dict[str, Any]:
@@ -181,7 +196,7 @@ def stage_decode() -> dict[str, Any]:
         for batch in BATCHES:
             row: dict[str, Any] = {"method": method, "batch": batch}
             if time.monotonic() < deadline:
-                seconds = _median(Decoding(weights, quantization, batch))
+                seconds = median(Decoding(weights, quantization, batch))
                 row["decode_tokens_per_s"] = STEPS * batch / seconds
             if time.monotonic() < deadline and weights is params:  # a prompt has one head row
                 row["prefill_tokens_per_s"] = _prefilling(weights, quantization, batch)
