@@ -17,7 +17,7 @@ from jaxint8 import kernels, reference
 from jaxint8.outliers import OutlierRule, is_token_scope
 from jaxint8.portable import Multiply, xla_linear, xla_product
 from jaxint8.prologue import Prologue, RMSNorm, SiluGate, enter, width
-from jaxint8.quantize import Arithmetic
+from jaxint8.quantize import Arithmetic, QuantizedRows, quantize_rows
 from jaxint8.shards import vary_like
 
 Implementation = Literal["cuda", "cpu", "xla", "reference"]
@@ -163,6 +163,27 @@ def _compiled(layer: Layer, platform: kernels.Platform) -> Callable[[Operands], 
         return jax.lax.map(one, [a for a, b in zip(leaves, mapped, strict=True) if b]), True
 
     return call
+
+
+def row_codes(x: jax.Array, layer: Layer) -> QuantizedRows:
+    """Returns the codes of whole rows x[m, k] that `one_device` multiplies; outliers as integers."""
+    assert layer.arithmetic == "int15"
+    portable = functools.partial(quantize_rows, rule=layer.rule)
+    if layer.implementation in ("xla", "reference"):
+        return portable(x)
+
+    def compiled(platform: kernels.Platform) -> Callable[[jax.Array], QuantizedRows]:
+        def call(x: jax.Array) -> QuantizedRows:
+            lo, hi, scale = kernels.quantize_rows(x, layer.rule, platform=platform)
+            made = QuantizedRows(lo, None if layer.rule is None else hi, scale[:, None])
+            return jax.tree.map(lambda array: vary_like(array, x), made)
+
+        return call
+
+    if layer.implementation is not None:
+        return compiled(layer.implementation)(x)
+    platforms = {platform: compiled(platform) for platform in kernels.platforms()}
+    return jax.lax.platform_dependent(x, default=portable, **platforms)
 
 
 def integer_product(

@@ -7,7 +7,7 @@ derivative at the float edge: through a rounding, automatic differentiation woul
 import dataclasses
 import functools
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -21,12 +21,13 @@ from jaxint8.dispatch import (
     entered,
     integer_product,
     one_device,
+    row_codes,
 )
 from jaxint8.outliers import OutlierRule, as_rule, is_token_scope
 from jaxint8.partition import Partition, partition_of
-from jaxint8.portable import finish, xla_linear
+from jaxint8.portable import finish, scaled_product, xla_linear
 from jaxint8.prologue import enter
-from jaxint8.quantize import Arithmetic, QuantizedMatrix, validate
+from jaxint8.quantize import Arithmetic, QuantizedMatrix, QuantizedRows, validate
 from jaxint8.shards import Shards
 
 Reduction = Literal["exact", "fast"]
@@ -222,8 +223,20 @@ def _local(operands: Operands, layer: Layer, shards: Shards, reduction: Reductio
         y = finish(jax.lax.psum(y, shards.columns).astype(jnp.float32), bias, rows.dtype)
     else:
         multiply = functools.partial(integer_product, implementation=layer.implementation)
-        how = {"rule": layer.rule, "arithmetic": layer.arithmetic, "shards": shards}
-        y = xla_linear(rows, codes, scale, bias, **how, multiply=multiply)
+        how: dict[str, Any] = {"shards": shards, "multiply": multiply}
+        held = rows.shape[1]
+        no_padding = shards.width(held) == dataclasses.replace(shards, k=None).width(held)
+        if shards.columns and token_scope and no_padding and layer.arithmetic == "int15":
+            # A device that sees whole rows needs no statistics of the others, which are rounds of messages one after
+            # the other: what a step of decoding would wait for.
+            made = row_codes(shards.whole_rows(rows), inner)
+            own = functools.partial(shards.own_columns, held=held)
+            hi = None if made.hi is None else own(made.hi)
+            made = QuantizedRows(own(made.lo), hi, made.scale)
+            y = finish(scaled_product(made, codes, scale, **how), bias, rows.dtype)
+        else:
+            how |= {"rule": layer.rule, "arithmetic": layer.arithmetic}
+            y = xla_linear(rows, codes, scale, bias, **how)
     return y if residual is None else residual + y
 
 

@@ -54,20 +54,32 @@ def xla_linear(
 ) -> jax.Array:
     """The portable implementation: float[m, k], int8[n, k], float32[n] -> x.dtype[m, n]; see `int8_linear`."""
     rows = quantize_rows(x, rule, arithmetic, shards=shards)
-    sums = shards.sum_of_rows(product(rows, codes, multiply))
-    y = (sums.astype(jnp.float32) * rows.scale) * scale[None, :]
+    y = scaled_product(rows, codes, scale, shards=shards, multiply=multiply)
     if rule is not None and arithmetic == "float":
         outliers = jnp.where(outlier_mask(x, rule, shards), x.astype(jnp.float32), 0.0)
         y = shards.in_turn(lambda y: _add_outlier_columns(y, outliers, codes, scale), y)
-    # Else a caller's sum with another float32 array would become an FMA with the last product here.
-    return jax.lax.optimization_barrier(finish(y, bias, x.dtype))
+    return finish(y, bias, x.dtype)
+
+
+def scaled_product(
+    rows: QuantizedRows,
+    codes: jax.Array,
+    scale: jax.Array,
+    *,
+    shards: Shards = WHOLE,
+    multiply: Multiply = xla_product,
+) -> jax.Array:
+    """Returns float32[m, n], the product of quantised rows and weights in the units of both."""
+    sums = shards.sum_of_rows(product(rows, codes, multiply))
+    return (sums.astype(jnp.float32) * rows.scale) * scale[None, :]
 
 
 def finish(y: jax.Array, bias: jax.Array | None, dtype: jnp.dtype) -> jax.Array:
-    """Adds the bias to float32[m, n] and rounds once; the barrier keeps the compiler from fusing into an FMA."""
+    """Adds the bias to float32[m, n] and rounds once; barriers keep the compiler from fusing into an FMA."""
     if bias is not None:
         y = jax.lax.optimization_barrier(y) + bias[None, :]
-    return y.astype(dtype)
+    # Else a caller's sum with another float32 array would become an FMA with the last product here.
+    return jax.lax.optimization_barrier(y.astype(dtype))
 
 
 def _add_outlier_columns(

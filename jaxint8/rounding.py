@@ -9,8 +9,8 @@ to go.
 import jax
 import jax.numpy as jnp
 
-# A platform's own result may be off by three units in its last place (PTX allows a division two; by a reciprocal it is a
-# little more), which are six where the right one lies below a power of two.
+# A platform's own result may be off by three units in its last place (PTX allows a division two; by a reciprocal it is
+# a little more), which are six where the right one lies below a power of two.
 _STEPS = 6
 _HIDDEN, _FRACTION, _INFINITY = 1 << 23, (1 << 23) - 1, 0xFF
 _SIGN = 0x80000000

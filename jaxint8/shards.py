@@ -62,6 +62,18 @@ class Shards:
             return x
         return jax.lax.all_gather(x, self.columns, axis=1, tiled=True)
 
+    def whole_rows(self, x: jax.Array) -> jax.Array:
+        """The rows [m, k] of which each device holds some columns, the same on all of them."""
+        if not self.columns:
+            return x
+        return jax.lax.all_gather(x, self.columns, axis=1, tiled=True, to="invarying")
+
+    def own_columns(self, x: jax.Array, held: int) -> jax.Array:
+        """This device's columns of whole rows; the inverse of `whole_rows`."""
+        if not self.columns:
+            return x
+        return jax.lax.dynamic_slice_in_dim(x, self.first_column(held), held, axis=1)
+
     def in_turn(self, step: Callable[[jax.Array], jax.Array], y: jax.Array) -> jax.Array:
         """Applies ``step`` on the device with the first columns, then to its result on the next, and so on.
 

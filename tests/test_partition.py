@@ -25,6 +25,9 @@ from jaxint8 import (
     quantize,
     reference,
 )
+from jaxint8.dispatch import Layer, Operands
+from jaxint8.linear import local_linear
+from jaxint8.shards import Shards
 
 MESHES = [(1, 1), (1, 2), (2, 2), (1, 8), (8, 1), (4, 2)]
 RULES = [
@@ -137,26 +140,50 @@ def test_explicit_axes_and_arrays_outside_of_jit_tell_where_they_are(split):
             )
 
 
-def test_the_collectives_are_those_of_the_statistics_and_one_sum():
+def test_the_collectives_are_one_gather_of_rows_and_one_sum():
     one, x = case()
 
-    def found(split, rule, shape=(2, 2)):
+    def found(split, rule, shape=(2, 2), **how):
         partition = Partition(mesh_of(shape), rows="data", **split)
         args = place(partition, x, one.codes, one.scale, one.bias)
-        return collectives(every_rule, *args, partition, (rule,))
+        return collectives(every_rule, *args, partition, (rule,), **how)
 
     half = M // 2
     for rule in (None, Threshold(4.0, "token"), RelativeThreshold(3.0), TopK(8)):
         assert found(COLUMN, rule) == []
+        (gather, kind), (total, other) = sorted(found(ROW, rule))
+        assert (kind, other) == ("all-gather", "all-reduce")
+        # Rows as they are, of one group of devices; sums of integers.
+        assert f"f32[{half},{K}]" in gather and f"s32[{half},{N}]" in total
     shared = found(COLUMN, Threshold(6.0, "column"))
     assert [kind for _, kind in shared] == ["all-reduce"] and f"[1,{K}]" in shared[0][0]
     assert found(COLUMN, Threshold(6.0, "column"), (1, 2)) == []
-    plain = found(ROW, None)
+    assert len(found(ROW, Threshold(6.0, "column"), (1, 2))) == 2
+    # Where rows have to be gathered too, statistics are all that is.
+    plain = found(ROW, Threshold(6.0, "column"))
     assert {kind for _, kind in plain} == {"all-reduce"}
     assert sum(f"s32[{half},{N}]" in shape for shape, _ in plain) == 1
-    # Candidates of the largest magnitudes are all that is ever gathered.
-    gathered = [shape for shape, kind in found(ROW, TopK(8)) if kind != "all-reduce"]
-    assert gathered and all(re.search(rf"\[{half},16\]", shape) for shape in gathered)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=repr)
+def test_columns_of_padding_do_not_count(rule):
+    """By the statistics of all devices, since a row with padding is not the row of one device."""
+    one, x = case()
+    true = K - 3
+    shards = Shards(rows=("data",), columns=("model",), k=true)
+    x, codes = x.copy(), one.codes.copy()
+    x[:, true:], codes[:, true:] = 0, 0
+    partition = Partition(mesh_of((2, 2)), rows="data", k="model")
+
+    def part(x, codes, scale, bias):
+        operands = Operands(x, codes, scale, bias)
+        return local_linear(operands, Layer(rule, "int15", None), shards=shards)
+
+    args = place(partition, x, codes, one.scale, one.bias)
+    specs = partition.x_spec(2), partition.codes_spec, partition.n_spec, partition.n_spec
+    y = jax.jit(partition.map(part, specs, partition.y_spec(2)))(*args)
+    expected = reference.int8_linear(x[:, :true], codes[:, :true], one.scale, one.bias, rule)
+    np.testing.assert_array_equal(bits(y), bits(expected))
 
 
 def test_fast_reduction_stays_within_its_bound():

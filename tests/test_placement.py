@@ -114,7 +114,7 @@ def test_what_evaluation_looks_at_is_that_of_one_device():
 
 
 def test_a_step_moves_activations_only():
-    """Per layer: statistics and sums of two layers; for the token: embedding and logits."""
+    """Per layer: inputs and sums of two layers; for the token: embedding and logits."""
     model = load(GOLDENS / "llama_gqa_tied", quantization="relative", mesh=mesh_of((2, 2)))
     placement, config = model.placement, model.config
     assert placement is not None
@@ -127,8 +127,10 @@ def test_a_step_moves_activations_only():
     steps = generate._compiled_steps(False)
     text = steps.lower(model.params, state, 4, draw, burst=1, **how).compile().as_text()
     gathered = re.findall(r"= (\w+)\[([\d,]*)\]\S* all-gather\(", text)
-    # One row's logits over "model", the chosen tokens over "data".
-    assert sorted(gathered) == [("f32", f"1,1,{config.vocab_size}"), ("s32", "2")]
+    # One row's inputs and logits over "model", the chosen tokens over "data".
+    inputs = [("f32", f"1,{k}") for k in (config.query_size, config.mlp_size)] * config.layers
+    logits = ("f32", f"1,1,{config.vocab_size}")
+    assert sorted(gathered) == sorted([*inputs, logits, ("s32", "2")])
     assert not re.search(r"(all-to-all|collective-permute)\(", text)
 
 

@@ -35,7 +35,7 @@ CASES = (
     ((32, 1024, 512), np.float32),
     ((600, 768, 1024), ml_dtypes.bfloat16),
 )
-MODELS = (("llama_gqa_tied", "topk:kv_int8"), ("bloom", "relative"), ("llama_mha", "llm_int8"))
+MODELS = (("llama_gqa_tied", "topk:kv_int8"), ("bloom", "relative"))
 METHODS = ("int8 relative 6, int8 head and cache", "bf16", "int8 relative 6")
 BATCHES = (1, 32)
 

@@ -26,7 +26,7 @@ import cuda_executor as tests
 import jaxint8
 from jaxint8 import RelativeThreshold, Threshold, TopK, kernels, reference
 from jaxint8.block import Block, Weights, mlp_block
-from jaxint8.dispatch import Layer
+from jaxint8.dispatch import Layer, row_codes
 from jaxint8.models.head import CANDIDATES, largest
 from jaxint8.prologue import RMSNorm
 
@@ -351,7 +351,10 @@ def stage_jax() -> dict[str, Any]:
 
 
 def check_portable() -> dict[str, Any]:
-    """The implementation in pure JAX, and codes of weights, with XLA's own arithmetic for GPUs, to the bit."""
+    """The implementation in pure JAX, and codes of weights, with XLA's own arithmetic for GPUs, to the bit.
+
+    Codes of rows too, which a device multiplies where others hold a part of the columns.
+    """
     failures: list[str] = []
     count = 0
     for shape, dtype, kind in (
@@ -378,6 +381,19 @@ def check_portable() -> dict[str, Any]:
                 np.asarray(y, np.float32), wanted.astype(np.float32), equal_nan=True
             ):
                 failures.append(f"pure JAX, {shape} {kind} {rule}")
+        rules = [rule for rule in battery.RULES if rule is not None]
+        coded = jax.jit(
+            lambda x, rules=rules: [row_codes(x, Layer(r, "int15", None)) for r in rules]
+        )
+        for rule, made in zip(rules, coded(jnp.asarray(case.x)), strict=True):
+            lo, hi, scale = reference.quantize_rows(case.x, rule)
+            count += 1
+            found = made.lo, made.hi, made.scale[:, 0]
+            if not all(
+                np.array_equal(a, b, equal_nan=True)
+                for a, b in zip(found, (lo, hi, scale), strict=True)
+            ):
+                failures.append(f"codes of rows, {shape} {kind} {rule}")
     kernel = np.random.default_rng(7).standard_normal((2048, 3000), np.float32)
     for dtype in (np.float32, ml_dtypes.bfloat16):
         count += 1
