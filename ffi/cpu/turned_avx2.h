@@ -147,24 +147,43 @@ void MultiplyTurnedTiles(const Block& b, uint8_t* panel) {
   if (!direct) Finish(e, 0, b.m);
 }
 
-// How far ahead in its row, or else in the one that is read behind it, a weight is fetched: rows of 4096 columns by
-// whole rows would be more lines of one set of the L1 cache than it holds, and a Zen 3's own fetching ends with a page.
+// How far ahead a weight is fetched, in what is read one after the other: rows of 4096 columns by whole rows would be
+// more lines of one set of the L1 cache than it holds, and a Zen 3's own fetching ends with a page.
 constexpr int64_t kAhead = 1024;
 
-// c[M][N] of rows from i0 on, whose turned codes are x, = their products with N rows of weights after N from j to
-// j_end, all of them in twos.
+// Up to kDotsRows rows of weights of a block that are multiplied one after the other, N at a time.
+//
+// Weights in a cache are read in the order of their rows. Those in memory are four streams, each a quarter of a block:
+// a Zen 3 reads rows of 576 columns 1.8 times as fast in pages of their own as side by side (docs/results/cpu.md).
+struct WeightRows {
+  static constexpr int64_t kStreams = 4, kStreamRows = kBlockN / kStreams;
+  int64_t first;
+  int count;
+  bool streams;
+
+  int64_t apart() const { return streams ? kStreamRows : 1; }  // of two rows that are multiplied at a time
+  int64_t at(int q) const { return streams ? first + q % kStreams * kStreamRows + q / kStreams : first + q; }
+  // What is read without a gap from the start of row q on, and how much is left out behind it.
+  int64_t rows_left(int q) const { return streams ? kStreamRows - (first + q / kStreams) : 1; }
+  int64_t rows_between(int n) const { return streams ? kBlockN - kStreamRows : n - 1; }
+};
+
+// c[M][N] of rows from i0 on, whose turned codes are x, = their products with N rows of weights after N, all of them in
+// twos.
 template <int M, int N>
-void TurnedTwos(const Block& b, const int8_t* x, int64_t i0, int64_t j, int64_t j_end) {
-  const int64_t k = b.k, stride = b.stride, whole = k / 64 * 64;
+void TurnedTwos(const Block& b, const int8_t* x, int64_t i0, const WeightRows& rows) {
+  const int64_t k = b.k, stride = b.stride, whole = k / 64 * 64, apart = rows.apart() * k;
   const int8_t* flips = x + kTurnedRows * stride;
-  for (; j < j_end; j += N) {
-    const int8_t* w = b.w + j * k;
+  const int64_t gap = rows.rows_between(N) * k;
+  for (int q = 0; q < rows.count; q += N) {
+    const int64_t left = rows.rows_left(q) * k;
+    const int8_t* w = b.w + rows.at(q) * k;
     Turned::Sums sum[M][N];
     Unroll<M * N>([&](auto i) ALWAYS_INLINE { sum[i / N][i % N] = Turned::Zero(); });
     const auto multiply = [&](const int8_t* from, int64_t from_stride, int64_t t) ALWAYS_INLINE {
       if (i0 == 0) {
-        const int64_t ahead = t + kAhead < k ? t + kAhead : t + kAhead + (N - 1) * k;
-        Unroll<N>([&](auto n) ALWAYS_INLINE { __builtin_prefetch(w + n * k + ahead, 0, 3); });
+        const int64_t ahead = t + kAhead < left ? t + kAhead : t + kAhead + gap;
+        Unroll<N>([&](auto n) ALWAYS_INLINE { __builtin_prefetch(w + n * apart + ahead, 0, 3); });
       }
       Unroll<2>([&](auto half) ALWAYS_INLINE {
         const int64_t at = t + half * 32;
@@ -178,10 +197,10 @@ void TurnedTwos(const Block& b, const int8_t* x, int64_t i0, int64_t j, int64_t 
         });
       });
     };
-    for (int64_t t = 0; t < whole; t += 64) multiply(w + t, k, t);
+    for (int64_t t = 0; t < whole; t += 64) multiply(w + t, apart, t);
     if (whole != k) {
       int8_t padded[N][64] = {};
-      for (int n = 0; n < N; ++n) std::memcpy(padded[n], w + n * k + whole, static_cast<size_t>(k - whole));
+      for (int n = 0; n < N; ++n) std::memcpy(padded[n], w + n * apart + whole, static_cast<size_t>(k - whole));
       multiply(padded[0], 64, whole);
     }
     int32_t out[(M * N + 3) / 4 * 4] = {};
@@ -192,36 +211,37 @@ void TurnedTwos(const Block& b, const int8_t* x, int64_t i0, int64_t j, int64_t 
     Unroll<M * N>([&](auto i) ALWAYS_INLINE {
       if constexpr (i >= M * N / 4 * 4) out[i] = Turned::Sum(sum[i / N][i % N]);
       const auto all = static_cast<uint32_t>(out[i]) + static_cast<uint32_t>(b.rows[i0 + i / N].turned);
-      b.c[(i0 + i / N) * kBlockN + j + i % N] = static_cast<int32_t>(all);
+      b.c[(i0 + i / N) * kBlockN + rows.at(q) + i % N * rows.apart()] = static_cast<int32_t>(all);
     });
   }
 }
 
 // The same of kPairedRows rows or more, in fours where they fit.
 template <int M, int N>
-void TurnedDots(const Block& b, const int8_t* x, int64_t i0, int64_t j, int64_t j_end) {
+void TurnedDots(const Block& b, const int8_t* x, int64_t i0, const WeightRows& rows) {
   static_assert(M >= kPairedRows && M * N <= 8);
   constexpr int64_t kWidth = kTurnedWidth * 64;
-  const int64_t k = b.k, whole = k / 64 * 64;
+  const int64_t k = b.k, whole = k / 64 * 64, apart = rows.apart(), gap = rows.rows_between(N) * k;
   const Step *const steps = StepAt(x + kTurnedWidth * b.stride, 0), *const steps_end = steps + whole / 64;
   const int64_t in_fours = steps->fours;
   alignas(32) int32_t first[8] = {};
   for (int i = 0; i < M * N; ++i) first[i] = b.rows[i0 + i / N].turned;
-  for (; j < j_end; j += N) {
+  for (int q = 0; q < rows.count; q += N) {
+    const int64_t row = rows.at(q), left = rows.rows_left(q) * k;
     Turned::Sums sum[8];
     Unroll<8>([&](auto i) ALWAYS_INLINE { sum[i] = Turned::Zero(); });
     const int8_t* w[N];
     Unroll<N>([&](auto n) ALWAYS_INLINE {
-      w[n] = b.w + (j + n) * k;
+      w[n] = b.w + (row + n * apart) * k;
       asm("" : "+r"(w[n]));  // in a register, and not as a sum
     });
-    const auto multiply = [&](auto fours, const int8_t* codes, const int8_t* const(&rows)[N],
+    const auto multiply = [&](auto fours, const int8_t* codes, const int8_t* const(&lines)[N],
                               const int64_t (&from)[2]) ALWAYS_INLINE {
       const int8_t* flips = codes + kTurnedRows * 64;
       Turned::Two weights[N];
       Unroll<N>([&](auto n) ALWAYS_INLINE {
-        weights[n].first = _mm256_xor_si256(Turned::Load(rows[n] + from[0]), Turned::Load(flips));
-        weights[n].second = _mm256_xor_si256(Turned::Load(rows[n] + from[1]), Turned::Load(flips + 32));
+        weights[n].first = _mm256_xor_si256(Turned::Load(lines[n] + from[0]), Turned::Load(flips));
+        weights[n].second = _mm256_xor_si256(Turned::Load(lines[n] + from[1]), Turned::Load(flips + 32));
       });
       Unroll<M * N>([&](auto i) ALWAYS_INLINE {
         const int8_t* at = codes + i / N * 64;
@@ -235,7 +255,7 @@ void TurnedDots(const Block& b, const int8_t* x, int64_t i0, int64_t j, int64_t 
     };
     const auto fetch = [&](int64_t t) ALWAYS_INLINE {
       if (i0 > 0) return;
-      const int64_t ahead = t + kAhead < k ? t + kAhead : t + kAhead + (N - 1) * k;
+      const int64_t ahead = t + kAhead < left ? t + kAhead : t + kAhead + gap;
       Unroll<N>([&](auto n) ALWAYS_INLINE { __builtin_prefetch(w[n] + ahead, 0, 3); });
     };
     const int8_t* codes = x;
@@ -263,8 +283,8 @@ void TurnedDots(const Block& b, const int8_t* x, int64_t i0, int64_t j, int64_t 
     }
     int32_t out[8];
     Turned::StoreSums(out, Turned::Add(Turned::Sum8(sum), Turned::LoadSums(first)));
-    int32_t* const c = b.c + i0 * kBlockN + j;
-    Unroll<M>([&](auto i) ALWAYS_INLINE { std::memcpy(c + i * kBlockN, out + i * N, N * sizeof *out); });
+    int32_t* const c = b.c + i0 * kBlockN + row;
+    Unroll<M * N>([&](auto i) ALWAYS_INLINE { c[i / N * kBlockN + i % N * apart] = out[i]; });
   }
 }
 
@@ -283,7 +303,7 @@ void AddPlanned(const FourRows& four, const uint8_t* panel, int32_t* c) {
 
 // For few rows. The plan lists the groups that hold a high part; words name their places in it.
 void MultiplyTurnedDots(const Block& b, uint8_t* panel) {
-  using Function = void (*)(const Block&, const int8_t*, int64_t, int64_t, int64_t);
+  using Function = void (*)(const Block&, const int8_t*, int64_t, const WeightRows&);
   static constexpr Function kWhole[kTurnedRows] = {TurnedTwos<1, 4>, TurnedTwos<2, 4>, TurnedDots<3, 2>,
                                                    TurnedDots<4, 2>};
   static constexpr Function kSingle[kTurnedRows] = {TurnedTwos<1, 1>, TurnedTwos<2, 1>, TurnedDots<3, 1>,
@@ -291,21 +311,33 @@ void MultiplyTurnedDots(const Block& b, uint8_t* panel) {
   static constexpr void (*kHigh[kTurnedRows])(const FourRows&, const uint8_t*, int32_t*) = {
       AddPlanned<1>, AddPlanned<2>, AddPlanned<3>, AddPlanned<4>};
   const HiGroups groups(*b.plan);
-  for (int64_t j = 0; j < b.n;) {
-    const bool whole = j + kDotsRows <= b.n;
-    const int64_t end = j + (whole ? kDotsRows : 1);
+  const auto multiply = [&](const WeightRows& rows) {
+    const Function* function = rows.count == kDotsRows ? kWhole : kSingle;
     for (int64_t i = 0; i < b.m; i += kTurnedRows) {
       const int64_t m = b.m - i < kTurnedRows ? b.m - i : kTurnedRows;
       const int8_t* x = b.turned + i * kTurnedLines * b.stride;
       if (b.fours[i / kTurnedRows].alone) {
-        for (int64_t r = 0; r < m; ++r, x += kTurnedLines * b.stride)
-          (whole ? kWhole : kSingle)[0](b, x, i + r, j, end);
+        for (int64_t r = 0; r < m; ++r, x += kTurnedLines * b.stride) function[0](b, x, i + r, rows);
       } else {
-        (whole ? kWhole : kSingle)[m - 1](b, x, i, j, end);
+        function[m - 1](b, x, i, rows);
       }
     }
-    if (groups.count > 0) GatherGroups(b, groups, j, end, panel);
-    j = end;
+  };
+  if (b.from_memory && b.n == kBlockN) {
+    constexpr int64_t kRows = kDotsRows / WeightRows::kStreams;  // of each stream
+    for (int64_t first = 0; first < WeightRows::kStreamRows; first += kRows) {
+      multiply({first, kDotsRows, true});
+      if (groups.count > 0) {
+        GatherGroups<WeightRows::kStreams>(b, groups, first, kDotsRows, panel, WeightRows::kStreamRows);
+      }
+    }
+  } else {
+    for (int64_t j = 0; j < b.n;) {
+      const int count = j + kDotsRows <= b.n ? kDotsRows : 1;
+      multiply({j, count, false});
+      if (groups.count > 0) GatherGroups(b, groups, j, count, panel);
+      j += count;
+    }
   }
   for (int64_t i = 0; groups.count > 0 && i < b.m; i += kTurnedRows) {
     const int64_t m = b.m - i < kTurnedRows ? b.m - i : kTurnedRows;
