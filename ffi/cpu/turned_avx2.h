@@ -156,27 +156,29 @@ constexpr int64_t kAhead = 1024;
 // Weights in a cache are read in the order of their rows. Those in memory are four streams, each a quarter of a block:
 // a Zen 3 reads rows of 576 columns 1.8 times as fast in pages of their own as side by side (docs/results/cpu.md).
 struct WeightRows {
-  static constexpr int64_t kStreams = 4, kStreamRows = kBlockN / kStreams;
+  static constexpr int kStreams = 4, kStreamRows = static_cast<int>(kBlockN) / kStreams;
   int64_t first;
   int count;
-  bool streams;
+  int64_t apart, after;  // of rows that are multiplied at a time, and of the first of four and of the next four
+  int64_t left, less;    // how many are read without a gap from the first on, and how many fewer from the next four on
 
-  int64_t apart() const { return streams ? kStreamRows : 1; }  // of two rows that are multiplied at a time
-  int64_t at(int q) const { return streams ? first + q % kStreams * kStreamRows + q / kStreams : first + q; }
-  // What is read without a gap from the start of row q on, and how much is left out behind it.
-  int64_t rows_left(int q) const { return streams ? kStreamRows - (first + q / kStreams) : 1; }
-  int64_t rows_between(int n) const { return streams ? kBlockN - kStreamRows : n - 1; }
+  static WeightRows SideBySide(int64_t first, int count) { return {first, count, 1, kStreams, 1, 0}; }
+  static WeightRows Streams(int64_t first) { return {first, kDotsRows, kStreamRows, 1, kStreamRows - first, 1}; }
+  int64_t at(int q) const { return first + q % kStreams * apart + q / kStreams * after; }
+  int64_t left_at(int q) const { return left - q / kStreams * less; }
+  // How many are left out behind those, where n are multiplied at a time.
+  int64_t gap(int n) const { return apart == 1 ? n - 1 : kBlockN - kStreamRows; }
 };
 
 // c[M][N] of rows from i0 on, whose turned codes are x, = their products with N rows of weights after N, all of them in
 // twos.
 template <int M, int N>
 void TurnedTwos(const Block& b, const int8_t* x, int64_t i0, const WeightRows& rows) {
-  const int64_t k = b.k, stride = b.stride, whole = k / 64 * 64, apart = rows.apart() * k;
+  const int64_t k = b.k, stride = b.stride, whole = k / 64 * 64, apart = rows.apart * k;
   const int8_t* flips = x + kTurnedRows * stride;
-  const int64_t gap = rows.rows_between(N) * k;
+  const int64_t gap = rows.gap(N) * k;
   for (int q = 0; q < rows.count; q += N) {
-    const int64_t left = rows.rows_left(q) * k;
+    const int64_t left = rows.left_at(q) * k;
     const int8_t* w = b.w + rows.at(q) * k;
     Turned::Sums sum[M][N];
     Unroll<M * N>([&](auto i) ALWAYS_INLINE { sum[i / N][i % N] = Turned::Zero(); });
@@ -211,7 +213,7 @@ void TurnedTwos(const Block& b, const int8_t* x, int64_t i0, const WeightRows& r
     Unroll<M * N>([&](auto i) ALWAYS_INLINE {
       if constexpr (i >= M * N / 4 * 4) out[i] = Turned::Sum(sum[i / N][i % N]);
       const auto all = static_cast<uint32_t>(out[i]) + static_cast<uint32_t>(b.rows[i0 + i / N].turned);
-      b.c[(i0 + i / N) * kBlockN + rows.at(q) + i % N * rows.apart()] = static_cast<int32_t>(all);
+      b.c[(i0 + i / N) * kBlockN + rows.at(q) + i % N * rows.apart] = static_cast<int32_t>(all);
     });
   }
 }
@@ -221,13 +223,13 @@ template <int M, int N>
 void TurnedDots(const Block& b, const int8_t* x, int64_t i0, const WeightRows& rows) {
   static_assert(M >= kPairedRows && M * N <= 8);
   constexpr int64_t kWidth = kTurnedWidth * 64;
-  const int64_t k = b.k, whole = k / 64 * 64, apart = rows.apart(), gap = rows.rows_between(N) * k;
+  const int64_t k = b.k, whole = k / 64 * 64, apart = rows.apart, gap = rows.gap(N) * k;
   const Step *const steps = StepAt(x + kTurnedWidth * b.stride, 0), *const steps_end = steps + whole / 64;
   const int64_t in_fours = steps->fours;
   alignas(32) int32_t first[8] = {};
   for (int i = 0; i < M * N; ++i) first[i] = b.rows[i0 + i / N].turned;
   for (int q = 0; q < rows.count; q += N) {
-    const int64_t row = rows.at(q), left = rows.rows_left(q) * k;
+    const int64_t row = rows.at(q), left = rows.left_at(q) * k;
     Turned::Sums sum[8];
     Unroll<8>([&](auto i) ALWAYS_INLINE { sum[i] = Turned::Zero(); });
     const int8_t* w[N];
@@ -326,7 +328,7 @@ void MultiplyTurnedDots(const Block& b, uint8_t* panel) {
   if (b.from_memory && b.n == kBlockN) {
     constexpr int64_t kRows = kDotsRows / WeightRows::kStreams;  // of each stream
     for (int64_t first = 0; first < WeightRows::kStreamRows; first += kRows) {
-      multiply({first, kDotsRows, true});
+      multiply(WeightRows::Streams(first));
       if (groups.count > 0) {
         GatherGroups<WeightRows::kStreams>(b, groups, first, kDotsRows, panel, WeightRows::kStreamRows);
       }
@@ -334,7 +336,7 @@ void MultiplyTurnedDots(const Block& b, uint8_t* panel) {
   } else {
     for (int64_t j = 0; j < b.n;) {
       const int count = j + kDotsRows <= b.n ? kDotsRows : 1;
-      multiply({j, count, false});
+      multiply(WeightRows::SideBySide(j, count));
       if (groups.count > 0) GatherGroups(b, groups, j, count, panel);
       j += count;
     }
