@@ -139,8 +139,7 @@ struct HiGroups {
 // Moves these groups, rows j.. of weights, into a panel [group][kBlockN][4]. To be called while the rows are in a
 // cache.
 template <int kRuns = 1>
-void GatherGroups(const Block& b, const HiGroups& groups, int64_t j, int64_t rows, uint8_t* panel,
-                  int64_t apart = 0) {
+void GatherGroups(const Block& b, const HiGroups& groups, int64_t j, int64_t rows, uint8_t* panel, int64_t apart = 0) {
   int64_t whole = groups.count;  // the last group may be cut off by the end of the row
   if (groups.column(whole - 1) + 4 > b.k) --whole;
   const int64_t k = b.k, run = rows / kRuns;  // read again after every store if they were not here
