@@ -32,6 +32,9 @@ from jaxint8.shards import Shards
 
 Reduction = Literal["exact", "fast"]
 FLOATS = (jnp.float32, jnp.bfloat16, jnp.float16)
+# Values of all rows up to which inputs that are split over devices are gathered: a message more takes as long as to
+# move these. Beyond, memory for whole rows on every device would count.
+GATHERED_VALUES = 1 << 20
 
 
 def int8_linear(
@@ -225,8 +228,9 @@ def _local(operands: Operands, layer: Layer, shards: Shards, reduction: Reductio
         multiply = functools.partial(integer_product, implementation=layer.implementation)
         how: dict[str, Any] = {"shards": shards, "multiply": multiply}
         held = rows.shape[1]
-        no_padding = shards.width(held) == dataclasses.replace(shards, k=None).width(held)
-        if shards.columns and token_scope and no_padding and layer.arithmetic == "int15":
+        width = dataclasses.replace(shards, k=None).width(held)
+        few = rows.shape[0] * width <= GATHERED_VALUES and width == shards.width(held)  # no padding
+        if shards.columns and token_scope and few and layer.arithmetic == "int15":
             # A device that sees whole rows needs no statistics of the others, which are rounds of messages one after
             # the other: what a step of decoding would wait for.
             made = row_codes(shards.whole_rows(rows), inner)

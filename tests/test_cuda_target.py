@@ -169,7 +169,10 @@ def expect_fused(compiled: Any, shape: tuple[int, int, int], rule: Any) -> None:
 def expect_shared(
     compiled: Any, local: tuple[int, int, int], mesh: tuple[int, int], rule: Any, sums: int
 ) -> None:
-    """One product by our kernel of the local codes, one sum of int32 if any, and only statistics moved beside it."""
+    """One product by our kernel of the local codes, one sum of int32 if any, and only statistics moved beside it.
+
+    Of many rows, or where rows have to be asked too.
+    """
     m, k, n = local
     parts = 1 if rule is None else 2  # lo and hi, one below the other
     text, memory = compiled.as_text(), compiled.memory_analysis()
@@ -192,6 +195,31 @@ def expect_shared(
     # The int32 product and the sum made of it; beside them at most codes, statistics and the kernel's workspace.
     wanted = 4 * parts * m * n + 4 * m * n
     assert wanted <= memory.temp_size_in_bytes <= wanted + 2 * m * k + result[1][1] + 4096
+
+
+def expect_gathered(
+    compiled: Any, local: tuple[int, int, int], mesh: tuple[int, int], rule: Any
+) -> None:
+    """Few rows: gathered, quantised and multiplied by our kernels, then one sum of int32."""
+    m, k, n = local
+    parts, width = 1 if rule is None else 2, k * mesh[1]
+    text, memory = compiled.as_text(), compiled.memory_analysis()
+    calls = {
+        target: result for line, result in results(text, "custom-call") for target in targets(line)
+    }
+    assert sorted(calls) == ["jaxint8_product", "jaxint8_quantize"] and not results(text, "dot")
+    assert calls["jaxint8_product"][0] == ("s32", parts * m * n)
+    assert calls["jaxint8_quantize"][0] == ("s8", m * width)
+    moved = sorted(
+        ("all-gather" in line, arrays[-1]) for line, arrays in results(text, COLLECTIVES)
+    )
+    assert moved == [(False, ("s32", m * n)), (True, ("bf16", m * width))]
+    assert memory.argument_size_in_bytes == 2 * m * k + n * k + 8 * n
+    assert memory.output_size_in_bytes == 2 * m * n
+    # Whole rows, twice where they are put in order, their codes, those held, and sums.
+    workspaces = sum(result[-1][1] for result in calls.values())
+    most = 6 * m * width + 2 * m * k + 8 * (parts + 1) * m * n + workspaces + 4096
+    assert memory.temp_size_in_bytes <= most
 
 
 @pytest.mark.parametrize("rule", RULES, ids=str)
@@ -219,7 +247,10 @@ def test_row_parallel_layers_add_once(devices: np.ndarray, rule: Any) -> None:
         partition = Partition(mesh_of(devices, shape), rows="data", **ROW)
         compiled = program(partition, (m, 14336, 4096), rule)
         local = (m // shape[0], 14336 // shape[1], 4096)
-        expect_shared(compiled, local, shape, rule, sums=1)
+        if m == 2:
+            expect_gathered(compiled, local, shape, rule)
+        else:
+            expect_shared(compiled, local, shape, rule, sums=1)
 
 
 def test_without_a_partition_the_weights_would_be_gathered(devices: np.ndarray) -> None:
