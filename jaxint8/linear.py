@@ -194,8 +194,8 @@ def local_linear(
 ) -> jax.Array:
     """What one device of a partition computes, inside a `jax.shard_map`: its part of `linear`.
 
-    Where whole rows are here and no other device has a say in their outliers, that is the fused kernel. Else the
-    statistics are made by all devices together, and the kernel multiplies codes.
+    Where whole rows are here and no other device has a say in their outliers, that is the fused kernel. Else few rows
+    are gathered, the statistics of many are made by all devices together, and the kernel multiplies codes.
 
     Args:
       operands: these rows, columns and output channels; x and residual with any leading axes. Where columns are split
