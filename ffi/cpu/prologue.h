@@ -97,9 +97,12 @@ template <class E>
 void SiluGate(const typename E::Element* x, int64_t k, typename E::Element* row) {
   for (int64_t i = 0; i < k; ++i) {
     const float gate = E::Get(x[i]);
-    float z = -gate;
-    z = z > kExpLeast ? z : kExpLeast;  // also of NaN, which the gate itself carries on
-    z = z < kExpMost ? z : kExpMost;
+    // Bounded as integers: GCC vectorises no comparison of floats, for it might raise an exception. A NaN becomes a
+    // bound, and the gate itself carries it on.
+    const uint32_t sign = ~Bits(gate) & ~kMagnitude;
+    const auto most = static_cast<int32_t>(sign != 0 ? Bits(-kExpLeast) : Bits(kExpMost));
+    const auto magnitude = static_cast<int32_t>(Magnitude(gate));
+    const float z = FromBits(static_cast<uint32_t>(magnitude < most ? magnitude : most) | sign);
     const float share = 1.0f / (1.0f + Exp(z));
     row[i] = E::Put((gate * share) * E::Get(x[k + i]));
   }
