@@ -32,8 +32,8 @@ from jaxint8.shards import Shards
 
 Reduction = Literal["exact", "fast"]
 FLOATS = (jnp.float32, jnp.bfloat16, jnp.float16)
-# Values of all rows up to which inputs that are split over devices are gathered: a message more takes as long as to
-# move these. Beyond, memory for whole rows on every device would count.
+# Values of all rows up to which inputs that are split over devices are gathered: a guess at what is moved sooner than a
+# round of messages takes. Beyond, memory for whole rows on every device would count.
 GATHERED_VALUES = 1 << 20
 
 

@@ -137,32 +137,26 @@ struct HiGroups {
 };
 
 // Moves these groups, rows j.. of weights, into a panel [group][kBlockN][4]. To be called while the rows are in a
-// cache.
+// cache. In runs, of kDotsRows rows, these start so many rows apart.
 template <int kRuns = 1>
 void GatherGroups(const Block& b, const HiGroups& groups, int64_t j, int64_t rows, uint8_t* panel, int64_t apart = 0) {
   int64_t whole = groups.count;  // the last group may be cut off by the end of the row
   if (groups.column(whole - 1) + 4 > b.k) --whole;
-  const int64_t k = b.k, run = rows / kRuns;  // read again after every store if they were not here
+  const int64_t k = b.k;  // read again after every store if it were not here
+  const auto at = [&](int64_t i) ALWAYS_INLINE { return i / (kDotsRows / kRuns) * apart + i % (kDotsRows / kRuns); };
   for (int64_t g = 0; g < whole; ++g) {
     const int8_t* w = b.w + j * k + groups.column(g);
     uint8_t* out = panel + (g * kBlockN + j) * 4;
     if (rows == kDotsRows) {
-      Unroll<kDotsRows>([&](auto i) ALWAYS_INLINE {
-        constexpr int kRun = kDotsRows / kRuns;
-        const int64_t row = i / kRun * apart + i % kRun;
-        std::memcpy(out + row * 4, w + row * k, 4);
-      });
+      Unroll<kDotsRows>([&](auto i) ALWAYS_INLINE { std::memcpy(out + at(i) * 4, w + at(i) * k, 4); });
     } else {
-      for (int64_t i = 0; i < rows; ++i) {
-        const int64_t row = i / run * apart + i % run;
-        std::memcpy(out + row * 4, w + row * k, 4);
-      }
+      for (int64_t i = 0; i < rows; ++i) std::memcpy(out + at(i) * 4, w + at(i) * k, 4);
     }
   }
   if (whole == groups.count) return;
   const int64_t column = groups.column(whole);
   for (int64_t i = 0; i < rows; ++i) {
-    const int64_t row = j + i / run * apart + i % run;
+    const int64_t row = j + at(i);
     uint8_t* four = panel + (whole * kBlockN + row) * 4;
     std::memset(four, 0, 4);
     std::memcpy(four, b.w + row * b.k + column, static_cast<size_t>(b.k - column));

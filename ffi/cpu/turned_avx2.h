@@ -154,7 +154,7 @@ constexpr int64_t kAhead = 1024;
 // Up to kDotsRows rows of weights of a block that are multiplied one after the other, N at a time.
 //
 // Weights in a cache are read in the order of their rows. Those in memory are four streams, each a quarter of a block:
-// a Zen 3 reads rows of 576 columns 1.8 times as fast in pages of their own as side by side (docs/results/cpu.md).
+// a Zen 3 reads rows of 576 columns 1.7 times as fast that way as side by side (docs/results/cpu.md).
 struct WeightRows {
   static constexpr int kStreams = 4, kStreamRows = static_cast<int>(kBlockN) / kStreams;
   int64_t first;
