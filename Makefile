@@ -83,6 +83,12 @@ cuda-check: setup
 cross-check: setup
 	$(BIN)/python ffi/cpu/check.py build/check --cross
 
+# The CPU kernels with the compiler's sanitizers: memory and undefined behaviour (4 minutes), and races (10).
+.PHONY: sanitize-check
+SANITIZERS ?= address,undefined thread
+sanitize-check: setup
+	$(BIN)/python ffi/cpu/check.py build/check $(addprefix --sanitize=,$(SANITIZERS))
+
 # On a machine with a GPU: builds, compares with the oracle, looks for races, times. Uses the python3 that has jax[cuda].
 gpu-check:
 	python3 ffi/cuda/gpu_check.py

@@ -1,12 +1,14 @@
 """Checks the CPU kernels beyond what tests in Python reach: the battery of every rung, and the machine code.
 
-    python ffi/cpu/check.py build/check [--cross]
+    python ffi/cpu/check.py build/check [--cross] [--sanitize=address,undefined] [--sanitize=thread]
 
 Builds the battery (battery.cc) with CMake, runs it, and looks at the machine code: each rung must hold the instruction
 that it is made of and none that its processors lack, and share no function with other rungs (the linker would keep one
 copy, which might be too new for this machine). With --cross also, where the tools exist: the battery on older emulated
 x86-64 processors, and built for aarch64 on three emulated ones; every processor must choose the rungs that it has, and
-the checksum of the results must be the same everywhere. A missing tool is named in a line and skipped.
+the checksum of the results must be the same everywhere. A missing tool is named in a line and skipped. With --sanitize
+also the battery of this machine's rungs, built with the compiler's sanitizers: accesses beyond a buffer, undefined
+behaviour and races end it.
 """
 
 import argparse
@@ -47,6 +49,8 @@ CODE = {
         "neon_i8mm": (r"\bsmmla\b", r"\bz\d+\."),
     },
 }
+# Rungs of x86-64 that a machine may lack.
+RUNGS = ("avx2", "avx_vnni", "avx512_vnni", "amx_int8")
 # Emulated processors, and the rungs that they have, of those that the emulator knows.
 OLDER = {"Nehalem": (), "Haswell": ("avx2",)}
 ARM = {
@@ -140,8 +144,8 @@ def check_code(folder: pathlib.Path, machine: str, prefix: str = "") -> None:
     print(f"machine code of {machine}: {', '.join(checked)}")
 
 
-def check_native(folder: pathlib.Path) -> str:
-    """Checks this machine's battery and machine code; returns the checksum."""
+def check_native(folder: pathlib.Path) -> tuple[dict[str, str], str]:
+    """Checks this machine's battery and machine code; returns what `run_battery` does."""
     battery = build(folder)
     rungs, checksum = run_battery([str(battery)])
     check_code(folder, os.uname().machine)
@@ -152,7 +156,7 @@ def check_native(folder: pathlib.Path) -> str:
             print("a planted fault is noticed")
         else:
             raise CheckError("a planted fault was not noticed")
-    return checksum
+    return rungs, checksum
 
 
 def check_emulated(
@@ -194,16 +198,43 @@ def check_cross(folder: pathlib.Path, checksum: str) -> None:
     check_emulated(battery, [emulator, "-L", f"/usr/{CROSS}"], ARM, checksum)
 
 
+def check_sanitized(
+    folder: pathlib.Path, sanitizers: str, rungs: Mapping[str, str], checksum: str
+) -> None:
+    """Runs the battery with sanitizers, of the rungs that run here: others would take minutes to compile."""
+    left_out = [name for name in RUNGS if rungs.get(name) == "not supported here"]
+    if rungs.get("amx_int8 emulated") == "ok":  # stand-ins for them are made of the same files
+        left_out = []
+    battery = build(
+        folder / sanitizers.replace(",", "-"),
+        f"-DJAXINT8_SANITIZE={sanitizers}",
+        *(f"-DJAXINT8_COMPILES_{name.upper()}=OFF" for name in left_out),
+    )
+    print(f"{sanitizers}: ", end="", flush=True)
+    _, found = run_battery([str(battery)], {"UBSAN_OPTIONS": "print_stacktrace=1"})
+    if found != checksum:
+        raise CheckError(f"{sanitizers}: results differ: checksum {found}, expected {checksum}")
+
+
 def main() -> int:
     """Returns the exit status: 1 if something is wrong."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("folder", type=pathlib.Path, help="where to build")
     parser.add_argument("--cross", action="store_true", help="also other processors, emulated")
+    parser.add_argument(
+        "--sanitize",
+        action="append",
+        default=[],
+        choices=("address,undefined", "thread"),
+        help="also with these sanitizers of the compiler",
+    )
     arguments = parser.parse_args()
     try:
-        checksum = check_native(arguments.folder)
+        rungs, checksum = check_native(arguments.folder)
         if arguments.cross:
             check_cross(arguments.folder, checksum)
+        for sanitizers in arguments.sanitize:
+            check_sanitized(arguments.folder, sanitizers, rungs, checksum)
     except CheckError as error:
         print(f"check.py: {error}", file=sys.stderr)
         return 1
