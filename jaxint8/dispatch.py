@@ -15,6 +15,7 @@ import numpy as np
 
 from jaxint8 import kernels, reference
 from jaxint8.outliers import OutlierRule, is_token_scope
+from jaxint8.partition import mapped_names, on_parts
 from jaxint8.portable import Multiply, xla_linear, xla_product
 from jaxint8.prologue import Prologue, RMSNorm, SiluGate, enter, width
 from jaxint8.quantize import Arithmetic, QuantizedRows, quantize_rows
@@ -142,6 +143,8 @@ def _compiled(layer: Layer, platform: kernels.Platform) -> Callable[[Operands], 
     @call.def_vmap
     def _(size: int, batched: list[Operands], operands: Operands) -> tuple[jax.Array, bool]:
         flags = batched[0]
+        if names := mapped_names(flags, operands):
+            return on_parts(call, flags, operands, names), True
         alone = flags._replace(x=False, residual=False)
         if is_token_scope(layer.rule) and flags.x and not any(jax.tree.leaves(alone)):
             m, residual = operands.x.shape[1], operands.residual
@@ -208,6 +211,8 @@ def _compiled_product(platform: kernels.Platform) -> Multiply:
 
     @call.def_vmap
     def _(size: int, batched: list[bool], a: jax.Array, codes: jax.Array) -> tuple[jax.Array, bool]:
+        if names := mapped_names(tuple(batched), (a, codes)):
+            return on_parts(lambda both: call(*both), tuple(batched), (a, codes), names), True
         if not batched[1]:
             _, m, k = a.shape
             return call(a.reshape(size * m, k), codes).reshape(size, m, codes.shape[0]), True

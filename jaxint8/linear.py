@@ -28,7 +28,7 @@ from jaxint8.partition import Partition, partition_of
 from jaxint8.portable import finish, scaled_product, xla_linear
 from jaxint8.prologue import enter
 from jaxint8.quantize import Arithmetic, QuantizedMatrix, QuantizedRows, validate
-from jaxint8.shards import Shards
+from jaxint8.shards import Shards, add_where_same
 
 Reduction = Literal["exact", "fast"]
 FLOATS = (jnp.float32, jnp.bfloat16, jnp.float16)
@@ -74,9 +74,11 @@ def int8_linear(
         where it is split is gathered.
       reduction: where k is split over devices, "exact" scales rows by their absmax on all devices and adds int32: with
         "int15" the bits of one device. "fast" lets every device scale and take outliers by its own part of the row
-        and adds results in the dtype of x, half the bytes or less and no wait for a scale; beside the error of the
-        codes, which is not larger (a part's absmax is at most the row's), each of d partial results is rounded once
-        and their sum d - 1 times: at most d * eps / 2 * sum(abs(partial results)), for eps of the dtype.
+        and adds results in the dtype of x, half the bytes or less and no wait for a scale. Codes err no more by
+        Threshold, TopK and None (a part's absmax of the rest is at most the row's), but may by RelativeThreshold,
+        which then compares with the rms of the part: of a part that holds many of the outliers, fewer stand out. Each
+        of d partial results is rounded once and their sum d - 1 times: at most d * eps / 2 * sum(abs(partial
+        results)), for eps of the dtype.
 
     Returns:
       x.dtype[..., n], split as x over rows and as w over n.
@@ -92,13 +94,17 @@ def int8_linear(
         bias = bias.astype(jnp.float32)
     if partition is None:
         partition = partition_of(x, w.codes)
+    elif not isinstance(partition, Partition):
+        raise TypeError(f"partition: expected a Partition, got {type(partition).__name__}")
     if reduction not in ("exact", "fast"):
         raise ValueError(f"reduction: expected 'exact' or 'fast', got {reduction!r}")
     if partition is not None:
         if implementation == "reference":
             raise ValueError("implementation: 'reference' runs on one device, not on a partition")
         partition.check(x.shape, w.shape[1])
-        x = partition.place(x)
+        x = partition.place(x, partition.x_spec(x.ndim))
+        w = dataclasses.replace(w, scale=partition.place(w.scale, partition.n_spec))
+        bias = None if bias is None else partition.place(bias, partition.n_spec)
     layer = Layer(rule, arithmetic, implementation)
     return linear(Operands(x, w.codes, w.scale, bias), layer, partition, reduction)
 
@@ -156,6 +162,8 @@ def _check(
         raise ValueError(
             f"x: last axis must be k = {k} to fit w of shape {w.shape}, got {list(x.shape)}"
         )
+    if bias is not None and not isinstance(bias, jax.Array | np.ndarray):
+        raise TypeError(f"bias: expected an array or None, got {type(bias).__name__}")
     if bias is not None and (bias.dtype not in FLOATS or bias.shape != (n,)):
         raise ValueError(f"bias: expected float[{n}], got {bias.dtype}{list(bias.shape)}")
     if arithmetic not in ("int15", "float", None):
@@ -247,9 +255,12 @@ def _local(operands: Operands, layer: Layer, shards: Shards, reduction: Reductio
 def _linear_forward(
     operands: Operands, layer: Layer, partition: Partition | None, reduction: Reduction
 ) -> tuple[jax.Array, Operands]:
-    # Without a prologue only the dtype of x is needed again.
-    x = operands.x if layer.prologue is not None else jnp.zeros((0,), operands.x.dtype)
-    return _linear(operands, layer, partition, reduction), operands._replace(x=x)
+    # Without a prologue only the dtype of x is needed again, and which devices of a user's shard_map differ in it.
+    x, residual = operands.x, operands.residual
+    if layer.prologue is None:
+        x = x[:0]
+    kept = operands._replace(x=x, residual=None if residual is None else residual[:0])
+    return _linear(operands, layer, partition, reduction), kept
 
 
 def _linear_backward(
@@ -289,7 +300,11 @@ def _linear_backward(
         dx, dnorm = pull(dx)
     nothing = np.zeros(codes.shape, jax.dtypes.float0)
     dresidual = None if residual is None else gradient
-    return (Operands(dx, nothing, jnp.zeros_like(scale), dbias, dnorm, dresidual),)  # pyright: ignore[reportArgumentType] (float0 is NumPy's)
+    cotangents = (dx, jnp.zeros_like(scale), dbias, dnorm, dresidual)
+    dx, dscale, dbias, dnorm, dresidual = map(
+        add_where_same, cotangents, (x, scale, bias, norm, residual)
+    )
+    return (Operands(dx, nothing, dscale, dbias, dnorm, dresidual),)  # pyright: ignore[reportArgumentType] (float0 is NumPy's)
 
 
 _linear.defvjp(_linear_forward, _linear_backward)

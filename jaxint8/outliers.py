@@ -25,11 +25,14 @@ Scope = Literal["token", "column"]
 # the squares (24 bits) of 2**17 values, the longest row allowed, can be summed exactly in two int32 halves.
 RMS_LEVELS = 4095
 SMALLEST_SCALE = np.float32(2.0**-125)
+LARGEST_FLOAT32 = float(np.finfo(np.float32).max)
 
 
 def _check(rule: str, value: float, scope: str) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float | np.floating | np.integer):
         raise TypeError(f"{rule}: value must be a number, got {type(value).__name__}")
+    if isinstance(value, int) and value > LARGEST_FLOAT32:  # an int may be too large for any float
+        raise ValueError(f"{rule}: value must be at most {LARGEST_FLOAT32}, or inf")
     if math.isnan(value) or value < 0:
         raise ValueError(f"{rule}: value must be >= 0 (inf means no outliers), got {value}")
     if scope not in ("token", "column"):
@@ -90,6 +93,8 @@ class TopK:
             raise TypeError(f"TopK: k must be an integer, got {type(self.k).__name__}")
         if self.k < 1:
             raise ValueError(f"TopK: k must be at least 1, got {self.k} (None means no outliers)")
+        if self.k >= 2**31:
+            raise ValueError("TopK: k must be less than 2**31")
 
 
 OutlierRule = Threshold | RelativeThreshold | TopK

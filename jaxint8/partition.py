@@ -35,6 +35,7 @@ class Partition:
       n: mesh axes over which output channels are split (column-parallel).
 
     Raises:
+      TypeError: the mesh is none, or axes are no names.
       ValueError: an axis is not in the mesh, or is used twice.
     """
 
@@ -45,6 +46,13 @@ class Partition:
 
     def __post_init__(self) -> None:
         """Brings the attributes into one form and checks them."""
+        if not isinstance(self.mesh, Mesh | AbstractMesh):
+            raise TypeError(f"partition: mesh must be a Mesh, got {type(self.mesh).__name__}")
+        for what, axes in (("rows", self.rows), ("k", self.k), ("n", self.n)):
+            if not (axes is None or isinstance(axes, str | tuple | P)):
+                raise TypeError(
+                    f"partition: {what} must be a name, a tuple of names or None, got {axes!r}"
+                )
         rows = (self.rows,) if isinstance(self.rows, str) else tuple(self.rows or ())
         object.__setattr__(self, "rows", tuple(map(_names, rows)))
         object.__setattr__(self, "k", _names(self.k))
@@ -120,11 +128,14 @@ class Partition:
                     f"partition: {what} is {size}, which {parts} devices ({', '.join(names)}) cannot share evenly"
                 )
 
-    def place(self, x: jax.Array) -> jax.Array:
-        """Moves activations to where they must be on a mesh with explicit axes; elsewhere the compiler does."""
-        if self._is_explicit:
-            return jax.sharding.reshard(x, NamedSharding(self.mesh, self.x_spec(x.ndim)))
-        return x
+    def place(self, array: jax.Array, spec: P) -> jax.Array:
+        """Moves an array to where it must be on a mesh with explicit axes; along others the compiler does."""
+        if not self._is_explicit:
+            return array
+        kinds = dict(zip(self.mesh.axis_names, self.mesh.axis_types, strict=True))
+        told = [tuple(a for a in _names(e) if kinds[a] == AxisType.Explicit) for e in spec]
+        spec = P(*(names or None for names in told))
+        return jax.sharding.reshard(array, NamedSharding(self.mesh, spec))
 
     def map(self, part: Callable[..., Any], specs: tuple[P, ...], out: Any) -> Callable[..., Any]:
         """Returns `jax.shard_map` of ``part``; arguments that are None stay None."""
@@ -179,6 +190,39 @@ def partition_of(x: jax.Array, codes: jax.Array) -> Partition | None:
     return Partition(at.mesh, P(*(names or None for names in rows)), k or None, n or None)
 
 
+def mapped_names(mapped: Any, arrays: Any) -> tuple[str, ...]:
+    """Mesh axes over which an axis that vmap has put first is split, on a mesh with explicit axes.
+
+    Args:
+      mapped: a tree of bools: which arrays have that axis.
+      arrays: the same tree of arrays.
+    """
+    for with_it, array in zip(jax.tree.leaves(mapped), jax.tree.leaves(arrays), strict=True):
+        found = jax.typeof(array).sharding
+        if with_it and not found.mesh.empty and (names := _names(found.spec[0])):
+            return names
+    return ()
+
+
+def on_parts(call: Callable[[Any], jax.Array], mapped: Any, arrays: Any, names: Axes) -> jax.Array:
+    """`jax.vmap` of a kernel, each device mapping over its own part of an axis that is split over these mesh axes.
+
+    Args:
+      call: takes `arrays` without that axis.
+      mapped: a tree of bools: which arrays have that axis, as their first.
+      arrays: the same tree of arrays. What else of them is split is gathered.
+      names: see `mapped_names`.
+    """
+    mesh = jax.typeof(jax.tree.leaves(arrays)[0]).sharding.mesh
+    specs = jax.tree.map(lambda with_it: P(names) if with_it else P(), mapped)
+    arrays = jax.tree.map(
+        lambda a, spec: jax.sharding.reshard(a, NamedSharding(mesh, spec)), arrays, specs
+    )
+    axes = jax.tree.map(lambda with_it: 0 if with_it else None, mapped)
+    part = jax.vmap(call, (axes,))
+    return jax.shard_map(part, mesh=mesh, in_specs=(specs,), out_specs=P(names))(arrays)
+
+
 def to_host(array: jax.Array) -> np.ndarray:
     """Returns all of an array; of one that other processes hold parts of, every process must ask."""
     if array.is_fully_addressable or array.is_fully_replicated:
@@ -189,8 +233,8 @@ def to_host(array: jax.Array) -> np.ndarray:
 def _sharding(array: Any) -> NamedSharding | None:
     if isinstance(array, jax.core.Tracer):
         found = jax.typeof(array).sharding
-        explicit = all(kind == AxisType.Explicit for kind in found.mesh.axis_types)
-        return found if explicit and not found.mesh.empty else None
+        kinds = found.mesh.axis_types
+        return found if AxisType.Explicit in kinds and AxisType.Manual not in kinds else None
     found = getattr(array, "sharding", None)
     return found if isinstance(found, NamedSharding) else None
 

@@ -11,6 +11,7 @@ from typing import Literal
 import jax
 import jax.core
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
 from jaxint8.outliers import SMALLEST_SCALE, OutlierRule, finite_rows, outlier_mask
@@ -28,16 +29,17 @@ K_MAX = (2**31 - 1) // CODE_MAX**2
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class QuantizedMatrix:
     """A float[k, n] kernel as int8 codes and one float32 scale per output channel.
 
     A pytree whose leaves are ``codes`` and ``scale``: it passes through jit, vmap, scan and device_put, and its leaves
-    can be sharded one by one.
+    can be sharded one by one. Leading axes, the same of both, make a stack of matrices, as vmap and scan do.
 
     Invariants (checked by `validate`):
-      codes: int8[n, k]; row i is one contiguous output channel. Codes made by `quantize` lie in [-127, 127]; -128 is
-        legal, since other writers use it.
+      codes: int8[n, k]; row i is one contiguous output channel. Codes made by `quantize` lie in [-127, 127]. -128 is
+        legal, since other writers use it: its sums are exact too, unless nearly all of a channel is -128 and the codes
+        of a row nearly all at their bound (with a thousand outliers or more, or k beyond 132,104).
       scale: float32[n]; kernel[:, i] is about codes[i] * scale[i].
       k * 127**2 < 2**31, so that an int32 sum over k is exact.
     """
@@ -60,8 +62,9 @@ class QuantizedMatrix:
         )
 
     def dequantize(self, dtype: DTypeLike = jnp.float32) -> jax.Array:
-        """Returns the kernel that the codes stand for, ``dtype``[k, n] (computed in float32, rounded once)."""
-        return (self.codes.astype(jnp.float32) * self.scale[:, None]).T.astype(dtype)
+        """Returns the kernel that the codes stand for, ``dtype``[..., k, n] (computed in float32, rounded once)."""
+        rows = self.codes.astype(jnp.float32) * self.scale[..., None]
+        return jnp.swapaxes(rows, -1, -2).astype(dtype)
 
 
 def validate(matrix: QuantizedMatrix) -> None:
@@ -71,6 +74,9 @@ def validate(matrix: QuantizedMatrix) -> None:
             f"w: expected a QuantizedMatrix (see jaxint8.quantize), got {type(matrix).__name__}"
         )
     codes, scale = matrix.codes, matrix.scale
+    for name, leaf in (("codes", codes), ("scale", scale)):
+        if not isinstance(leaf, jax.Array | np.ndarray):
+            raise TypeError(f"w.{name}: expected an array, got {type(leaf).__name__}")
     if codes.dtype != jnp.int8 or codes.ndim != 2:
         raise ValueError(f"w.codes: expected int8[n, k], got {codes.dtype}{list(codes.shape)}")
     if scale.dtype != jnp.float32 or scale.shape != codes.shape[:1]:

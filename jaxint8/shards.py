@@ -104,6 +104,18 @@ def vary_like(y: jax.Array, *inputs: jax.Array) -> jax.Array:
     Inside a `jax.shard_map` the result of a foreign call passes as equal on all devices, so that a forgotten sum over
     the devices would not be noticed; marked like this it is an error. Elsewhere it does nothing.
     """
-    axes = frozenset[str]().union(*(jax.typeof(a).manual_axis_type.varying for a in inputs))
-    missing = tuple(sorted(axes - jax.typeof(y).manual_axis_type.varying))
+    axes = frozenset[str]().union(*map(_varying, inputs))
+    missing = tuple(sorted(axes - _varying(y)))
     return jax.lax.pcast(y, missing, to="varying") if missing else y
+
+
+def add_where_same(cotangent: jax.Array | None, primal: jax.Array | None) -> jax.Array | None:
+    """Adds up a cotangent over the devices that hold one and the same primal, inside a `jax.shard_map`."""
+    if cotangent is None or primal is None:
+        return cotangent
+    axes = tuple(sorted(_varying(cotangent) - _varying(primal)))
+    return jax.lax.psum(cotangent, axes) if axes else cotangent
+
+
+def _varying(a: jax.Array) -> frozenset[str]:
+    return jax.typeof(a).manual_axis_type.varying

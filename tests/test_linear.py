@@ -269,6 +269,13 @@ X = jnp.ones((2, 8))
             "w.scale: expected float32",
             lambda: int8_linear(X, QuantizedMatrix(jnp.zeros((4, 8), jnp.int8), jnp.ones(5))),
         ),
+        (
+            TypeError,
+            "w.codes: expected an array, got list",
+            lambda: int8_linear(X, QuantizedMatrix([[1]], jnp.ones(4))),
+        ),
+        (TypeError, "bias: expected an array", lambda: int8_linear(X, W, [0.0] * 4)),
+        (TypeError, "partition: expected a Partition", lambda: int8_linear(X, W, partition="data")),
         (ValueError, r"bias: expected float\[4\]", lambda: int8_linear(X, W, jnp.ones(5))),
         (ValueError, "bias: expected float", lambda: int8_linear(X, W, jnp.ones(4, jnp.int32))),
         (TypeError, "outliers: expected", lambda: int8_linear(X, W, outliers="many")),

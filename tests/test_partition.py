@@ -247,6 +247,86 @@ def test_gradients_vmap_scan_and_remat(split):
         np.testing.assert_allclose(y, wanted, rtol=2e-5, atol=2e-4)
 
 
+@pytest.mark.parametrize("split", [None, "model"])
+@pytest.mark.parametrize("implementation", [None, "xla"])
+def test_gradients_inside_a_users_shard_map(implementation, split):
+    """Cotangents of what all devices share are added up, of what is split they are not."""
+    w, bias = (
+        quantize(jnp.asarray(np.random.default_rng(0).normal(size=(K, N)), jnp.float32)),
+        jnp.ones(N),
+    )
+    x = jnp.asarray(case()[1])[:8]
+    x = jnp.where(jnp.isfinite(x), jnp.clip(x, -9, 9), 1.0)
+
+    def layer(x, codes, scale, bias):
+        w = QuantizedMatrix(codes, scale)
+        return int8_linear(x, w, bias, outliers=TopK(4), implementation=implementation)
+
+    weights = (P(split), P(split), P(split))
+    rows, out = (P("data"), P("data")) if split is None else (P(), P(None, split))
+    spread = jax.shard_map(layer, mesh=mesh_of((2, 4)), in_specs=(rows, *weights), out_specs=out)
+
+    def gradients(layer):
+        def loss(x, bias):
+            return jnp.sum(jnp.sin(layer(x, w.codes, w.scale, bias)))
+
+        return jax.jit(jax.grad(loss, (0, 1)))(x, bias)
+
+    for actual, expected in zip(gradients(spread), gradients(layer), strict=True):
+        np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("per", ["channel", "tensor"])
+def test_explicit_axes_take_scales_and_biases_from_wherever_they_are(per):
+    mesh = mesh_of((2, 4), AxisType.Explicit)
+    found, x = case()
+    kernel = QuantizedMatrix(jnp.asarray(found.codes), jnp.asarray(found.scale)).dequantize()
+    bias = jnp.asarray(found.bias)
+    expected = bits(int8_linear(jnp.asarray(x), quantize(kernel, per), bias))
+    w = quantize(jax.device_put(kernel, NamedSharding(mesh, P(None, "model"))), per)
+    for held in (bias, jax.device_put(bias, NamedSharding(mesh, P()))):
+        for call in (int8_linear, jax.jit(int8_linear)):
+            np.testing.assert_array_equal(bits(call(jnp.asarray(x), w, held)), expected)
+
+
+@pytest.mark.parametrize("rule", [Threshold(4.0), TopK(8)], ids=repr)
+def test_vmap_over_an_axis_that_is_split_explicitly(rule):
+    """Each device maps over its own part, of rows and of stacked weights."""
+    mesh = mesh_of((2, 4), AxisType.Explicit)
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(0, 3, (8, 3, K)), jnp.float32)
+    stack = jax.vmap(quantize)(jnp.asarray(rng.normal(size=(8, K, N)), jnp.float32))
+    one = jax.tree.map(lambda leaf: leaf[0], stack)
+    layer = functools.partial(int8_linear, outliers=rule)
+
+    with jax.set_mesh(mesh):
+        for axes, arrays in [((0, None), (x, one)), ((None, 0), (x[0], stack)), (0, (x, stack))]:
+            expected = jax.vmap(layer, axes)(*arrays)
+            both = axes if isinstance(axes, tuple) else (0, 0)
+            split = [
+                jax.device_put(a, NamedSharding(mesh, P(None if axis is None else "model")))
+                for a, axis in zip(arrays, both, strict=True)
+            ]
+            for call in (jax.vmap(layer, axes), jax.jit(jax.vmap(layer, axes))):
+                y = call(*split)
+                np.testing.assert_array_equal(bits(y), bits(expected))
+                assert jax.typeof(y).sharding.spec[0] == "model"
+
+
+def test_a_mesh_of_explicit_and_automatic_axes():
+    mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Explicit, AxisType.Auto))
+    found, x = case()
+    w = QuantizedMatrix(jnp.asarray(found.codes), jnp.asarray(found.scale))
+    expected = bits(int8_linear(jnp.asarray(x), w))
+    x = jax.device_put(x, NamedSharding(mesh, P("data")))
+    with jax.set_mesh(mesh):
+        for codes, scale in [(P(), P()), (P("model"), P("model"))]:
+            codes = jax.device_put(w.codes, NamedSharding(mesh, codes))
+            held = QuantizedMatrix(codes, jax.device_put(w.scale, NamedSharding(mesh, scale)))
+            for call in (int8_linear, jax.jit(int8_linear)):
+                np.testing.assert_array_equal(bits(call(x, held)), expected)
+
+
 def test_flax_layers_take_a_partition():
     one, x = case()
     partition = Partition(mesh_of((2, 2)), rows="data", k="model")
@@ -267,6 +347,10 @@ def test_bad_partitions_are_refused_in_one_line():
         Partition(mesh, n="tensor")
     with pytest.raises(ValueError, match="'model' is used more than once"):
         Partition(mesh, k="model", n="model")
+    with pytest.raises(TypeError, match="mesh must be a Mesh, got str"):
+        Partition("model", n="model")
+    with pytest.raises(TypeError, match="rows must be a name"):
+        Partition(mesh, rows=0)
     with pytest.raises(ValueError, match=r"n is 9, which 2 devices \(model\)"):
         int8_linear(jnp.ones((4, 6)), w, partition=Partition(mesh, n="model"))
     with pytest.raises(ValueError, match="axis 0 of x is 3"):

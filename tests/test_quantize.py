@@ -68,6 +68,14 @@ def test_the_type_is_a_pytree_of_the_documented_shape():
     )
 
 
+def test_a_stack_is_dequantized_like_its_matrices():
+    kernels = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 5, 4)), jnp.float32)
+    stack = jax.vmap(jax.vmap(quantize))(kernels)
+    assert stack.shape == (5, 4)
+    expected = [[quantize(kernel).dequantize() for kernel in row] for row in kernels]
+    np.testing.assert_array_equal(stack.dequantize(), expected)
+
+
 def test_int8_takes_a_quarter_of_float32():
     kernel = jnp.ones((4096, 512))
     assert quantize(kernel).nbytes <= 0.26 * kernel.nbytes
