@@ -25,6 +25,10 @@ Names = tuple[str | None, ...]
 class Dense8bit(nn.Module):
     """A linear layer with int8 weights and LLM.int8() outlier decomposition (paper, section 3).
 
+    To take the place of an `nn.Dense` it must have that layer's name: Flax calls layers without one by their class,
+    `Dense_0` before and `Dense8bit_0` after, where there are no codes. Give such layers ``name="..."``, or make them in
+    `setup`.
+
     Attributes:
       features: n, the width of the output.
       use_bias: whether a bias float[n] is added (parameter "bias").
@@ -33,7 +37,8 @@ class Dense8bit(nn.Module):
       dtype: dtype of the computation and output; None keeps that of the input.
       param_dtype: dtype of the bias.
       implementation: "cuda", "cpu", "xla", "reference", or None for the best that exists.
-      kernel_axes: logical partition names of the codes [n, k] (output channels first); None: no metadata.
+      kernel_axes: logical partition names of the codes [n, k] (output channels first), mapped to axes of a mesh by
+        `nn.logical_axis_rules`, without which nothing is constrained; None: no metadata.
       partition: how x and the layer lie on a mesh, under jit with automatic axes; see `jaxint8.int8_linear`.
       bias_init: initialiser of the bias.
     """
@@ -51,13 +56,17 @@ class Dense8bit(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps float[..., k] to float[..., n]."""
+        """Maps float[..., k] to float[..., n].
+
+        Raises:
+          TypeError: see `jaxint8.int8_linear`.
+          ValueError: the collection "quant" has no codes or scale under this layer's path, or not of this shape; or see
+            `jaxint8.int8_linear`.
+        """
         k = x.shape[-1]
-        codes = self._quant(
-            "codes", lambda: jnp.zeros((self.features, k), jnp.int8), self.kernel_axes
-        )
+        codes = self._quant("codes", jnp.zeros, (self.features, k), jnp.int8, self.kernel_axes)
         output_axis = None if self.kernel_axes is None else self.kernel_axes[:1]
-        scale = self._quant("scale", lambda: jnp.ones((self.features,), jnp.float32), output_axis)
+        scale = self._quant("scale", jnp.ones, (self.features,), jnp.float32, output_axis)
         bias = None
         if self.use_bias:
             bias = self.param("bias", self.bias_init, (self.features,), self.param_dtype)
@@ -73,6 +82,27 @@ class Dense8bit(nn.Module):
             partition=self.partition,
         )
 
-    def _quant(self, name: str, init: Callable[[], jax.Array], names: Names | None) -> jax.Array:
-        boxed: Callable[..., Any] = init if names is None else nn.with_partitioning(init, names)
-        return nn.unbox(self.variable(COLLECTION, name, boxed).value)
+    def _quant(
+        self,
+        name: str,
+        init: Callable[..., jax.Array],
+        shape: tuple[int, ...],
+        dtype: DTypeLike,
+        names: Names | None,
+    ) -> jax.Array:
+        path = "/".join((*self.path, name))
+        if not (self.has_variable(COLLECTION, name) or self.is_mutable_collection(COLLECTION)):
+            raise ValueError(
+                f"{path}: expected in the collection {COLLECTION!r}, got none; convert_params leaves them under the "
+                "name of the nn.Dense layer, so that both need the same one: name=..., or setup"
+            )
+        boxed: Callable[..., Any] = (
+            init if names is None else nn.with_logical_partitioning(init, names)
+        )
+        value = nn.unbox(self.variable(COLLECTION, name, boxed, shape, dtype).value)
+        if value.shape != shape:
+            raise ValueError(
+                f"{path}: expected shape {list(shape)} by features={self.features} and the last axis of x, "
+                f"got {list(value.shape)}"
+            )
+        return value

@@ -4,9 +4,13 @@ Codes and scale are variables of the type `Quantized`, not `Param`, so that `nnx
 parameters pass them by. A fresh layer is all zeros; `Dense8bit.from_linear` converts a trained one.
 """
 
+from typing import Any
+
 import jax
+import jax.core
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import NamedSharding
 from jax.typing import DTypeLike
 
 from jaxint8.dispatch import Implementation
@@ -92,7 +96,18 @@ class Dense8bit(nnx.Module):
         outlier_arithmetic: Arithmetic | None = None,
         implementation: Implementation | None = None,
     ) -> "Dense8bit":
-        """Returns a layer with the quantised kernel and the bias of a trained `nnx.Linear`."""
+        """Returns a layer with the quantised kernel and the bias of a trained `nnx.Linear`.
+
+        Sharding metadata (`nnx.with_partitioning`) are carried over: those of the kernel exchanged for the codes, which
+        are stored [n, k], their output axis for the scale, and for a bias that has none of its own. Arrays lie where
+        the kernel lies, on a mesh with explicit axes too.
+
+        Raises:
+          TypeError: `linear` is no `nnx.Linear`, or its kernel no float array.
+          ValueError: the kernel is not 2-D, holds a non-finite value, or k is too large for exact int32 sums.
+        """
+        if not isinstance(linear, nnx.Linear):
+            raise TypeError(f"linear: expected an nnx.Linear, got {type(linear).__name__}")
         layer = cls(
             linear.in_features,
             linear.out_features,
@@ -105,7 +120,40 @@ class Dense8bit(nnx.Module):
             rngs=nnx.Rngs(0),
         )
         matrix = quantize(linear.kernel[...])
-        layer.codes[...], layer.scale[...] = matrix.codes, matrix.scale
-        if layer.bias is not None and linear.bias is not None:
-            layer.bias[...] = linear.bias[...]
+        # New variables: a value split over explicit axes cannot be written into zeros that are not.
+        layer.codes, layer.scale = Quantized(matrix.codes), Quantized(matrix.scale)
+        if linear.bias is not None:
+            # A copy, since a training step may donate the buffers of the linear layer.
+            layer.bias = linear.bias.copy(jnp.copy(linear.bias[...]))
+        axes, others = _sharding_metadata(linear.kernel)
+        if axes is None:
+            return layer
+        k_axis, n_axis = axes
+        layer.codes.set_metadata(out_sharding=(n_axis, k_axis), **others)
+        layer.scale.set_metadata(out_sharding=(n_axis,), **others)
+        if layer.bias is not None and not layer.bias.get_metadata("out_sharding", None):
+            value = _placed_as(matrix.scale, layer.bias[...])
+            layer.bias = layer.bias.copy(value, out_sharding=(n_axis,), **others)
         return layer
+
+
+def _sharding_metadata(kernel: nnx.Variable) -> tuple[tuple[Any, Any] | None, dict[str, Any]]:
+    """The names of a kernel's two axes, None without any, and the metadata by which they are read."""
+    metadata = kernel.get_metadata()
+    others = {name: metadata[name] for name in ("mesh", "sharding_rules") if name in metadata}
+    axes = metadata.get("out_sharding")
+    axes = getattr(axes, "sharding", axes)  # that of a Format, whose layout is not that of codes
+    if isinstance(axes, NamedSharding):
+        others["mesh"], axes = axes.mesh, axes.spec
+    if not axes:
+        return None, others
+    k_axis, n_axis = (*axes, None, None)[:2]  # axes at the end may be left out
+    return (k_axis, n_axis), others
+
+
+def _placed_as(scale: jax.Array, bias: jax.Array) -> jax.Array:
+    """The bias where the scale lies, so that optimisers, which go by metadata, find it where these say."""
+    if isinstance(scale, jax.core.Tracer):  # only explicit axes are known
+        sharding = jax.typeof(scale).sharding
+        return bias if sharding.mesh.empty else jax.sharding.reshard(bias, sharding)
+    return jax.device_put(bias, scale.sharding)

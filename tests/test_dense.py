@@ -3,7 +3,10 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import linen as nn
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from jaxint8 import Dense8bit, QuantizedMatrix, RelativeThreshold, int8_linear, quantize
 
@@ -38,8 +41,55 @@ def test_partition_names_reach_the_specs():
     layer = Dense8bit(5, kernel_axes=("model", None))
     shapes = jax.eval_shape(layer.init, jax.random.key(0), jnp.ones((2, 12)))
     specs = nn.get_partition_spec(shapes)
-    assert specs["quant"]["codes"] == jax.sharding.PartitionSpec("model", None)
-    assert specs["quant"]["scale"] == jax.sharding.PartitionSpec("model")
+    assert specs["quant"]["codes"] == P("model", None)
+    assert specs["quant"]["scale"] == P("model")
+
+
+def test_partition_names_are_logical():
+    layer = Dense8bit(8, kernel_axes=("mlp", "embed"))
+    x = jnp.ones((2, 12))
+    rules = (("embed", None), ("mlp", "model"))
+    mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    with jax.set_mesh(mesh), nn.logical_axis_rules(rules):
+        # Like jit of any Flax layer with logical names: shapes, then their shardings, then values.
+        shapes = jax.eval_shape(layer.init, jax.random.key(0), x)
+        specs = nn.get_partition_spec(shapes)
+        assert specs["quant"]["codes"] == P("mlp", "embed")
+        shardings = nn.logical_to_mesh_sharding(specs, mesh, rules)
+        v = jax.jit(layer.init, out_shardings=shardings)(jax.random.key(0), x)
+        assert layer.apply(v, x).shape == (2, 8)
+    codes = v["quant"]["codes"]
+    assert isinstance(codes, nn.LogicallyPartitioned)
+    assert codes.value.sharding.is_equivalent_to(NamedSharding(mesh, P("model", None)), 2)
+    with jax.set_mesh(mesh):  # without rules nothing is constrained
+        layer.init(jax.random.key(0), x)
+
+
+def test_a_layer_without_codes_says_what_its_name_has_to_do_with_it():
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return Dense8bit(5)(x)
+
+    v = {collection: {"Dense_0": tree} for collection, tree in variables().items()}
+    with pytest.raises(ValueError, match="Dense8bit_0/codes: .*'quant'.*name of the nn.Dense"):
+        Model().apply(v, jnp.ones((2, 12)))
+    with pytest.raises(ValueError, match="^scale: expected in the collection 'quant'"):
+        Dense8bit(5).apply({"quant": {"codes": jnp.zeros((5, 12), jnp.int8)}}, jnp.ones((2, 12)))
+
+
+@pytest.mark.parametrize(
+    ("codes", "scale", "message"),
+    [
+        ((32, 12), (32,), r"^codes: expected shape \[5, 12\] by features=5 .*, got \[32, 12\]"),
+        ((5, 8), (5,), r"^codes: expected shape \[5, 12\] .*, got \[5, 8\]"),
+        ((5, 12), (1,), r"^scale: expected shape \[5\] .*, got \[1\]"),
+    ],
+)
+def test_codes_and_scale_must_fit_the_layer(codes, scale, message):
+    v = {"quant": {"codes": jnp.zeros(codes, jnp.int8), "scale": jnp.ones(scale)}}
+    with pytest.raises(ValueError, match=message):
+        Dense8bit(5, use_bias=False).apply(v, jnp.ones((2, 12)))
 
 
 def test_bias_is_trained_and_codes_are_not():
