@@ -8,10 +8,14 @@ configurations that compare equal share one compiled program.
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, Literal
 
 from jaxint8 import schemes
 from jaxint8.schemes import SCHEMES, Scheme
+
+# Far more than any model has, and few enough that a file that claims more is refused, not walked layer by layer.
+MOST_LAYERS = 10_000
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,6 +34,18 @@ class RopeScaling:
     low_frequency_factor: float = 1.0
     high_frequency_factor: float = 4.0
     original_positions: int = 8192
+
+    def __post_init__(self) -> None:
+        """Checks the numbers, which frequencies are divided by."""
+        for name in ("factor", "low_frequency_factor", "high_frequency_factor"):
+            _check_number(f"rope scaling: {name}", getattr(self, name))
+        _check_size("rope scaling: original_positions", self.original_positions)
+        low, high = self.low_frequency_factor, self.high_frequency_factor
+        if high <= low:
+            raise ValueError(
+                f"rope scaling: high_frequency_factor ({high}) must be more than "
+                f"low_frequency_factor ({low})"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -104,13 +120,15 @@ class DecoderConfig:
         return self.kv_heads * self.head_dim
 
     def __post_init__(self) -> None:
-        """Checks the sizes against each other."""
-        sizes = ("vocab_size", "hidden_size", "layers", "heads", "kv_heads", "head_dim", "mlp_size")
-        for name in sizes:
-            if getattr(self, name) < 1:
-                raise ValueError(
-                    f"{self.family} config: {name} must be at least 1, got {getattr(self, name)}"
-                )
+        """Checks numbers and sizes, those against each other too."""
+        for name in _SIZES:
+            _check_size(f"{self.family} config: {name}", getattr(self, name))
+        _check_number(f"{self.family} config: rope_theta", self.rope_theta)
+        _check_number(f"{self.family} config: norm_epsilon", self.norm_epsilon, or_zero=True)
+        if self.layers > MOST_LAYERS:
+            raise ValueError(
+                f"{self.family} config: layers must be at most {MOST_LAYERS}, got {self.layers}"
+            )
         if self.heads % self.kv_heads:
             raise ValueError(
                 f"{self.family} config: heads ({self.heads}) must be a multiple of "
@@ -120,6 +138,30 @@ class DecoderConfig:
             raise ValueError(
                 f"{self.family} config: rotary positions need an even head_dim, got {self.head_dim}"
             )
+
+
+_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "layers",
+    "heads",
+    "kv_heads",
+    "head_dim",
+    "mlp_size",
+    "max_positions",
+    "embedding_size",
+)
+
+
+def _check_size(what: str, value: Any) -> None:
+    if type(value) is not int or value < 1:
+        raise ValueError(f"{what} must be at least 1, an integer, got {value!r}")
+
+
+def _check_number(what: str, value: float, or_zero: bool = False) -> None:
+    if not math.isfinite(value) or value < 0 or (value == 0 and not or_zero):
+        least = "at least 0" if or_zero else "more than 0"
+        raise ValueError(f"{what} must be {least} and finite, got {value!r}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

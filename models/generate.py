@@ -7,9 +7,9 @@ run-time values. So a new prompt rarely costs a compilation, and a step never.
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import functools
+import operator
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -21,7 +21,7 @@ from jaxint8.models.cache import KVCache, capacity_for, grow_cache, init_cache, 
 from jaxint8.models.config import DecoderConfig, QuantizationConfig
 from jaxint8.models.decoder import Params, forward, with_wide_norms
 from jaxint8.models.placement import Placement, check
-from jaxint8.models.sampling import Draw, Sampling, next_tokens
+from jaxint8.models.sampling import Draw, Sampling, next_tokens, row_keys
 
 # Steps that one call of the jitted loop makes at most: enough that calling it costs nothing beside
 # them, and a bound on what is computed after the last row ended.
@@ -225,21 +225,6 @@ def padded_length(length: int) -> int:
     return rounded_length(length, SMALLEST_PADDED_PROMPT)
 
 
-def row_keys(prompts: Sequence[Sequence[int]], seed: int) -> jax.Array:
-    """Returns a key for each row, key[b], that depends on the seed and the row's prompt alone.
-
-    Only equal prompts differ by their order, so that asking twice in one batch gives two answers.
-    """
-    seen: collections.Counter[tuple[int, ...]] = collections.Counter()
-    order = []
-    for prompt in map(tuple, prompts):
-        order.append(seen[prompt])
-        seen[prompt] += 1
-    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(
-        jax.random.key(seed), jnp.asarray(order, jnp.uint32)
-    )
-
-
 def stream_tokens(
     config: DecoderConfig,
     params: Params,
@@ -262,7 +247,7 @@ def stream_tokens(
         quantization: how int8 weights are carried out.
         placement: where the parameters lie on a mesh; None on one device.
         sampling: greedy by default.
-        seed: of the rows' keys.
+        seed: of the rows' keys, 0 to 2**64 - 1.
         chunk: steps between two hand-outs, 1 to CHUNK; None: PIECE on a CPU, PIECE_ON_ACCELERATOR elsewhere.
 
     Yields:
@@ -270,12 +255,13 @@ def stream_tokens(
         the lists are empty.
 
     Raises:
-        ValueError: an argument, or a prompt, that cannot be; one line that names it.
+        ValueError, TypeError: an argument, or a prompt, that cannot be; one line that names it.
 
     """
     prompts = [list(prompt) for prompt in prompts]
-    chunk = steps_of_a_piece(params) if chunk is None else chunk
-    _check(config, prompts, max_new_tokens, chunk)
+    chunk = _integer("chunk", steps_of_a_piece(params) if chunk is None else chunk)
+    max_new_tokens, seed = _integer("max_new_tokens", max_new_tokens), _integer("seed", seed)
+    _check(config, prompts, max_new_tokens, chunk, seed)
     check(params, placement)
     if not prompts or max_new_tokens == 0:
         return
@@ -345,13 +331,23 @@ def generate_tokens(
     return rows
 
 
+def _integer(name: str, value: Any) -> int:
+    """Returns the int that any integer, NumPy's too, is; 2.0 is none."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name}: expected an integer, got {value!r}") from None
+
+
 def _check(
-    config: DecoderConfig, prompts: list[list[int]], max_new_tokens: int, chunk: int
+    config: DecoderConfig, prompts: list[list[int]], max_new_tokens: int, chunk: int, seed: int
 ) -> None:
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens must be >= 0, got {max_new_tokens}")
     if not 1 <= chunk <= CHUNK:
         raise ValueError(f"chunk must be in 1 to {CHUNK}, got {chunk}")
+    if not 0 <= seed < 2**64:
+        raise ValueError(f"seed must be in 0 to 2**64 - 1, got {seed}")
     for index, prompt in enumerate(prompts):
         if not prompt:
             raise ValueError(f"prompt {index} is empty: at least one token is needed")
@@ -366,7 +362,8 @@ def _check(
 def check_tokens(config: DecoderConfig, tokens: np.ndarray, name: str) -> None:
     """Raises TypeError or ValueError, naming the argument, unless all ids are in the vocabulary."""
     if not np.issubdtype(tokens.dtype, np.integer):
-        raise TypeError(f"{name}: token ids must be integers, got {tokens.dtype}")
+        empty = "" if tokens.size else ", which NumPy makes of an empty list"
+        raise TypeError(f"{name}: token ids must be integers, got {tokens.dtype}{empty}")
     wrong = tokens[(tokens < 0) | (tokens >= config.vocab_size)]
     if wrong.size:
         raise ValueError(

@@ -70,11 +70,14 @@ class LanguageModel:
             tokens: int[b, t] ids, every row from its start; t at most ``config.max_positions``.
 
         Raises:
-            TypeError, ValueError: not integers, not two axes, too long, or an id not in the
-            vocabulary.
+            TypeError, ValueError: not integers, not two axes, rows of different lengths, too long, or
+            an id not in the vocabulary.
 
         """
-        array = np.asarray(tokens)
+        try:
+            array = np.asarray(tokens)
+        except ValueError:
+            raise ValueError("tokens: expected int[b, t], got rows of different lengths") from None
         check_tokens(self.config, array, "tokens")
         if array.ndim != 2:
             raise ValueError(f"tokens: expected int[b, t], got shape {list(array.shape)}")
@@ -83,8 +86,10 @@ class LanguageModel:
                 f"tokens: {array.shape[1]} per row exceed the model's {self.config.max_positions} "
                 "positions"
             )
+        if not array.size:
+            return jnp.zeros((*array.shape, self.config.vocab_size), jnp.float32)
         count = len(array)
-        if self.placement is not None and count:
+        if self.placement is not None:
             array = self.placement.fill_rows(array)
         logits = _logits(
             self.params,
@@ -114,8 +119,10 @@ class LanguageModel:
     ) -> list[str]:
         """Continues each prompt until its end token or ``max_new_tokens``; all in one batch.
 
-        What a row gets depends on its prompt, the options and the seed, not on the other rows (but
-        for column-scope outlier rules, which by definition look at the whole batch).
+        What a row gets depends on its prompt, the options and the seed, and by rounding on the shape
+        of the batch: int8 layers give the same bits in any, but float attention is rounded otherwise
+        in another shape (3e-5 in logits, from four rows on), which can turn an int8 code and so, at
+        a near tie, a token. Column-scope outlier rules by definition look at the whole batch.
 
         Args:
             prompts: texts, none of them empty.
@@ -123,13 +130,14 @@ class LanguageModel:
             temperature: 0 for the most likely token each time, else what divides the logits.
             top_k: draw from the k most likely tokens only.
             top_p: draw from the most likely tokens that make up this share only.
-            seed: the same seed gives the same texts.
+            seed: the same seed, 0 to 2**64 - 1, gives the same texts.
 
         Returns:
             The continuations, without the prompts.
 
         Raises:
             ValueError: an option out of range, or a prompt that is empty or too long.
+            TypeError: one string in the place of several, or a number that is no integer.
 
         """
         if isinstance(prompts, str):

@@ -8,12 +8,13 @@ without a prefix, with its tied head once or twice, with buffers that nobody rea
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -162,13 +163,11 @@ def _resolve(source: str | os.PathLike[str]) -> Path:
 
 
 def _describe_gguf(reader: TensorReader) -> Checkpoint:
-    try:
+    with config_errors(reader.path):
         family = families.family_from_gguf(reader.metadata)
         assert family.config_from_gguf is not None
         assert family.gguf_weight_map is not None
         config = family.config_from_gguf(reader.metadata, reader.names())
-    except ValueError as error:
-        raise CheckpointError(f"{reader.path}: {error}") from None
     tokenizer = None
     if "tokenizer.ggml.model" in reader.metadata:
         tokenizer = Tokenizer.from_gguf(reader.metadata, reader.path)
@@ -183,19 +182,21 @@ def _describe_hf(reader: TensorReader) -> Checkpoint:
         raise CheckpointError(f"{path}: is missing; it says what the tensors are")
     described = read_json(path)
     kept = described.get("quantization_config") or {}
+    if not isinstance(kept, dict):
+        raise CheckpointError(f"{path}: 'quantization_config': expected an object, got {kept!r}")
     if kept and not kept.get("load_in_8bit"):
         kind = kept.get("quant_method", "an unknown method")
         raise CheckpointError(
             f"{path}: the weights are quantised with {kind}; "
             "float weights and bitsandbytes int8 can be read"
         )
-    try:
+    with config_errors(path):
         family = families.family_from_hf(described)
         config = family.config_from_hf(described)
-    except (ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(f"{path}: {error}") from None
-    generation = read_json(directory / "generation_config.json").get("eos_token_id")
-    config = _with_end_tokens(config, end_tokens(generation))
+    path = directory / "generation_config.json"
+    with config_errors(path):
+        more = end_tokens(read_json(path).get("eos_token_id"))
+    config = _with_end_tokens(config, more)
     sources = family.weight_map(config)
     prefix = family.optional_prefix
     if prefix and not any(name.startswith(prefix) for name in reader.names()):
@@ -208,6 +209,25 @@ def _describe_hf(reader: TensorReader) -> Checkpoint:
     has_tokenizer = any((directory / name).is_file() for name in TOKENIZER_FILES)
     tokenizer = Tokenizer.from_directory(directory) if has_tokenizer else None
     return Checkpoint(reader, family, config, sources, tokenizer)
+
+
+@contextlib.contextmanager
+def config_errors(path: Path) -> Iterator[None]:
+    """Within, what a config holds makes CheckpointErrors only, which name the file.
+
+    Families check what they read, by key. What they missed is the file's fault all the same, for
+    nothing but its values goes in.
+    """
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    except (TypeError, LookupError, AttributeError, ArithmeticError) as error:
+        raise CheckpointError(
+            f"{path}: not a config as expected ({type(error).__name__}: {error})"
+        ) from None
 
 
 def _with_end_tokens(config: DecoderConfig, more: tuple[int, ...]) -> DecoderConfig:

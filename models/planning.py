@@ -88,10 +88,7 @@ def plan(
     for name, value in (("batch", batch), ("context", context), ("devices", min(mesh))):
         if value < 1:
             raise ValueError(f"{name}: expected at least 1, got {value}")
-    if quantization is not None and (quantization.numbers, quantization.outlier_weights) != (
-        "absmax",
-        "int8",
-    ):
+    if not is_planned(quantization):
         raise ValueError("quantization: only symmetric codes without float copies are planned for")
     if context > config.max_positions:
         raise ValueError(f"context: {context} exceeds the model's {config.max_positions} positions")
@@ -116,6 +113,14 @@ def plan(
         activations=activations,
         workspace=_workspace(params, rows * tokens, portable),
         reserve=reserve,
+    )
+
+
+def is_planned(quantization: QuantizationConfig | None) -> bool:
+    """Returns whether there are plans for a method: for float, and symmetric codes without float copies."""
+    return quantization is None or (quantization.numbers, quantization.outlier_weights) == (
+        "absmax",
+        "int8",
     )
 
 

@@ -7,11 +7,13 @@ passes over a row of logits instead of a sort of it.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 _SIGN = jnp.iinfo(jnp.int32).min
 
@@ -58,11 +60,28 @@ class Draw:
         if sampling.temperature == 0.0:
             return cls(None, None, None)
         k, p = sampling.top_k, sampling.top_p
+        # Below the smallest normal number a float32 counts as 0; a reciprocal, too, is to be above.
+        least = jnp.finfo(jnp.float32).tiny
         return cls(
-            jnp.float32(sampling.temperature),
+            jnp.float32(np.clip(sampling.temperature, least, 1 / least)),
             None if k is None else jnp.int32(min(k, jnp.iinfo(jnp.int32).max)),
-            None if p is None or p == 1.0 else jnp.float32(p),
+            None if p is None or p == 1.0 else jnp.float32(max(p, least)),
         )
+
+
+def row_keys(prompts: Sequence[Sequence[int]], seed: int) -> jax.Array:
+    """Returns a key for each row, key[b], that depends on the seed (64 bits) and the row's prompt alone.
+
+    Only equal prompts differ by their order, so that asking twice in one batch gives two answers.
+    """
+    seen: collections.Counter[tuple[int, ...]] = collections.Counter()
+    order = []
+    for prompt in map(tuple, prompts):
+        order.append(seen[prompt])
+        seen[prompt] += 1
+    with jax.enable_x64(True):  # else the upper half of the seed is dropped
+        key = jax.random.key(np.uint64(seed))
+    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.asarray(order, jnp.uint32))
 
 
 def next_tokens(logits: jax.Array, draw: Draw, keys: jax.Array, step: jax.Array) -> jax.Array:
@@ -80,7 +99,8 @@ def next_tokens(logits: jax.Array, draw: Draw, keys: jax.Array, step: jax.Array)
     """
     if draw.temperature is None:
         return first_largest(logits)
-    logits /= draw.temperature
+    # The largest becomes 0, so that no temperature, however low, makes infinities of several.
+    logits = (logits - jnp.max(logits, axis=-1, keepdims=True)) / draw.temperature
     k, p = draw.top_k, draw.top_p
     if k is not None:
         logits = _keep(logits, lambda kept: jnp.sum(kept, axis=-1, dtype=jnp.int32) >= k)

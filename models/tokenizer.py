@@ -8,6 +8,7 @@ into single digits before the byte-level rule, and a conversion that forgets it 
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -165,15 +166,16 @@ class Tokenizer:
 
 
 def _from_directory(directory: Path) -> Tokenizer:
-    config = read_json(directory / "tokenizer_config.json")
+    path = directory / "tokenizer_config.json"
+    config = read_json(path)
+    names = ("bos_token", "eos_token", "unk_token", "pad_token")
+    special = {name: _content(config, name, path) for name in names}
     if (directory / "tokenizer.json").is_file():
         path = directory / "tokenizer.json"
-        try:
+        with _library_errors(f"{path}: not a tokenizer"):
             backend = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises bare Exceptions
-            raise CheckpointError(f"{path}: not a tokenizer ({_one_line(error)})") from None
     elif (directory / "vocab.json").is_file() and (directory / "merges.txt").is_file():
-        backend = _gpt2_files(directory, config)
+        backend = _gpt2_files(directory, config, special)
     else:
         held = [name for name in TOKENIZER_FILES if (directory / name).is_file()]
         raise CheckpointError(
@@ -182,39 +184,40 @@ def _from_directory(directory: Path) -> Tokenizer:
         )
     ids = {}
     for key in ("bos_token", "eos_token"):
-        content = _content(config.get(key))
+        content = special[key]
         ids[key] = None if content is None else backend.token_to_id(content)
     end = () if ids["eos_token"] is None else (ids["eos_token"],)
     return Tokenizer(backend, ids["bos_token"], end)
 
 
-def _gpt2_files(directory: Path, config: Mapping[str, Any]) -> tokenizers.Tokenizer:
+def _gpt2_files(
+    directory: Path, config: Mapping[str, Any], special: Mapping[str, str | None]
+) -> tokenizers.Tokenizer:
     """GPT-2's two files, as OPT has them."""
-    try:
+    with _library_errors(f"{directory}: vocab.json and merges.txt"):
         vocab, merges = models.BPE.read_file(
             str(directory / "vocab.json"), str(directory / "merges.txt")
         )
         backend = tokenizers.Tokenizer(models.BPE(vocab, merges))
-    except Exception as error:
-        raise CheckpointError(
-            f"{directory}: vocab.json and merges.txt: {_one_line(error)}"
-        ) from None
     prefix = bool(config.get("add_prefix_space", False))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix)
     backend.decoder = decoders.ByteLevel()
-    for key in ("bos_token", "eos_token", "unk_token", "pad_token"):
-        content = _content(config.get(key))
+    for content in special.values():
         if content is not None and content in vocab:
             backend.add_special_tokens([content])
-    start = _content(config.get("bos_token"))
+    start = special["bos_token"]
     if config.get("add_bos_token") and start is not None:
         backend.post_processor = _template(backend, start, None)
     return backend
 
 
-def _content(token: Any) -> str | None:
-    """A special token in a tokenizer_config.json is a string, or an object that holds it."""
-    return token.get("content") if isinstance(token, Mapping) else token
+def _content(config: Mapping[str, Any], name: str, path: Path) -> str | None:
+    """A special token in a tokenizer_config.json is null, a string, or an object that holds it."""
+    token = config.get(name)
+    content = token.get("content") if isinstance(token, Mapping) else token
+    if content is not None and not isinstance(content, str):
+        raise CheckpointError(f"{path}: {name!r}: expected a token's text, got {token!r}")
+    return content
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -228,14 +231,28 @@ def read_json(path: Path) -> dict[str, Any]:
         return {}
     try:
         value = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not JSON ({_one_line(error)})") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: expected a JSON object, got {type(value).__name__}")
     return value
 
 
-def _one_line(error: Exception) -> str:
+@contextlib.contextmanager
+def _library_errors(what: str) -> Iterator[None]:
+    """Within, whatever the tokenizers library raises becomes a CheckpointError that starts with ``what``."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except BaseException as error:
+        # Bare Exceptions, and the panics of its Rust, which are none and whose class has no public name.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise CheckpointError(f"{what} ({_one_line(error)})") from None
+
+
+def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:200]
 
 
@@ -248,17 +265,27 @@ def _from_gguf(metadata: Mapping[str, Any], path: str | Path) -> Tokenizer:
             raise CheckpointError(f"{path}: metadata 'tokenizer.ggml.{key}' is missing")
         return metadata[f"tokenizer.ggml.{key}"]
 
-    kind, tokens = need("model"), need("tokens")
-    types = metadata.get("tokenizer.ggml.token_type") or [1] * len(tokens)
-    scores = metadata.get("tokenizer.ggml.scores") or [0.0] * len(tokens)
+    def listed(key: str, *types: type, default: list[Any] | None = None) -> list[Any]:
+        """An array whose items have one of the types."""
+        values = need(key) if default is None else metadata.get(f"tokenizer.ggml.{key}") or default
+        if not isinstance(values, list) or not all(type(value) in types for value in values):
+            names = " or ".join(known.__name__ for known in types)
+            raise CheckpointError(
+                f"{path}: tokenizer.ggml.{key}: expected an array of {names}, got {repr(values)[:80]}"
+            )
+        return values
+
+    kind, tokens = need("model"), listed("tokens", str)
+    types = listed("token_type", int, default=[1] * len(tokens))
+    scores = listed("scores", float, int, default=[0.0] * len(tokens))
     for name, values in (("token types", types), ("scores", scores)):
         if len(values) != len(tokens):
             raise CheckpointError(f"{path}: {len(tokens)} tokens but {len(values)} {name}")
     if len(set(tokens)) != len(tokens):
         raise CheckpointError(f"{path}: tokenizer.ggml.tokens holds a token twice")
-    try:
+    with _library_errors(f"{path}: tokenizer"):
         if kind == "gpt2":
-            backend, starts = _byte_level(tokens, need("merges"), need("pre"), path)
+            backend, starts = _byte_level(tokens, listed("merges", str), need("pre"), path)
         elif kind == "llama":
             space = bool(metadata.get("tokenizer.ggml.add_space_prefix", True))
             backend, starts = _sentencepiece(tokens, scores, types, space), True
@@ -272,14 +299,12 @@ def _from_gguf(metadata: Mapping[str, Any], path: str | Path) -> Tokenizer:
                 backend.add_tokens([added]) if what == _USER_DEFINED else (
                     backend.add_special_tokens([added])
                 )
-    except CheckpointError:
-        raise
-    except Exception as error:
-        raise CheckpointError(f"{path}: tokenizer: {_one_line(error)}") from None
-    ids = {x: metadata.get(f"tokenizer.ggml.{x}_token_id") for x in ("bos", "eos", "eot")}
+    ids: dict[str, Any] = {
+        x: metadata.get(f"tokenizer.ggml.{x}_token_id") for x in ("bos", "eos", "eot")
+    }
     for name, value in ids.items():
-        if value is not None and not 0 <= value < len(tokens):
-            raise CheckpointError(f"{path}: {name}_token_id {value} of {len(tokens)} tokens")
+        if value is not None and (type(value) is not int or not 0 <= value < len(tokens)):
+            raise CheckpointError(f"{path}: {name}_token_id {value!r} of {len(tokens)} tokens")
     around = {
         "bos": metadata.get("tokenizer.ggml.add_bos_token", starts),
         "eos": metadata.get("tokenizer.ggml.add_eos_token", False),
@@ -306,17 +331,19 @@ def _byte_level(
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ],
     }
-    if pre not in cut:
+    if not isinstance(pre, str) or pre not in cut:
         raise CheckpointError(
             f"{path}: tokenizer.ggml.pre {pre!r} is not supported; known: {', '.join(cut)}"
         )
+    vocab = {token: i for i, token in enumerate(tokens)}
     pairs = []
     for merge in merges:
         left, _, right = merge.partition(" ")
-        if not left or not right:
-            raise CheckpointError(f"{path}: tokenizer.ggml.merges: {merge!r} is not a pair")
+        if not left or not right or not vocab.keys() >= {left, right, left + right}:
+            raise CheckpointError(
+                f"{path}: tokenizer.ggml.merges: {merge!r} is not a pair of tokens that make one"
+            )
         pairs.append((left, right))
-    vocab = {token: i for i, token in enumerate(tokens)}
     model = models.BPE(vocab, pairs, ignore_merges=pre == "llama-bpe")
     backend = tokenizers.Tokenizer(model)
     backend.pre_tokenizer = pre_tokenizers.Sequence(cut[pre])

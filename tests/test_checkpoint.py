@@ -388,6 +388,10 @@ BROKEN_GGUF = {
         gguf_bytes(values=1, head=key(struct.pack("<I", 24), 4, b"general.alignment")),
         "general.alignment: expected a power of two, got 24",
     ),
+    "split": (
+        gguf_bytes(values=1, head=key(struct.pack("<Q", 1) + b"x", 8, b"split.count")),
+        "split.count: expected an integer, got 'x'",
+    ),
     "name not UTF-8": (gguf_bytes(name=b"\xff"), "name of tensor 0 of 1 is not UTF-8"),
     "tensor twice": (gguf_bytes(tensors=2), "tensor 't' twice"),
     "nine axes": (gguf_bytes(dims=(1,) * 9), "tensor 't' claims 9 axes"),

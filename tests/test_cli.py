@@ -5,6 +5,8 @@ import json
 import math
 import pathlib
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -103,7 +105,8 @@ def test_eval_refuses_a_text_without_tokens_and_an_output_that_is_a_file(
     assert status == 2
     assert "text: expected at least 2 tokens to have one to score, got 1" in err
     status, _, err = outcome(eval_cli, capsys, *arguments, f"--text={text}", f"--output={text}")
-    assert status == 2 and "File exists" in err
+    assert (status, err.count("\n")) == (2, 1)
+    assert f"output: {text} cannot be made a folder: File exists" in err
 
 
 @pytest.fixture(scope="module")
@@ -325,6 +328,9 @@ def test_generate_streams_the_same_text(checkpoint, tmp_path, capsys):
         (["--prompt=a", "--max_new_tokens=256"], "exceeds the model's 256 positions"),
         (["--prompt=a", "--model=nothing"], "nothing"),
         (["--prompt_file=nothing"], "prompt_file: nothing cannot be read"),
+        (["--prompt=a\udcff"], "text: not Unicode (a lone surrogate at 1)"),
+        (["--prompt=a", "--seed=-1"], "seed must be in 0 to 2**64 - 1, got -1"),
+        (["--prompt=a", "--seed=99999999999999999999"], "seed must be in 0 to 2**64 - 1"),
     ],
 )
 def test_generate_refuses_bad_input_in_one_line(checkpoint, capsys, arguments, message):
@@ -332,6 +338,55 @@ def test_generate_refuses_bad_input_in_one_line(checkpoint, capsys, arguments, m
     assert (status, out) == (2, "")
     assert message in err
     assert err.startswith("prog: ") and err.count("\n") == 1
+
+
+def test_lines_of_a_prompt_file_end_where_lines_do(checkpoint, tmp_path, capsys):
+    path = tmp_path / "prompts.txt"
+    path.write_bytes("the\x0bquick\u2028fox\r\nlazy\n\r\n".encode())
+    arguments = [f"--model={checkpoint}", f"--prompt_file={path}", "--max_new_tokens=1"]
+    status, out, _ = outcome(generate_cli, capsys, *arguments)
+    first, second, *rest = out.split("\n\n")
+    assert (status, rest) == (0, [""])
+    assert first.startswith("the\x0bquick\u2028fox") and second.startswith("lazy")
+
+
+@pytest.mark.parametrize("stream", ["--stream", "--nostream"])
+def test_a_reader_that_goes_ends_the_command_in_silence(checkpoint, stream):
+    script = f"""
+import os, sys
+from jaxint8.cli import generate
+reader, writer = os.pipe()
+os.dup2(writer, 1)
+os.close(reader)
+arguments = ["--model={checkpoint}", "--prompt=the quick", "--max_new_tokens=4", "{stream}"]
+sys.exit(generate.main(["prog", *arguments]))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 141
+    assert "Traceback" not in done.stderr and "BrokenPipe" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "at", ["measured/text-float32.npz", "report.json", "measured/piqa-float32.jsonl"]
+)
+def test_a_full_disk_is_told_in_one_line(checkpoint, text, tmp_path, capsys, monkeypatch, at):
+    out, tasks = tmp_path / "out", tmp_path / "piqa.jsonl"
+    tasks.write_text(json.dumps({"goal": "the dog", "sol1": "jumps", "sol2": "fox", "label": 0}))
+    opened = pathlib.Path.open
+
+    def full(path, mode="r", *rest, **more):
+        file = opened(path, mode, *rest, **more)
+        if "r" in mode or pathlib.Path(at).name not in path.name:
+            return file
+        file.close()
+        return opened(pathlib.Path("/dev/full"), mode, *rest, **more)
+
+    monkeypatch.setattr(pathlib.Path, "open", full)
+    arguments = [f"--model={checkpoint}", f"--text={text}", "--window=64", "--methods=float32"]
+    arguments += ["--nodecode", f"--tasks=piqa={tasks}", f"--output={out}"]
+    status, _, err = outcome(eval_cli, capsys, *arguments)
+    assert status == 2
+    assert f"No space left on device: '{out / at}'" in err.splitlines()[-1]
 
 
 @pytest.mark.demo

@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import json
+import resource
 import shutil
 import subprocess
 import sys
@@ -320,6 +321,19 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         ({"model": model}, "output: is needed"),
         ({"model": model, "output": output, "shard_size": "2 pounds"}, "shard_size: expected a "),
         ({"model": GOLDENS / "bloom", "output": output}, "there is a model already"),
+        (
+            {"model": model, "output": model / "config.json"},
+            "config.json is a file, expected a fold",
+        ),
     ):
         assert command(**given) == 2
         assert message in capsys.readouterr().err
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+    try:
+        status = command(model=model, output=tmp_path / "full")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    told = capsys.readouterr().err
+    assert (status, told.count("\n")) == (2, 1)
+    assert f"File too large: '{tmp_path / 'full'}/.partial/model.safetensors.tmp'" in told

@@ -10,6 +10,7 @@ import pytest
 from test_decoder import CASES, GOLDENS, build, load_case, run
 
 from jaxint8.checkpoint import open_checkpoint
+from jaxint8.models.config import RopeScaling
 from jaxint8.models.families import FAMILIES, family_from_gguf, family_from_hf
 from jaxint8.models.families.base import Fused, Part, deinterleave_rows
 
@@ -30,6 +31,15 @@ OPT = {
     "num_attention_heads": 4,
 }
 BLOOM = {"model_type": "bloom", "vocab_size": 96, "hidden_size": 32, "n_layer": 2, "n_head": 4}
+
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
 
 
 def config_of(described: dict):
@@ -122,7 +132,31 @@ def test_several_end_tokens() -> None:
         ({**BLOOM, "apply_residual_connection_post_layernorm": True}, "post_layernorm=true is not"),
         ({**BLOOM, "n_head": None}, "'n_head' or 'num_attention_heads' is missing"),
         ({**LLAMA, "num_key_value_heads": 3}, r"heads \(4\) must be a multiple of kv_heads \(3\)"),
-        ({**LLAMA, "num_hidden_layers": 0}, "layers must be at least 1, got 0"),
+        ({**LLAMA, "num_hidden_layers": 0}, "'num_hidden_layers': expected an integer .*, got 0"),
+        ({**LLAMA, "num_hidden_layers": 2.0}, "'num_hidden_layers': expected .*, got 2.0"),
+        ({**LLAMA, "num_hidden_layers": 10**9}, "layers must be at most 10000, got 1000000000"),
+        ({**LLAMA, "num_attention_heads": 0}, "'num_attention_heads': expected an integer"),
+        ({**LLAMA, "num_attention_heads": True}, "'num_attention_heads': expected .*, got True"),
+        ({**LLAMA, "num_key_value_heads": 2.0}, "'num_key_value_heads': expected .*, got 2.0"),
+        ({**LLAMA, "num_key_value_heads": 0}, "'num_key_value_heads': expected .*, got 0"),
+        ({**LLAMA, "vocab_size": 10**12}, "'vocab_size': expected an integer from 1 to 2147483647"),
+        ({**LLAMA, "max_position_embeddings": None}, "'max_position_embeddings' is missing"),
+        ({**LLAMA, "max_position_embeddings": "abc"}, "'max_position_embeddings': expected"),
+        ({**LLAMA, "max_position_embeddings": []}, "'max_position_embeddings': expected"),
+        ({**OPT, "max_position_embeddings": 0}, "'max_position_embeddings': expected"),
+        ({**OPT, "word_embed_proj_dim": 0}, "'word_embed_proj_dim': expected"),
+        ({**BLOOM, "n_head": 0}, "'n_head' or 'num_attention_heads': expected an integer"),
+        ({**BLOOM, "seq_length": 2.0}, "'seq_length': expected .*, got 2.0"),
+        ({**LLAMA, "rms_norm_eps": "abc"}, "'rms_norm_eps': expected a number, got 'abc'"),
+        ({**LLAMA, "rms_norm_eps": -1}, "norm_epsilon must be at least 0 and finite, got -1"),
+        ({**LLAMA, "bos_token_id": []}, r"'bos_token_id': expected an id, .* got \[\]"),
+        ({**LLAMA, "eos_token_id": ["</s>"]}, "'eos_token_id': expected an id or a list of ids"),
+        ({**OPT, "eos_token_id": [[2]]}, "'eos_token_id': expected an id or a list of ids"),
+        ({**BLOOM, "eos_token_id": 10**12}, "'eos_token_id': expected .*, got 1000000000000"),
+        (
+            {"architectures": "LlamaForCausalLM"},
+            "'architectures': expected a list of names, got 'L",
+        ),
         ({**LLAMA, "head_dim": 7}, "even head_dim, got 7"),
         ({key: LLAMA[key] for key in LLAMA if key != "hidden_size"}, "'hidden_size' is missing"),
     ],
@@ -131,6 +165,58 @@ def test_errors_name_what_is_wrong(described: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message) as error:
         config_of(described)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("described", "message"),
+    [
+        ({"rope_scaling": "yarn"}, "'rope_scaling': expected an object, got 'yarn'"),
+        ({"rope_scaling": {"factor": 8.0}}, "factor 8.0 without a rope_type"),
+        ({"rope_scaling": {"rope_type": "default", "type": "yarn"}}, "'default' and type 'yarn'"),
+        ({"rope_scaling": {"rope_type": None, "type": "yarn"}}, "'yarn' is not supported"),
+        (
+            {"rope_parameters": {"rope_theta": 1e4}, "rope_scaling": {"type": "yarn"}},
+            "'yarn' is not supported",
+        ),
+        (
+            {
+                "rope_parameters": {"rope_type": "linear", "factor": 2.0},
+                "rope_scaling": {"rope_type": "linear", "factor": 4.0},
+            },
+            "rope_parameters and rope_scaling differ in 'factor': 2.0 and 4.0",
+        ),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor other than 1 .*, got 0.5"),
+        (
+            {"rope_parameters": {"partial_rotary_factor": 0.25}},
+            "partial_rotary_factor .*, got 0.25",
+        ),
+        ({"rope_theta": -1}, "rope_theta must be more than 0 and finite, got -1"),
+        ({"rope_theta": 0}, "rope_theta must be more than 0"),
+        ({"rope_theta": float("inf")}, "rope_theta must be more than 0 and finite, got inf"),
+        ({"rope_scaling": {"type": "linear"}}, "'factor' is missing"),
+        ({"rope_scaling": {"type": "linear", "factor": 0}}, "factor must be more than 0"),
+        (
+            {"rope_scaling": {"type": "linear", "factor": float("nan")}},
+            "factor must be .*, got nan",
+        ),
+        ({"rope_scaling": LLAMA3 | {"low_freq_factor": 4}}, r"\(4.0\) must be more than low_.*4.0"),
+        ({"rope_scaling": LLAMA3 | {"original_max_position_embeddings": 0}}, "expected an integer"),
+    ],
+)
+def test_rotary_positions_that_are_not_carried_out_are_refused(
+    described: dict, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        config_of({**LLAMA, **described})
+
+
+def test_rotary_positions_may_be_written_twice() -> None:
+    linear = {"rope_type": "linear", "type": "linear", "factor": 2.0}
+    one = config_of({**LLAMA, "rope_theta": 5e5, "rope_scaling": linear})
+    assert one.rope_scaling == RopeScaling(kind="linear", factor=2.0)
+    for rope in ({"rope_theta": 5e5}, {"rope_theta": 5e5, **linear}):
+        both = {"rope_parameters": rope, "rope_scaling": linear, "partial_rotary_factor": 1.0}
+        assert config_of({**LLAMA, **both}) == one
 
 
 def interleave_rows(rows: np.ndarray, heads: int) -> np.ndarray:
@@ -230,10 +316,60 @@ def test_gguf_linear_scaling_and_divisors() -> None:
     sources = family.gguf_weight_map(config)
     assert sources["rope_factors",].shape == (4,)
     assert sources["lm_head", "weight"].names == ("output.weight",)
-    with pytest.raises(ValueError, match="rope scaling 'yarn'"):
-        family.config_from_gguf({**metadata, "llama.rope.scaling.type": "yarn"}, [])
+    for changed, message in (
+        ({"scaling.type": "yarn"}, "rope scaling 'yarn'"),
+        ({"scaling.factor": -1.0}, "factor must be more than 0"),
+        ({"freq_base": 0.0}, "rope_theta must be more than 0"),
+        ({"dimension_count": 4}, r"rope.dimension_count other than the head size \(8\)"),
+    ):
+        named = {f"llama.rope.{key}": value for key, value in changed.items()}
+        with pytest.raises(ValueError, match=message):
+            family.config_from_gguf({**metadata, **named}, [])
+    for name, value, message in (
+        ("llama.block_count", "2", "'llama.block_count': expected an integer .*, got '2'"),
+        ("llama.block_count", 2.0, "'llama.block_count': expected an integer .*, got 2.0"),
+        ("llama.attention.head_count", 0, "'llama.attention.head_count': expected an integer"),
+        ("llama.attention.head_count", [4, 4], "'llama.attention.head_count': expected .*4, 4"),
+        ("llama.attention.head_count_kv", [2, 2], "'llama.attention.head_count_kv': expected"),
+        ("llama.feed_forward_length", [96, 96], "'llama.feed_forward_length': expected"),
+        ("tokenizer.ggml.eos_token_id", "2", "'eos_token_id': expected an id"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            family.config_from_gguf({**metadata, name: value}, [])
+    untold = {**metadata, "llama.vocab_size": 0, "tokenizer.ggml.tokens": "abc"}
+    with pytest.raises(ValueError, match="'tokenizer.ggml.tokens': expected an array, got 'abc'"):
+        family.config_from_gguf(untold, [])
     with pytest.raises(ValueError, match="unknown GGUF architecture gemma; known: llama"):
         family_from_gguf({"general.architecture": "gemma"})
+
+
+@pytest.mark.parametrize(
+    ("named", "factor"),
+    [
+        ({"scaling.factor": 4.0}, 4.0),
+        ({"scale_linear": 4.0}, 4.0),
+        ({"scaling.type": "linear", "scale_linear": 4.0, "scaling.factor": 2.0}, 2.0),
+        ({"scaling.type": "none", "scaling.factor": 4.0}, None),
+        ({"scaling.type": "linear", "scaling.factor": 0.0}, None),
+        ({"scaling.type": "linear"}, None),
+        ({"dimension_count": 8}, None),
+    ],
+)
+def test_gguf_scaling_is_that_of_llama_cpp(named: dict, factor: float | None) -> None:
+    metadata = {
+        "llama.embedding_length": 32,
+        "llama.attention.head_count": 4,
+        "llama.block_count": 1,
+        "llama.feed_forward_length": 48,
+        "llama.context_length": 64,
+        "llama.attention.layer_norm_rms_epsilon": 1e-5,
+        "llama.vocab_size": 96,
+        **{f"llama.rope.{key}": value for key, value in named.items()},
+    }
+    read = FAMILIES[0].config_from_gguf
+    assert read is not None
+    expected = None if factor is None else RopeScaling(kind="linear", factor=factor)
+    assert read(metadata, []).rope_scaling == expected
 
 
 def test_only_the_registry_knows_families() -> None:

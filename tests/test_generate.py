@@ -16,9 +16,9 @@ from jaxint8 import RelativeThreshold, TopK
 from jaxint8.models import generate
 from jaxint8.models.cache import SMALLEST_CAPACITY, capacity_for
 from jaxint8.models.config import QuantizationConfig
-from jaxint8.models.generate import generate_tokens, padded_length, row_keys, stream_tokens
+from jaxint8.models.generate import generate_tokens, padded_length, stream_tokens
 from jaxint8.models.language_model import LanguageModel
-from jaxint8.models.sampling import Draw, Sampling, next_tokens
+from jaxint8.models.sampling import Draw, Sampling, next_tokens, row_keys
 from jaxint8.models.tokenizer import Tokenizer
 
 SAMPLED = Sampling(temperature=1.3, top_k=40, top_p=0.95)
@@ -138,6 +138,31 @@ def test_seeds() -> None:
     # Equal prompts in one batch are drawn apart, the first of them as if it were alone.
     assert make[0][0] != make[0][1]
     assert generate_tokens(config, params, prompts[:1], 12, sampling=SAMPLED)[0] == make[0][0]
+
+
+def test_seeds_have_64_bits() -> None:
+    seeds = [0, 1, 2**32 - 1, 2**32, 2**32 + 1, 2**63, 2**64 - 1, np.uint64(2**33)]
+    keys = [jax.random.key_data(row_keys([[1]], seed)) for seed in seeds]
+    assert len({np.asarray(key).tobytes() for key in keys}) == len(seeds)
+    # Those of 32 bits are what they are everywhere in JAX.
+    for seed, key in zip(seeds[:3], keys, strict=False):
+        expected = jax.random.fold_in(jax.random.key(seed), 0)
+        np.testing.assert_array_equal(key[0], jax.random.key_data(expected))
+
+
+@pytest.mark.parametrize("temperature", [1e-30, 1e-38, 1e-40, 1e-45, 5e-324])
+def test_the_lowest_temperatures_are_greedy(temperature: float) -> None:
+    logits = np.random.default_rng(0).normal(0, 20, 1000).astype(np.float32)
+    counts = draw_many(logits, Sampling(temperature), 20)
+    assert counts[logits.argmax()] == 20
+
+
+def test_limits_of_float32_are_no_limits_of_options() -> None:
+    logits = np.log(np.array([0.4, 0.3, 0.3], np.float32))
+    for p in (1e-30, 1e-40, 1e-45):
+        assert draw_many(logits, Sampling(1.0, top_p=p), 50).tolist() == [50, 0, 0]
+    with_hole = np.append(logits, -np.inf).astype(np.float32)
+    assert (draw_many(with_hole, Sampling(1e300), 200) > 0).tolist() == [True] * 3 + [False]
 
 
 def test_greedy_is_the_first_of_the_largest() -> None:
@@ -331,6 +356,34 @@ def test_nothing_to_do() -> None:
     assert [len(row) for row in generate_tokens(config, params, [[1], [2, 3]], 1)] == [1, 1]
 
 
+def test_integers_of_numpy_are_integers() -> None:
+    config, params, _ = load_case("llama_mha")
+    expected = generate_tokens(config, params, [[1]], 3)
+    new, chunk = np.int64(3), np.int32(1)
+    given = stream_tokens(config, params, [[1]], new, seed=np.uint64(0), chunk=chunk)  # pyright: ignore[reportArgumentType]
+    assert [[token for (row,) in given for token in row]] == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "message"),
+    [
+        ({"max_new_tokens": 2.0}, TypeError, "max_new_tokens: expected an integer, got 2.0"),
+        ({"max_new_tokens": "3"}, TypeError, "max_new_tokens: expected an integer, got '3'"),
+        ({"seed": 1.5}, TypeError, "seed: expected an integer, got 1.5"),
+        ({"seed": -1}, ValueError, r"seed must be in 0 to 2\*\*64 - 1, got -1"),
+        (
+            {"seed": 2**64},
+            ValueError,
+            r"seed must be in 0 to 2\*\*64 - 1, got 18446744073709551616",
+        ),
+    ],
+)
+def test_numbers_are_checked(options: dict, kind: type[Exception], message: str) -> None:
+    config, params, _ = load_case("llama_mha")
+    with pytest.raises(kind, match=message):
+        generate_tokens(config, params, [[1]], **{"max_new_tokens": 3, **options})
+
+
 @pytest.mark.parametrize(
     ("prompts", "new", "message"),
     [
@@ -405,6 +458,13 @@ def test_streamed_text_is_the_generated_text(seed: int) -> None:
     assert len(pieces) > 10
 
 
+@pytest.mark.parametrize("shape", [(2, 0), (0, 5), (0, 0)])
+def test_logits_of_nothing(shape: tuple[int, int]) -> None:
+    model = model_of("llama_mha")
+    logits = model.logits(np.zeros(shape, int))
+    assert (logits.shape, logits.dtype) == ((*shape, model.config.vocab_size), jnp.float32)
+
+
 def test_language_model_refuses() -> None:
     model = model_of("llama_mha")
     with pytest.raises(TypeError, match="prompts: expected a sequence of strings, got one string"):
@@ -413,8 +473,14 @@ def test_language_model_refuses() -> None:
         model.generate([""], 3)
     with pytest.raises(ValueError, match="temperature"):
         model.generate(["a"], 3, temperature=-1.0)
-    with pytest.raises(TypeError, match="token ids must be integers, got float64"):
+    with pytest.raises(TypeError, match="token ids must be integers, got float64$"):
         model.logits(np.zeros((1, 3)))
+    with pytest.raises(
+        TypeError, match="must be integers, got float64, which NumPy makes of an emp"
+    ):
+        model.logits([[]])  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="tokens: expected int.b, t., got rows of different leng"):
+        model.logits([[1, 2], [3]])  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match=r"tokens: expected int\[b, t\], got shape \[3\]"):
         model.logits([1, 2, 3])
     with pytest.raises(ValueError, match="65 per row exceed the model's 64 positions"):

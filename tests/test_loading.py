@@ -339,8 +339,21 @@ def test_broken_directories_are_named(copy: Path, tmp_path: Path) -> None:
     refused(copy, "config.json: .*'hidden_size' is missing")
     write(hidden_size="32")
     refused(copy, "config.json: ")
-    (copy / "config.json").write_text("{")
-    refused(copy, "config.json: not JSON")
+    write(num_hidden_layers=10**12)
+    refused(copy, "config.json: .*'num_hidden_layers': expected")
+    write(num_hidden_layers=10**9)
+    refused(copy, "config.json: .*layers must be at most 10000, got 1000000000")
+    write(rms_norm_eps=10**400)
+    refused(copy, "config.json: not a config as expected .OverflowError: ")
+    write(hidden_act=[])
+    refused(copy, "config.json: not a config as expected .TypeError: ")
+    write(quantization_config="abc")
+    refused(copy, "config.json: 'quantization_config': expected an object, got 'abc'")
+    write(eos_token_id=[[2]])
+    refused(copy, "config.json: 'eos_token_id': expected an id or a list of ids")
+    for broken in ("{", "[" * 200_000):
+        (copy / "config.json").write_text(broken)
+        refused(copy, "config.json: not JSON")
     (copy / "config.json").unlink()
     refused(copy, "config.json: is missing; it says what the tensors are")
     write()
@@ -351,6 +364,23 @@ def test_broken_directories_are_named(copy: Path, tmp_path: Path) -> None:
 def test_end_tokens_of_generation_config_are_added(copy: Path) -> None:
     (copy / "generation_config.json").write_text('{"eos_token_id": [7, 9]}')
     assert load(copy).config.end_tokens == (7, 9)
+
+
+@pytest.mark.parametrize("odd", ['"abc"', "{}", '["</s>"]', "1000000000000", "true"])
+def test_odd_end_tokens_of_generation_config_are_named(copy: Path, odd: str) -> None:
+    (copy / "generation_config.json").write_text(f'{{"eos_token_id": {odd}}}')
+    refused(copy, "generation_config.json: 'eos_token_id': expected an id or a list of ids")
+
+
+def test_odd_gguf_metadata_are_named(tmp_path: Path) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
+    writer.add_embedding_length(32)
+    writer.add_array("llama.attention.head_count", [4, 4])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    refused(tmp_path / "m.gguf", r"m.gguf: .*'llama.attention.head_count': expected .*\[4, 4\]")
 
 
 def test_unknown_gguf_architecture(tmp_path: Path) -> None:

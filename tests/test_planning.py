@@ -23,7 +23,7 @@ from jaxint8.models.families import family_from_hf
 from jaxint8.models.families.presets import PRESETS, preset
 from jaxint8.models.loading import load
 from jaxint8.models.placement import Placement
-from jaxint8.models.sampling import Draw, Sampling
+from jaxint8.models.sampling import Draw, Sampling, row_keys
 
 GOLDENS = Path(__file__).parent / "goldens"
 INT8 = QUANTIZATIONS["llm_int8"]
@@ -45,9 +45,11 @@ def test_weights_and_cache_are_those_of_a_loaded_model(
 ) -> None:
     model = load(GOLDENS / case, quantization=method, dtype="bfloat16")
     shapes = planning.abstract_params(model.config, method, "bfloat16")
-    assert jax.tree.map(lambda x: (x.shape, x.dtype), model.params) == jax.tree.map(
-        lambda x: (x.shape, x.dtype), shapes
+    made, planned = (
+        [(path, x.shape, x.dtype) for path, x in jax.tree.leaves_with_path(tree)]
+        for tree in (model.params, shapes)
     )
+    assert made == planned
     found = planning.plan(model.config, quantization=method, batch=3, context=40)
     assert found.weights == model.nbytes
     start = jnp.zeros((3,), jnp.int32)
@@ -87,7 +89,7 @@ def compiled_prompt(
 
         params = jax.tree.map(spread, params, specs)
         rows = NamedSharding(placement.mesh, placement.rows_spec)
-    keys = generate.row_keys([[1]] * batch, 0)
+    keys = row_keys([[1]] * batch, 0)
     lowered = generate._prefill.lower(
         params,
         ShapeDtypeStruct((batch, tokens), jnp.int32, sharding=rows),
@@ -255,6 +257,13 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     # Heads have 64 dimensions: 64 codes and a scale of 4 bytes, where bfloat16 has 128 bytes.
     assert coded["cache"] / half["cache"] == (64 + 4) / 128
     assert (half["cache"], coded["weights"]) == (found[1]["cache"], found[0]["weights"])
+
+    def odd(**changes: object) -> Path:
+        folder = tmp_path / "-".join(changes)
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps({**SMALL["llama"], **changes}))
+        return folder
+
     name = "facebook/opt-175b"
     assert run(model=name, devices=8, device_memory="24GiB", methods="llm_int8,bfloat16") == 0
     text = capsys.readouterr().out
@@ -265,6 +274,11 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert run(model="demo", methods="llm_int8", json="true") == 0
     (demo,) = json.loads(capsys.readouterr().out)
     assert 0 < demo["weights"] - (106_168_320 + 2 * 28_311_552 + 4 * 30 * 5184) < 200_000
+    assert run(model="demo", methods="all", json="true") == 0
+    told = capsys.readouterr()
+    planned = [row["method"] for row in json.loads(told.out)]
+    assert {"float32", "topk"} <= set(planned) and "zeropoint" not in planned
+    assert "left out, as they cannot be planned for: zeropoint, " in told.err
     assert run(table="paper") == 0
     assert "GPT-2 1.3B" in capsys.readouterr().out
     for given, message in (
@@ -273,8 +287,16 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         ({"model": "bloom", "device_memory": "many"}, "device_memory: expected a size"),
         ({"model": "bloom", "mesh": "2x4", "devices": 4}, "mesh: 2x4 is not 4 devices"),
         ({"model": "bloom", "methods": "int3"}, "methods: "),
+        ({"model": "bloom", "methods": "topk,zeropoint"}, "methods: zeropoint cannot be planned"),
         ({"model": "bloom", "methods": "bfloat16", "kv_cache": "int8"}, "kv_cache: int8 goes with"),
         ({"model": "bloom", "kv_cache": "int4"}, "flag --kv_cache=int4"),
+        ({"model": odd(num_attention_heads=0)}, "config.json: model config: 'num_attention_heads'"),
+        (
+            {"model": odd(rope_scaling="yarn")},
+            "config.json: llama config: 'rope_scaling': expected",
+        ),
+        ({"model": odd(num_hidden_layers=10**9)}, "config.json: llama config: layers must be at"),
+        ({"model": odd(hidden_act={})}, "config.json: not a config as expected (TypeError: "),
     ):
         assert run(**given) == 2
         assert message in capsys.readouterr().err

@@ -127,6 +127,17 @@ def test_plots_of_extreme_rows(tmp_path, row):
     assert len(report.write(dataclasses.replace(REPORT, rows=[FLOAT, row]), tmp_path)) == 4
 
 
+def test_changes_have_plain_decimals():
+    plots = pytest.importorskip("jaxint8.evaluation.plots")
+    rows = [dataclasses.replace(ROW, mean_abs_logprob_change=x) for x in (0.115, 0.12, 0.18)]
+    for kept in (rows, rows[:1]):
+        figure = plots.figures(dataclasses.replace(REPORT, rows=[FLOAT, *kept]))["speed.png"]
+        figure.canvas.draw()
+        shown = [label.get_text() for label in figure.axes[0].get_yticklabels(which="both")]
+        assert any(shown)
+        assert all(float(label) > 0 for label in shown if label)
+
+
 def test_a_failed_write_leaves_the_old_report(tmp_path, monkeypatch):
     report.write(REPORT, tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}

@@ -158,7 +158,18 @@ def test_streaming_holds_a_character_back_until_it_is_whole() -> None:
         (byte_level(pre=None), "metadata 'tokenizer.ggml.pre' is missing"),
         (byte_level(merges=None), "metadata 'tokenizer.ggml.merges' is missing"),
         (byte_level(merges=["ab"]), "'ab' is not a pair"),
-        (byte_level(merges=["漢 字"]), "tokenizer: .*out of vocabulary"),
+        (byte_level(merges=["漢 字"]), "'漢 字' is not a pair of tokens that make one"),
+        (
+            byte_level(tokens=["a", "b"], token_type=None, merges=["a b"]),
+            "'a b' is not a pair of tokens that make one",
+        ),
+        (byte_level(merges="a b"), "merges: expected an array of str, got 'a b'"),
+        (byte_level(tokens="abc"), "tokens: expected an array of str, got 'abc'"),
+        (byte_level(tokens=[1, 2]), r"tokens: expected an array of str, got \[1, 2\]"),
+        (byte_level(token_type=1), "token_type: expected an array of int, got 1"),
+        (byte_level(pre=["gpt-2"]), r"tokenizer.ggml.pre \['gpt-2'\] is not supported"),
+        (byte_level(eos_token_id="0"), "eos_token_id '0' of 480 tokens"),
+        (sentencepiece(scores="abc"), "scores: expected an array of float or int, got 'abc'"),
         (byte_level(model="t5"), "tokenizer.ggml.model 't5' is not supported; known: gpt2, llama"),
         (byte_level(token_type=[1]), "480 tokens but 1 token types"),
         (byte_level(tokens=["a", "a"], token_type=[1, 1]), "holds a token twice"),
@@ -184,13 +195,35 @@ def test_broken_directories_are_named(tmp_path: Path) -> None:
         shutil.copy(GOLDENS / "gpt2_files" / name, tmp_path)
     assert Tokenizer.from_directory(tmp_path).end_tokens == ()
     (tmp_path / "merges.txt").write_text("漢 字\n")
-    refused("vocab.json and merges.txt: ")
+    refused("vocab.json and merges.txt ")
+    # The library panics, which is no Exception.
+    (tmp_path / "vocab.json").write_text('{"a": 0, "b": 1}')
+    (tmp_path / "merges.txt").write_text("a b\n")
+    refused("vocab.json and merges.txt ")
     (tmp_path / "tokenizer.json").write_text("{}")
     refused("tokenizer.json: not a tokenizer")
     (tmp_path / "tokenizer_config.json").write_text("[1, 2]")
     refused("tokenizer_config.json: expected a JSON object, got list")
     (tmp_path / "tokenizer_config.json").write_text("{")
     refused("tokenizer_config.json: not JSON")
+    (tmp_path / "tokenizer_config.json").write_text("[" * 200_000)
+    refused("tokenizer_config.json: not JSON")
+    for odd in ("5", '{"content": 5}', '["a"]'):
+        (tmp_path / "tokenizer_config.json").write_text(f'{{"bos_token": {odd}}}')
+        refused("tokenizer_config.json: 'bos_token': expected a token's text, got ")
+
+
+def test_interrupting_the_library_is_no_error_of_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tokenizer.json").write_text("{}")
+
+    def interrupted(path: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tokenizers.Tokenizer, "from_file", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        Tokenizer.from_directory(tmp_path)
 
 
 def test_text_is_checked() -> None:

@@ -6,11 +6,12 @@ use; positioned reads into a buffer of the caller's size do not, and cost the sa
 conversion to int8 would make anyway.
 """
 
+import contextlib
 import dataclasses
 import math
 import os
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,6 +20,17 @@ import numpy as np
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be read; the message is one line naming the file and any tensor."""
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Within, an OSError names the file: the system's own, of a write that fails for want of room, do not."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            error.filename = str(path)
+        raise
 
 
 class TensorReader(Protocol):
@@ -84,7 +96,8 @@ class PositionedFile:
         view = memoryview(buffer)
         done = 0
         while done < count:  # one call moves at most 2 GiB
-            got = os.preadv(self._fd, [view[done:]], offset + done)
+            with naming(self.path):
+                got = os.preadv(self._fd, [view[done:]], offset + done)
             if got == 0:
                 raise CheckpointError(
                     f"{self.path}: {what}: expected {count} bytes at {offset}, "

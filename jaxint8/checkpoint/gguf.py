@@ -107,7 +107,9 @@ class GGUFFile(TensorFile[GGMLQuantizationType]):
 
 def shard_paths(path: Path, metadata: Mapping[str, Any]) -> list[Path]:
     """Returns the files of a split model, of which ``path`` is one; ``path`` if it is not split."""
-    count = int(metadata.get("split.count", 1))
+    count = metadata.get("split.count", 1)
+    if type(count) is not int:
+        raise CheckpointError(f"{path}: split.count: expected an integer, got {count!r}")
     if count <= 1:
         return [path]
     match = re.fullmatch(r"(.*)-\d{5}-of-(\d{5})\.gguf", path.name)

@@ -25,7 +25,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from jaxint8.checkpoint.base import CheckpointError, TensorReader
+from jaxint8.checkpoint.base import CheckpointError, TensorReader, naming
 from jaxint8.checkpoint.safetensors import DTYPES, INDEX_NAME
 
 FILE_NAME = "model.safetensors"
@@ -168,8 +168,9 @@ def write_checkpoint(
         if old and not (replace or sums):
             raise CheckpointError(f"{directory}: there is a model already ({old[0]})")
         try:
-            _make(directory, shards, header, sums, plan, reused)
-            _complete(directory, shards, header, others, sums, plan)
+            with naming(directory):
+                _make(directory, shards, header, sums, plan, reused)
+                _complete(directory, shards, header, others, sums, plan)
         except BaseException as error:
             if not plan or isinstance(error, ValueError):
                 shutil.rmtree(directory / _STAGING, ignore_errors=True)
@@ -328,7 +329,7 @@ def _write_file(path: Path, pieces: Sequence[Piece], metadata: Mapping[str, str]
     start = 8 + len(text)
     missing = {name: math.prod(shape) for name, (shape, _) in tensors.items()}
     counting = threading.Lock()
-    with path.open("wb") as file:
+    with naming(path), path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         file.flush()
         file.truncate(start + offset)

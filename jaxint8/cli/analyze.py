@@ -10,6 +10,7 @@ jaxint8-eval --model=DIR.
 
 import functools
 import json
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -84,6 +85,8 @@ def run(options: app.Options) -> None:
     with app.input_errors():
         if options["inject"] is not None and output is None:
             raise ValueError("output: expected a folder to save the model with injected outliers")
+        if not 0 < options["threshold"] < math.inf:
+            raise ValueError(f"threshold: expected a positive number, got {options['threshold']}")
         names = methods.parse_methods(options["methods"])
         schemes = {name: methods.method(name).quantization for name in names}
         for name, scheme in schemes.items():
@@ -95,7 +98,7 @@ def run(options: app.Options) -> None:
                 )
         text = None if options["inject"] is not None else datasets.load_text(options["text"])
         if output is not None:
-            Path(output).mkdir(parents=True, exist_ok=True)
+            app.make_folder("output", output)
         model = load(options["model"], quantization=None, dtype=np.float32)
     if text is None:
         _inject(model, options)
@@ -109,7 +112,8 @@ def run(options: app.Options) -> None:
         )
     )
     if output is not None:
-        written = analysis.write(result, output)
+        with app.input_errors():
+            written = analysis.write(result, output)
         SCREEN.print("wrote " + ", ".join(map(str, written)), soft_wrap=True)
 
 
@@ -273,7 +277,8 @@ def _inject(model: LanguageModel, options: app.Options) -> None:
     }
     note |= {"function": "the same as that of the source in floating point"}
     text = json.dumps(note, indent=2) + "\n"
-    write_atomically(output / "injected.json", lambda path: path.write_text(text))
+    with app.input_errors():
+        write_atomically(output / "injected.json", lambda path: path.write_text(text))
     shown = ", ".join(map(str, dimensions))
     SCREEN.print(
         f"wrote {output}: {options['model']} with dimensions {shown} scaled by {factor:g}",

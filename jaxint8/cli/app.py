@@ -1,12 +1,13 @@
 """How every command line starts and ends: absl flags in, an exit status out.
 
-Status 0: done. 2: bad input, told in one line. 130: interrupted. Anything else is our bug and
-keeps its traceback. The surprising fact: the flags live in a registry of their own and not in
-absl's global one, so `--help` shows the command's flags and no other library's, and several
-commands can be imported into one process.
+Status 0: done. 2: bad input, told in one line. 130: interrupted. 141: whoever read our output has
+gone. Anything else is our bug and keeps its traceback. The surprising fact: the flags live in a
+registry of their own and not in absl's global one, so `--help` shows the command's flags and no
+other library's, and several commands can be imported into one process.
 """
 
 import contextlib
+import os
 import re
 import shlex
 import sys
@@ -18,6 +19,17 @@ from absl import flags
 
 Options = Mapping[str, Any]
 """What a command is given: flag name -> value, and under "command" the command line itself."""
+
+
+BROKEN_PIPE = 141
+"""The exit status that a shell shows for a program that ended by SIGPIPE, as most do whose reader has gone."""
+
+
+def drop_output() -> None:
+    """Lets what is still to be written go nowhere: Python writes it when it ends, into the closed pipe."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # not a file of the system's
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 class InputError(Exception):
@@ -33,8 +45,22 @@ def input_errors() -> Iterator[None]:
     """
     try:
         yield
+    except BrokenPipeError:  # nobody's input: see `launch`
+        raise
     except (ValueError, OSError) as error:
         raise InputError(str(error)) from error
+
+
+def make_folder(name: str, path: str) -> None:
+    """Makes a folder if it is not there; a run that cannot write should end before it starts.
+
+    Raises:
+      OSError: it cannot be made; the message names the flag.
+    """
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"{name}: {path} cannot be made a folder: {error.strerror}") from None
 
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
@@ -80,11 +106,12 @@ def launch(
     try:
         positional = values(arguments)[1:]
         if values["help"].value:
-            print(f"{usage.strip()}\n\nFlags:\n{values.get_help(prefix='  ')}")
+            print(f"{usage.strip()}\n\nFlags:\n{values.get_help(prefix='  ')}", flush=True)
             return 0
         if positional:
             raise InputError(f"unexpected argument {positional[0]!r}: options are --name=value")
         run({**values.flag_values_dict(), "command": shlex.join([program, *arguments[1:]])})
+        sys.stdout.flush()  # while a closed pipe can still be caught
         return 0
     except (flags.Error, InputError) as error:
         message = " ".join(str(error).split())
@@ -93,3 +120,6 @@ def launch(
     except KeyboardInterrupt:
         print(f"{program}: interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:
+        drop_output()
+        return BROKEN_PIPE

@@ -11,7 +11,6 @@ of the ratios of each round. Keep the machine quiet meanwhile: the report says i
 import dataclasses
 import re
 from collections.abc import Sequence
-from pathlib import Path
 
 from absl import flags
 from rich import box
@@ -65,7 +64,7 @@ def run(options: app.Options) -> None:
         plan = make_plan(options)
         output = options["output"]
         if output is not None:  # now, rather than after minutes of work
-            Path(output).mkdir(parents=True, exist_ok=True)
+            app.make_folder("output", output)
     environment = evaluation_report.environment(
         command=options["command"],
         threads=machine.cores(),
@@ -83,7 +82,8 @@ def run(options: app.Options) -> None:
             break
         groups.append(group)
         if output is not None:
-            report.write(groups, environment, output)
+            with app.input_errors():  # a full disk
+                report.write(groups, environment, output)
         SCREEN.print(_progress(group))
     screen = Console(highlight=False)
     for table in tables.tables(groups):
@@ -92,7 +92,8 @@ def run(options: app.Options) -> None:
             screen.print(f"  {note}")
         screen.print()
     if output is not None:
-        written = report.write(groups, environment, output)
+        with app.input_errors():
+            written = report.write(groups, environment, output)
         SCREEN.print("wrote " + ", ".join(map(str, written)), soft_wrap=True)
 
 

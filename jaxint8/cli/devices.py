@@ -188,6 +188,9 @@ def _leave(error: BaseException) -> None:
     elif isinstance(error, KeyboardInterrupt):
         print(f"{name}: interrupted", file=screen)
         status = 130
+    elif isinstance(error, BrokenPipeError):
+        app.drop_output()
+        status = app.BROKEN_PIPE
     elif isinstance(error, jax.errors.JaxRuntimeError):
         reason = " ".join(str(error).split())[:300]
         print(

@@ -12,7 +12,6 @@ int8 keys and values, in prompts too, and are reported as NAME:kv_int8.
 
 import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, Self
 
 import jax
@@ -104,7 +103,7 @@ def _evaluate(options: app.Options, mesh: Mesh | None) -> None:
         text = None if documents and not options["text"] else datasets.load_text(options["text"])
         output = options["output"]
         if output is not None:  # now, rather than after minutes of work
-            Path(output).mkdir(parents=True, exist_ok=True)
+            app.make_folder("output", output)
     if (
         jax.process_count() > 1
     ):  # nothing is taken up again: all processes would have to see the same
@@ -140,7 +139,8 @@ def _evaluate(options: app.Options, mesh: Mesh | None) -> None:
     if report.BASELINE not in names:
         SCREEN.print(f"no changes without {report.BASELINE} among --methods")
     if output is not None and devices.is_first():
-        written = report.write(result, output)
+        with app.input_errors():
+            written = report.write(result, output)
         SCREEN.print("wrote " + ", ".join(map(str, written)), soft_wrap=True)
 
 
@@ -200,7 +200,8 @@ def _text(
             show=bar.show,
             decode=options["decode"],
         )
-        resume.write(path, found, key)
+        with app.input_errors():  # a full disk
+            resume.write(path, found, key)
     bar.end(f"{name}: perplexity {found.score.perplexity:.4f}")
     return found
 

@@ -57,7 +57,9 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_float(
         "top_p", None, "Draw from the likeliest tokens of this share.", flag_values=values
     )
-    flags.DEFINE_integer("seed", 0, "The same seed gives the same text.", flag_values=values)
+    flags.DEFINE_integer(
+        "seed", 0, "The same seed (64 bits) gives the same text.", flag_values=values
+    )
     flags.DEFINE_bool(
         "stream", False, "Show one prompt's text while it is made.", flag_values=values
     )
@@ -87,7 +89,7 @@ def _generate(options: app.Options, mesh: Mesh | None) -> None:
         model = _load(options, how, mesh)
         if model.tokenizer is None:
             raise ValueError(f"model: {options['model']} comes without a tokenizer")
-    encoded = [model.tokenizer.encode(prompt) for prompt in prompts]
+        encoded = [model.tokenizer.encode(prompt) for prompt in prompts]
     clock = _Clock()
     steps = stream_tokens(
         model.config,
@@ -125,8 +127,9 @@ def _load(options: app.Options, method: methods.Method, mesh: Mesh | None) -> La
 
 
 def _prompts(given: Sequence[str], file: str | None) -> list[str]:
-    lines = datasets.read(Path(file), "prompt_file").splitlines() if file is not None else []
-    prompts = [*given, *(line for line in lines if line.strip())]
+    # Not str.splitlines: that also splits at U+2028 and its kin, which a prompt may hold.
+    lines = datasets.read(Path(file), "prompt_file").split("\n") if file is not None else []
+    prompts = [*given, *(line.removesuffix("\r") for line in lines if line.strip())]
     if not prompts or not all(prompts):
         raise ValueError("prompt: expected at least one, none of them empty (or a prompt_file)")
     return prompts

@@ -8,6 +8,7 @@ jaxint8-plan --table=paper
 
 import dataclasses
 import json
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from jaxint8.models import planning
 from jaxint8.models.config import DecoderConfig
 from jaxint8.models.families import family_from_hf
 from jaxint8.models.families.presets import PRESETS, preset
-from jaxint8.models.loading import describe
+from jaxint8.models.loading import config_errors, describe
 from jaxint8.models.planning import Plan
 from jaxint8.models.tokenizer import read_json
 
@@ -103,7 +104,7 @@ def run(options: app.Options) -> None:
             raise ValueError("model: is needed")
         config = read_config(options["model"])
         mesh = _mesh(options["mesh"], options["devices"])
-        names = methods.parse_methods(options["methods"])
+        names = _planned(options["methods"])
         names = methods.with_kv_cache(names, options["kv_cache"])
         planned = {name: _planner(config, name, options, reserve) for name in names}
         plans = {name: of(mesh, options["batch"]) for name, of in planned.items()}
@@ -153,11 +154,30 @@ def read_config(model: str) -> DecoderConfig:
         checkpoint.reader.close()
         return checkpoint.config
     try:
-        known = "SmolLM2-135M-Instruct" if model == "demo" else model
-        described = read_json(path) if path.is_file() else preset(known)
-        return family_from_hf(described).config_from_hf(described)
-    except (ValueError, TypeError, KeyError) as error:
+        if not path.is_file():
+            described = preset("SmolLM2-135M-Instruct" if model == "demo" else model)
+            return family_from_hf(described).config_from_hf(described)
+        with config_errors(path):
+            described = read_json(path)
+            return family_from_hf(described).config_from_hf(described)
+    except ValueError as error:
         raise ValueError(f"model: {error}") from None
+
+
+def _planned(given: Sequence[str]) -> list[str]:
+    """The methods that are meant; of a group such as all, those that can be planned."""
+    names = methods.parse_methods(given)
+    planned = [n for n in names if planning.is_planned(methods.method(n).quantization)]
+    others = [name for name in names if name not in planned]
+    for name in others:
+        if name in given:
+            raise ValueError(
+                f"methods: {name} cannot be planned for: expected float, or symmetric codes without "
+                "float copies"
+            )
+    if others:
+        print(f"left out, as they cannot be planned for: {', '.join(others)}", file=sys.stderr)
+    return planned
 
 
 def _mesh(text: str | None, devices: int) -> tuple[int, int]:

@@ -11,6 +11,7 @@ import resource
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 from absl import flags
 
@@ -52,6 +53,8 @@ def run(options: app.Options) -> None:
         for name in ("model", "output"):
             if not options[name]:
                 raise ValueError(f"{name}: is needed")
+        if Path(options["output"]).is_file():
+            raise ValueError(f"output: {options['output']} is a file, expected a folder")
         dtype = None if options["dtype"] == "source" else options["dtype"]
         done = convert(
             options["model"],

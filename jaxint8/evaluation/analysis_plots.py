@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from jaxint8.evaluation.analysis import Analysis, common, heading
 from jaxint8.evaluation.features import State, name_of
-from jaxint8.evaluation.style import ACCENT, COLOURS, INK, MARKERS, MUTED, plain
+from jaxint8.evaluation.style import ACCENT, COLOURS, INK, MARKERS, MUTED, decimals, plain
 
 
 def figures(analysis: Analysis) -> dict[str, Figure]:
@@ -101,7 +101,7 @@ def _magnitude(analysis: Analysis) -> Figure:
         axes.plot(layers, middle, color=MUTED, label="largest of a dimension, median of them")
         axes.axhline(analysis.threshold, color=INK, linestyle="--", linewidth=0.8)
         axes.set_yscale("log")
-        axes.yaxis.set_major_formatter("{x:g}")
+        decimals(axes.yaxis)
         named = "" if common_one is None else f" (most common: {common_one})"
         axes.set_title(f"input of {site}{named}", color=INK, fontsize=10)
         axes.set_ylabel("magnitude", color=INK)

@@ -9,12 +9,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from jaxint8.checkpoint.base import naming
+
 
 def write_atomically(target: Path, fill: Callable[[Path], Any]) -> None:
     """Fills a temporary file beside the target, then renames it: readers never see half a file."""
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
-        fill(temporary)
-        temporary.replace(target)
+        with naming(target):
+            fill(temporary)
+            temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from jaxint8.evaluation import sweep
 from jaxint8.evaluation.report import BASELINE, Report, Row, heading
-from jaxint8.evaluation.style import ACCENT, COLOURS, INK, MARKERS, MUTED, plain
+from jaxint8.evaluation.style import ACCENT, COLOURS, INK, MARKERS, MUTED, decimals, plain
 
 
 def figures(report: Report) -> dict[str, Figure]:
@@ -85,11 +85,12 @@ def speed(rows: Sequence[Row], baseline: Row, title: str) -> Figure:
         line = getattr(baseline, attribute)
         axes.axvline(line, color=MUTED, linestyle="--", label=baseline.method)
         axes.set_xlim(0, 1.1 * max(getattr(row, attribute) for row in everyone))
-        if min(changes) > 0:
-            axes.set_yscale("log")
         axes.margins(y=0.15)
         axes.set_xlabel(f"{name}, tokens/s", color=INK)
         plain(axes)
+    if min(changes) > 0:
+        all_axes[0].set_yscale("log")  # and so those of all, which share it
+        decimals(all_axes[0].yaxis)
     all_axes[0].set_ylabel("mean abs(Δ log p) against float32, nats", color=INK)
     handles, labels = all_axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", frameon=False)

@@ -12,6 +12,13 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#0
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "h")
 
 
+def decimals(axis: Any) -> None:
+    """Plain decimals on a logarithmic axis with its data, between powers of ten too if it has hardly one."""
+    low, high = axis.get_view_interval()
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter("{x:g}" if high < 10 * low else "")
+
+
 def plain(axes: Any, grid: str = "both") -> None:
     """A grid below the data, and no frame above and to the right of it."""
     axes.grid(axis=grid, color=GRID)

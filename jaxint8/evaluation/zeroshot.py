@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxint8.checkpoint.base import naming
 from jaxint8.evaluation.tasks import Document
 from jaxint8.partition import to_host
 
@@ -222,12 +223,14 @@ def _read_journal(path: Path, fingerprint: str) -> dict[int, Answer]:
     """The answers that a journal holds; makes one that does not exist. An unfinished last line is cut off."""
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"fingerprint": fingerprint}) + "\n")
+        with naming(path):
+            path.write_text(json.dumps({"fingerprint": fingerprint}) + "\n")
         return {}
     content = path.read_text()
     whole = content[: content.rfind("\n") + 1]
     if whole != content:
-        path.write_text(whole)
+        with naming(path):
+            path.write_text(whole)
     header, *lines = whole.splitlines() or ["{}"]
     if json.loads(header).get("fingerprint") != fingerprint:
         raise ValueError(
@@ -243,5 +246,5 @@ def _read_journal(path: Path, fingerprint: str) -> dict[int, Answer]:
 
 def _append(path: Path, batch: Mapping[int, Answer]) -> None:
     line = json.dumps({i: [answer.logprob, answer.greedy] for i, answer in batch.items()})
-    with path.open("a") as file:
+    with naming(path), path.open("a") as file:
         file.write(line + "\n")

@@ -28,10 +28,13 @@ def family_from_hf(config: Mapping[str, Any]) -> Family:
         config: the parsed file; "architectures" decides, and "model_type" where that is missing.
 
     Raises:
-        ValueError: no known family; the message names the architecture and lists the known ones.
+        ValueError: no known family; the message names the architecture and lists the known ones. Or
+            "architectures" is no list.
 
     """
-    architectures = config.get("architectures") or ()
+    architectures = config.get("architectures") or []
+    if not isinstance(architectures, list):
+        raise ValueError(f"'architectures': expected a list of names, got {architectures!r}")
     for family in FAMILIES:
         if any(name in family.architectures for name in architectures):
             return family

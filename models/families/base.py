@@ -16,6 +16,9 @@ import numpy as np
 
 from jaxint8.models.config import DecoderConfig
 
+# What sizes and ids become is int32.
+_LARGEST = 2**31 - 1
+
 # Where a parameter lives in the tree: ("layers", 3, "qkv", "weight") is
 # params["layers"][3]["qkv"]["weight"].
 Path = tuple[str | int, ...]
@@ -240,11 +243,51 @@ def table_source(
     return Source((Part(name, (rows, columns)),), kind)
 
 
-def required(config: Mapping[str, Any], key: str) -> Any:
-    """Returns ``config[key]``, or raises a ValueError that names the key."""
-    if config.get(key) is None:
-        raise ValueError(f"model config: {key!r} is missing")
-    return config[key]
+def required(config: Mapping[str, Any], *keys: str) -> Any:
+    """Returns the value of the first key that has one, or raises a ValueError that names them."""
+    for key in keys:
+        if config.get(key) is not None:
+            return config[key]
+    raise ValueError(f"model config: {' or '.join(map(repr, keys))} is missing")
+
+
+def size(config: Mapping[str, Any], *keys: str, default: int | None = None) -> int:
+    """Returns a size, under the first key that has a value; the default if there is one, and no key.
+
+    Raises:
+        ValueError: there is none, or it is no integer (2.0 is none, and neither is true) of at
+            least 1 that int32 holds; the message names the key.
+
+    """
+    if default is not None and not any(key in config for key in keys):
+        return default
+    value = required(config, *keys)
+    if type(value) is not int or not 1 <= value <= _LARGEST:
+        raise ValueError(
+            f"model config: {' or '.join(map(repr, keys))}: expected an integer from 1 to "
+            f"{_LARGEST}, got {value!r}"
+        )
+    return value
+
+
+def size_or_null(config: Mapping[str, Any], key: str, default: int) -> int:
+    """Returns what `size` does where null, too, means the default."""
+    return default if config.get(key) is None else size(config, key)
+
+
+def number(config: Mapping[str, Any], key: str, default: float | None = None) -> float:
+    """Returns a number; the default if there is one, and no such key.
+
+    Raises:
+        ValueError: there is none, or it is no number (text is none); the message names the key.
+
+    """
+    if default is not None and key not in config:
+        return default
+    value = required(config, key)
+    if type(value) not in (int, float):
+        raise ValueError(f"model config: {key!r}: expected a number, got {value!r}")
+    return float(value)
 
 
 def token_ids(config: DecoderConfig) -> dict[str, Any]:
@@ -256,8 +299,33 @@ def token_ids(config: DecoderConfig) -> dict[str, Any]:
     }
 
 
-def end_tokens(value: int | list[int] | None) -> tuple[int, ...]:
-    """Reads "eos_token_id", which is absent, a number or a list of them."""
-    if value is None:
-        return ()
-    return tuple(value) if isinstance(value, list) else (int(value),)
+def start_token(value: Any) -> int | None:
+    """Reads "bos_token_id", which is absent or an id.
+
+    Raises:
+        ValueError: it is something else.
+
+    """
+    if value is not None and not _is_token_id(value):
+        raise ValueError(f"'bos_token_id': expected an id, which int32 holds, got {value!r}")
+    return value
+
+
+def end_tokens(value: Any) -> tuple[int, ...]:
+    """Reads "eos_token_id", which is absent, an id or a list of ids.
+
+    Raises:
+        ValueError: it is something else.
+
+    """
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(map(_is_token_id, ids)):
+        raise ValueError(
+            f"'eos_token_id': expected an id or a list of ids, which int32 holds, got {value!r}"
+        )
+    return tuple(ids)
+
+
+def _is_token_id(value: Any) -> bool:
+    # Some files say -1 for none.
+    return type(value) is int and -_LARGEST <= value <= _LARGEST

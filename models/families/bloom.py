@@ -16,6 +16,9 @@ from jaxint8.models.families.base import (
     end_tokens,
     layer_sources,
     norm_sources,
+    number,
+    size,
+    start_token,
     table_source,
     token_ids,
 )
@@ -27,25 +30,25 @@ def config_from_hf(config: Mapping[str, Any]) -> DecoderConfig:
     ALiBi is defined at any distance; ``max_positions`` is the length of training (``seq_length``,
     where the file has it).
     """
-    hidden = _first(config, "hidden_size", "n_embed")
-    heads = _first(config, "n_head", "num_attention_heads")
+    hidden = size(config, "hidden_size", "n_embed")
+    heads = size(config, "n_head", "num_attention_heads")
     if config.get("apply_residual_connection_post_layernorm", False):
         raise ValueError(
             "bloom config: apply_residual_connection_post_layernorm=true is not supported"
         )
     return DecoderConfig(
         family="bloom",
-        vocab_size=_first(config, "vocab_size"),
+        vocab_size=size(config, "vocab_size"),
         hidden_size=hidden,
-        layers=_first(config, "n_layer", "num_hidden_layers"),
+        layers=size(config, "n_layer", "num_hidden_layers"),
         heads=heads,
         kv_heads=heads,
         head_dim=hidden // heads,
         mlp_size=4 * hidden,
-        max_positions=config.get("seq_length", 2048),
+        max_positions=size(config, "seq_length", default=2048),
         embedding_size=hidden,
         norm="layer",
-        norm_epsilon=float(config.get("layer_norm_epsilon", 1e-5)),
+        norm_epsilon=number(config, "layer_norm_epsilon", 1e-5),
         embedding_norm=True,
         positions="alibi",
         activation="gelu_tanh",
@@ -54,17 +57,9 @@ def config_from_hf(config: Mapping[str, Any]) -> DecoderConfig:
         out_bias=True,
         mlp_bias=True,
         tied_embeddings=bool(config.get("tie_word_embeddings", True)),
-        start_token=config.get("bos_token_id", 1),
+        start_token=start_token(config.get("bos_token_id", 1)),
         end_tokens=end_tokens(config.get("eos_token_id", 2)),
     )
-
-
-def _first(config: Mapping[str, Any], *keys: str) -> Any:
-    """Returns the value under the first key that there is: the files have two names for a size."""
-    for key in keys:
-        if config.get(key) is not None:
-            return config[key]
-    raise ValueError(f"model config: {' or '.join(map(repr, keys))} is missing")
 
 
 def config_to_hf(config: DecoderConfig) -> dict[str, Any]:

@@ -18,7 +18,11 @@ from jaxint8.models.families.base import (
     end_tokens,
     layer_sources,
     norm_sources,
+    number,
     required,
+    size,
+    size_or_null,
+    start_token,
     table_source,
     token_ids,
 )
@@ -32,25 +36,69 @@ _ACTIVATIONS = {
 }
 
 
-def rope_scaling_from_hf(parameters: Mapping[str, Any]) -> RopeScaling | None:
-    """Reads a ``rope_scaling`` (or, newer, ``rope_parameters``) object of a config.json.
+def rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what a config.json says of rotary positions, in one object.
+
+    It is written as "rope_scaling" beside "rope_theta" up to transformers 4, as "rope_parameters"
+    since, and by some as both.
 
     Raises:
-        ValueError: a kind of scaling other than none, linear and llama3.
+        ValueError: they are no objects, say different things, or want a part of each head turned.
 
     """
-    kind = parameters.get("rope_type", parameters.get("type", "default"))
+    found: dict[str, Any] = {}
+    for key in ("rope_parameters", "rope_scaling"):
+        given = config.get(key) or {}
+        if not isinstance(given, Mapping):
+            raise ValueError(f"llama config: {key!r}: expected an object, got {given!r}")
+        for name, value in given.items():
+            if name in found and found[name] != value:
+                raise ValueError(
+                    f"llama config: rope_parameters and rope_scaling differ in {name!r}: "
+                    f"{found[name]!r} and {value!r}"
+                )
+            found[name] = value
+    for key in ("rope_theta", "partial_rotary_factor"):
+        if found.get(key) is None:
+            found[key] = config.get(key)
+    if found["partial_rotary_factor"] not in (None, 1):
+        raise ValueError(
+            "llama config: partial_rotary_factor other than 1 is not supported, got "
+            f"{found['partial_rotary_factor']!r}"
+        )
+    return found
+
+
+def rope_scaling_from_hf(parameters: Mapping[str, Any]) -> RopeScaling | None:
+    """Reads the scaling of `rope_parameters`.
+
+    Raises:
+        ValueError: a kind of scaling other than none, linear and llama3, two kinds, a factor
+            without a kind, or numbers that cannot be.
+
+    """
+    # "type" is the older name; some files have both.
+    kinds = [parameters[key] for key in ("rope_type", "type") if parameters.get(key) is not None]
+    if kinds and kinds[0] != kinds[-1]:
+        raise ValueError(
+            f"llama config: rope_scaling: rope_type {kinds[0]!r} and type {kinds[-1]!r} differ"
+        )
+    if not kinds and parameters.get("factor") is not None:
+        raise ValueError(
+            f"llama config: rope_scaling: factor {parameters['factor']!r} without a rope_type"
+        )
+    kind = kinds[0] if kinds else "default"
     if kind == "default":
         return None
     if kind == "linear":
-        return RopeScaling(kind="linear", factor=float(parameters["factor"]))
+        return RopeScaling(kind="linear", factor=number(parameters, "factor"))
     if kind == "llama3":
         return RopeScaling(
             kind="llama3",
-            factor=float(parameters["factor"]),
-            low_frequency_factor=float(parameters["low_freq_factor"]),
-            high_frequency_factor=float(parameters["high_freq_factor"]),
-            original_positions=int(parameters["original_max_position_embeddings"]),
+            factor=number(parameters, "factor"),
+            low_frequency_factor=number(parameters, "low_freq_factor"),
+            high_frequency_factor=number(parameters, "high_freq_factor"),
+            original_positions=size(parameters, "original_max_position_embeddings"),
         )
     raise ValueError(
         f"llama config: rope_scaling type {kind!r} is not supported; known: default, linear, llama3"
@@ -59,9 +107,8 @@ def rope_scaling_from_hf(parameters: Mapping[str, Any]) -> RopeScaling | None:
 
 def config_from_hf(config: Mapping[str, Any]) -> DecoderConfig:
     """Translates a Hugging Face ``config.json``, with the defaults of its LlamaConfig."""
-    hidden, heads = required(config, "hidden_size"), required(config, "num_attention_heads")
-    # Written as "rope_scaling" plus "rope_theta" up to transformers 4, as one object since.
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    hidden, heads = size(config, "hidden_size"), size(config, "num_attention_heads")
+    rope = rope_parameters(config)
     activation = config.get("hidden_act", "silu")
     if activation not in _ACTIVATIONS:
         raise ValueError(
@@ -71,19 +118,19 @@ def config_from_hf(config: Mapping[str, Any]) -> DecoderConfig:
     bias = bool(config.get("attention_bias", False))
     return DecoderConfig(
         family="llama",
-        vocab_size=required(config, "vocab_size"),
+        vocab_size=size(config, "vocab_size"),
         hidden_size=hidden,
-        layers=required(config, "num_hidden_layers"),
+        layers=size(config, "num_hidden_layers"),
         heads=heads,
-        kv_heads=config.get("num_key_value_heads") or heads,
-        head_dim=config.get("head_dim") or hidden // heads,
-        mlp_size=required(config, "intermediate_size"),
-        max_positions=config.get("max_position_embeddings", 2048),
+        kv_heads=size_or_null(config, "num_key_value_heads", heads),
+        head_dim=size_or_null(config, "head_dim", hidden // heads),
+        mlp_size=size(config, "intermediate_size"),
+        max_positions=size(config, "max_position_embeddings", default=2048),
         embedding_size=hidden,
         norm="rms",
-        norm_epsilon=float(config.get("rms_norm_eps", 1e-6)),
+        norm_epsilon=number(config, "rms_norm_eps", 1e-6),
         positions="rope",
-        rope_theta=float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0),
+        rope_theta=10000.0 if rope["rope_theta"] is None else number(rope, "rope_theta"),
         rope_scaling=rope_scaling_from_hf(rope),
         activation=_ACTIVATIONS[activation],
         gated=True,
@@ -91,7 +138,7 @@ def config_from_hf(config: Mapping[str, Any]) -> DecoderConfig:
         out_bias=bias,
         mlp_bias=bool(config.get("mlp_bias", False)),
         tied_embeddings=bool(config.get("tie_word_embeddings", False)),
-        start_token=config.get("bos_token_id"),
+        start_token=start_token(config.get("bos_token_id")),
         end_tokens=end_tokens(config.get("eos_token_id")),
     )
 
@@ -183,38 +230,36 @@ def config_from_gguf(metadata: Mapping[str, Any], tensors: Collection[str]) -> D
         tensors: names of its tensors; absent ones say that the head is tied, or that there are no
             biases.
 
+    Raises:
+        ValueError: metadata are missing, cannot be, or ask for what the decoder cannot do.
+
     """
     key = "llama."
-    hidden, heads = (
-        required(metadata, key + "embedding_length"),
-        required(metadata, key + "attention.head_count"),
-    )
-    scaling = metadata.get(key + "rope.scaling.type", "none")
-    if scaling not in ("none", "linear"):
+    hidden = size(metadata, key + "embedding_length")
+    heads = size(metadata, key + "attention.head_count")
+    head_dim = size(metadata, key + "attention.key_length", default=hidden // heads)
+    turned = size(metadata, key + "rope.dimension_count", default=head_dim)
+    if turned != head_dim:
         raise ValueError(
-            f"GGUF metadata: rope scaling {scaling!r} is not supported; known: none, linear"
+            f"GGUF metadata: rope.dimension_count other than the head size ({head_dim}) is not "
+            f"supported, got {turned}"
         )
-    factor = float(metadata.get(key + "rope.scaling.factor", 1.0))
-    end = metadata.get("tokenizer.ggml.eos_token_id")
-    vocabulary = metadata.get(key + "vocab_size") or len(
-        required(metadata, "tokenizer.ggml.tokens")
-    )
     return DecoderConfig(
         family="llama",
-        vocab_size=vocabulary,
+        vocab_size=_gguf_vocabulary(metadata),
         hidden_size=hidden,
-        layers=required(metadata, key + "block_count"),
+        layers=size(metadata, key + "block_count"),
         heads=heads,
-        kv_heads=metadata.get(key + "attention.head_count_kv", heads),
-        head_dim=metadata.get(key + "attention.key_length", hidden // heads),
-        mlp_size=required(metadata, key + "feed_forward_length"),
-        max_positions=required(metadata, key + "context_length"),
+        kv_heads=size(metadata, key + "attention.head_count_kv", default=heads),
+        head_dim=head_dim,
+        mlp_size=size(metadata, key + "feed_forward_length"),
+        max_positions=size(metadata, key + "context_length"),
         embedding_size=hidden,
         norm="rms",
-        norm_epsilon=float(required(metadata, key + "attention.layer_norm_rms_epsilon")),
+        norm_epsilon=number(metadata, key + "attention.layer_norm_rms_epsilon"),
         positions="rope",
-        rope_theta=float(metadata.get(key + "rope.freq_base", 10000.0)),
-        rope_scaling=RopeScaling(kind="linear", factor=factor) if scaling == "linear" else None,
+        rope_theta=number(metadata, key + "rope.freq_base", 10000.0),
+        rope_scaling=_gguf_scaling(metadata),
         rope_factors="rope_freqs.weight" in tensors,
         activation="silu",
         gated=True,
@@ -222,9 +267,32 @@ def config_from_gguf(metadata: Mapping[str, Any], tensors: Collection[str]) -> D
         out_bias="blk.0.attn_output.bias" in tensors,
         mlp_bias="blk.0.ffn_down.bias" in tensors,
         tied_embeddings="output.weight" not in tensors,
-        start_token=metadata.get("tokenizer.ggml.bos_token_id"),
-        end_tokens=end_tokens(end),
+        start_token=start_token(metadata.get("tokenizer.ggml.bos_token_id")),
+        end_tokens=end_tokens(metadata.get("tokenizer.ggml.eos_token_id")),
     )
+
+
+def _gguf_vocabulary(metadata: Mapping[str, Any]) -> int:
+    if metadata.get("llama.vocab_size"):
+        return size(metadata, "llama.vocab_size")
+    tokens = required(metadata, "tokenizer.ggml.tokens")
+    if not isinstance(tokens, list):
+        raise ValueError(
+            f"GGUF metadata: 'tokenizer.ggml.tokens': expected an array, got {tokens!r}"
+        )
+    return len(tokens)
+
+
+def _gguf_scaling(metadata: Mapping[str, Any]) -> RopeScaling | None:
+    """As llama.cpp: no type means linear, a factor of 0 none, and the factor has an older name."""
+    kind = metadata.get("llama.rope.scaling.type", "linear")
+    if kind not in ("none", "linear"):
+        raise ValueError(
+            f"GGUF metadata: rope scaling {kind!r} is not supported; known: none, linear"
+        )
+    older = number(metadata, "llama.rope.scale_linear", 0.0)
+    factor = number(metadata, "llama.rope.scaling.factor", older)
+    return RopeScaling(kind="linear", factor=factor) if kind == "linear" and factor else None
 
 
 def gguf_weight_map(config: DecoderConfig) -> WeightMap:

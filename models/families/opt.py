@@ -17,7 +17,9 @@ from jaxint8.models.families.base import (
     end_tokens,
     layer_sources,
     norm_sources,
-    required,
+    size,
+    size_or_null,
+    start_token,
     table_source,
     token_ids,
 )
@@ -33,7 +35,7 @@ _ACTIVATIONS = {
 
 def config_from_hf(config: Mapping[str, Any]) -> DecoderConfig:
     """Translates a Hugging Face ``config.json``, with the defaults of its OPTConfig."""
-    hidden, heads = required(config, "hidden_size"), required(config, "num_attention_heads")
+    hidden, heads = size(config, "hidden_size"), size(config, "num_attention_heads")
     activation = config.get("activation_function", "relu")
     if activation not in _ACTIVATIONS:
         raise ValueError(
@@ -44,15 +46,15 @@ def config_from_hf(config: Mapping[str, Any]) -> DecoderConfig:
     bias = bool(config.get("enable_bias", True))
     return DecoderConfig(
         family="opt",
-        vocab_size=required(config, "vocab_size"),
+        vocab_size=size(config, "vocab_size"),
         hidden_size=hidden,
-        layers=required(config, "num_hidden_layers"),
+        layers=size(config, "num_hidden_layers"),
         heads=heads,
         kv_heads=heads,
         head_dim=hidden // heads,
-        mlp_size=required(config, "ffn_dim"),
-        max_positions=config.get("max_position_embeddings", 2048),
-        embedding_size=config.get("word_embed_proj_dim") or hidden,
+        mlp_size=size(config, "ffn_dim"),
+        max_positions=size(config, "max_position_embeddings", default=2048),
+        embedding_size=size_or_null(config, "word_embed_proj_dim", hidden),
         norm="layer",
         norm_epsilon=1e-5,  # PyTorch's default; the config has no key for it
         norm_affine=bool(config.get("layer_norm_elementwise_affine", True)),
@@ -66,7 +68,7 @@ def config_from_hf(config: Mapping[str, Any]) -> DecoderConfig:
         out_bias=bias,
         mlp_bias=bias,
         tied_embeddings=bool(config.get("tie_word_embeddings", True)),
-        start_token=config.get("bos_token_id", 2),
+        start_token=start_token(config.get("bos_token_id", 2)),
         end_tokens=end_tokens(config.get("eos_token_id", 2)),
     )
 
