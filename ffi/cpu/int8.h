@@ -88,12 +88,11 @@ static inline int32_t TurnedPlace(int32_t group) { return (group & ~15) | (group
 static inline int32_t GroupOfTurned(int32_t place) { return (place & ~15) | (place & 1) << 3 | (place >> 1 & 7); }
 
 // The high parts of so many rows whose codes are turned, or fewer at the end: what was moved, in units of 64, then
-// those of outliers, in units of 128. In each step one word of every row, or 0, an even number of steps of each; a
-// group is a place, or, in a plan, a number.
+// those of outliers, in units of 128. In each step one word of every row, or 0; a group is a place, or, in a plan, a
+// number.
 struct FourRows {
   bool turned = false;              // or else too much would have to be moved
   bool alone = false;               // each row by itself, in twos: then nothing has to be, but none share flips
-  bool narrow = true;               // all are from -32 to 31, so that those of two words may be added in 16 bits
   int32_t moved = 0, outliers = 0;  // steps
   const HiWord* words = {};         // [moved + outliers][kTurnedRows]
 };
@@ -211,12 +210,12 @@ struct Rung {
   // Turns the codes of a layer, m rows of them up to kTurnedRows, for products of unsigned bytes u = w ^ byte and
   // signed codes that add up within 16 bits: with `fours` all of them in fours, for tiles, or else in twos, or in fours
   // where they fit as they are. Writes kTurnedLines lines, for columns rounded up to 64: codes; bytes, of which u is w
-  // + 128 (as packed weights are), or 127 - w where all rows' codes are negated; and which columns stand side by side.
-  // Where and how only the rung's products know. Of the columns that are added neither positive codes nor negative ones
-  // add up to more than 128: what flipping does not bring about, moving 64 or 128 of a code to high parts does. Lists
-  // what was moved, count[i] words of places for row i at moved + i * most, and sets Row::turned; high parts are
-  // multiplied by w + 128. False if they would be `most` or more, or are likely to be; never of one row without
-  // `fours`, of which nothing is moved. Null: never.
+  // + 128, or 127 - w where all rows' codes are negated; and which columns stand side by side. Where and how only the
+  // rung's products know. Of the columns that are added neither positive codes nor negative ones add up to more than
+  // 128: what flipping does not bring about, moving 64 or 128 of a code to high parts does. Lists what was moved,
+  // count[i] words of places for row i at moved + i * most, and sets Row::turned; high parts are multiplied by w + 128.
+  // False if they would be `most` or more, or are likely to be; never of one row without `fours`, of which nothing is
+  // moved. Null: never.
   bool (*turn)(const int8_t* lo, int64_t stride, int64_t m, int64_t k, bool fours, int64_t most, int8_t* turned,
                HiWord* moved, int32_t* count, Row* rows) = nullptr;
   int64_t turned_m = 0;  // up to so many rows codes are turned for dot products, and their high parts planned

@@ -18,12 +18,6 @@ namespace {
 // values are outliers move a tenth of their words in fours (of which this allows four tenths); uniform ones half.
 constexpr int64_t kMovedShare = 10, kMovedShareTwos = 64;
 
-// Whether four bytes are from -32 to 31.
-bool IsNarrow(uint32_t four) {
-  const uint32_t above = ((four & 0x7f7f7f7fu) + 0x20202020u) ^ (four & 0x80808080u);  // each is 32 more, modulo 256
-  return (above & 0xc0c0c0c0u) == 0;
-}
-
 // Adds to the lists what products need of the outliers of a row, of which few under column scope have a high part.
 void ListOutliers(const RowScratch& scratch, bool float_outliers, bool quads, bool turns, Workspace::Lists* lists,
                   Row* row) {
@@ -207,11 +201,8 @@ void Job::TurnRows(int64_t item, int64_t begin, int64_t end) {
                                   turned + i * kTurnedLines * ws_->stride, moved + i * most, count + i, rows + i);
     }
     if (!four.turned) continue;
-    for (int64_t i = 0; i < m; ++i) {
-      four.moved = std::max(four.moved, count[i] + count[i] % 2);
-      four.outliers = std::max(four.outliers, rows[i].words + rows[i].words % 2);
-      for (int32_t j = 0; j < rows[i].words; ++j) four.narrow &= IsNarrow(rows[i].hi[j].four);
-    }
+    four.moved = *std::max_element(count, count + m);
+    for (int64_t i = 0; i < m; ++i) four.outliers = std::max(four.outliers, rows[i].words);
     const int32_t steps = four.moved + four.outliers;
     HiWord* const words = list.Room(steps * static_cast<int32_t>(kTurnedRows));
     std::fill_n(words, steps * kTurnedRows, HiWord{});

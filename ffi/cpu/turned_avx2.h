@@ -26,46 +26,28 @@ namespace jaxint8::cpu {
 namespace {
 
 // sum += the high parts of M rows times kTileN outputs; the weights of a place, or of a group of the plan, lie
-// kWordBytes after those of the one before. Of two words at a time, if kNarrow added up in 16 bits.
-template <int M, int64_t kWordBytes, bool kFlipped, bool kNarrow>
-ALWAYS_INLINE inline void AddHighWords(const FourRows& four, const uint8_t* panel,
+// kWordBytes after those of the one before.
+template <int M, int64_t kWordBytes>
+ALWAYS_INLINE inline void AddHighParts(const FourRows& four, const uint8_t* panel,
                                        Turned::Sums (&sum)[M][Turned::kRegisters]) {
   static constexpr int16_t kUnits[2] = {64, 128};
   const HiWord *word = four.words, *outliers = word + four.moved * kTurnedRows;
-  for (const HiWord* end = outliers + four.outliers * kTurnedRows; word < end; word += 2 * kTurnedRows) {
+  for (const HiWord* end = outliers + four.outliers * kTurnedRows; word < end; word += kTurnedRows) {
     int64_t which = word >= outliers;
     asm("" : "+r"(which));  // one loop, whose end is mispredicted, and not two
     const __m256i unit = _mm256_set1_epi16(kUnits[which]);
     Unroll<M>([&](auto i) ALWAYS_INLINE {
-      const HiWord &one = word[i], &other = word[kTurnedRows + i];
-      const uint8_t *w = panel + one.group * kWordBytes, *v = panel + other.group * kWordBytes;
-      const __m256i codes = Turned::Code(one.four), others = Turned::Code(other.four);
+      const uint8_t* w = panel + word[i].group * kWordBytes;
+      const __m256i codes = Turned::Code(word[i].four);
       Unroll<Turned::kRegisters>([&](auto z) ALWAYS_INLINE {
-        const auto pairs = [&](const uint8_t* weights, __m256i x) ALWAYS_INLINE {
-          const __m256i loaded = Turned::Load(weights + z * Turned::kBytes);
-          return _mm256_maddubs_epi16(kFlipped ? loaded : Turned::Flip(loaded), x);
-        };
-        if constexpr (kNarrow) {
-          const __m256i fours = _mm256_add_epi16(pairs(w, codes), pairs(v, others));
-          Turned::AddTo(sum[i][z], _mm256_madd_epi16(fours, unit));
-        } else {
-          Turned::AddTo(sum[i][z], _mm256_madd_epi16(pairs(w, codes), unit));
-          Turned::AddTo(sum[i][z], _mm256_madd_epi16(pairs(v, others), unit));
-        }
+        const __m256i pairs = _mm256_maddubs_epi16(Turned::Flip(Turned::Load(w + z * Turned::kBytes)), codes);
+        Turned::AddTo(sum[i][z], _mm256_madd_epi16(pairs, unit));
       });
     });
   }
 }
 
-template <int M, int64_t kWordBytes, bool kFlipped>
-ALWAYS_INLINE inline void AddHighParts(const FourRows& four, const uint8_t* panel,
-                                       Turned::Sums (&sum)[M][Turned::kRegisters]) {
-  if (four.narrow) return AddHighWords<M, kWordBytes, kFlipped, true>(four, panel, sum);
-  AddHighWords<M, kWordBytes, kFlipped, false>(four, panel, sum);
-}
-
-// Packs n rows of k weights, up to kTileN, as w + 128, eight rows of 64 columns at a time; k weights of 0 up to a
-// multiple of 64.
+// Packs n rows of k weights, up to kTileN, eight rows of 64 columns at a time; k weights of 0 up to a multiple of 64.
 void PackTurned(const int8_t* w, int64_t k, int64_t n, uint8_t* panel) {
   constexpr int64_t kPlaceBytes = Turned::kTileN * 4;
   for (int64_t t = 0; t < k; t += 64, panel += 16 * kPlaceBytes) {
@@ -83,7 +65,7 @@ void PackTurned(const int8_t* w, int64_t k, int64_t n, uint8_t* panel) {
       }
       Unroll<2>([&](auto half) ALWAYS_INLINE {
         __m256i r[8];
-        Unroll<8>([&](auto i) ALWAYS_INLINE { r[i] = Turned::Flip(Turned::Load(in + i * stride + half * 32)); });
+        Unroll<8>([&](auto i) ALWAYS_INLINE { r[i] = Turned::Load(in + i * stride + half * 32); });
         Turned::Transpose(r);
         Unroll<8>([&](auto q)
                       ALWAYS_INLINE { Turned::StorePacked(panel + (2 * q + half) * kPlaceBytes + j * 4, r[q]); });
@@ -102,7 +84,7 @@ void TurnedTile(const Block& b, int64_t i0, int64_t j, const uint8_t* panel, boo
   const Row* rows = b.rows + i0;
   Turned::Sums sum[M][R];
   Unroll<M * R>([&](auto i) ALWAYS_INLINE { sum[i / R][i % R] = _mm256_set1_epi32(rows[i / R].turned); });
-  AddHighParts<M, Turned::kTileN * 4, true>(b.fours[i0 / kTurnedRows], panel, sum);
+  AddHighParts<M, Turned::kTileN * 4>(b.fours[i0 / kTurnedRows], panel, sum);
   // What is packed next is fetched meanwhile, by each team its share.
   const int64_t teams = (b.m + kTurnedRows - 1) / kTurnedRows, team = i0 / kTurnedRows;
   const int64_t fetched = Turned::kTileN * team / teams, fetched_end = Turned::kTileN * (team + 1) / teams;
@@ -316,7 +298,7 @@ void AddPlanned(const FourRows& four, const uint8_t* panel, int32_t* c) {
     Turned::Sums sum[M][R];
     const auto at = [&](int i) ALWAYS_INLINE { return c + i / R * kBlockN + i % R * Turned::kLanes32; };
     Unroll<M * R>([&](auto i) ALWAYS_INLINE { sum[i / R][i % R] = Turned::LoadSums(at(i)); });
-    AddHighParts<M, kBlockN * 4, false>(four, panel, sum);
+    AddHighParts<M, kBlockN * 4>(four, panel, sum);
     Unroll<M * R>([&](auto i) ALWAYS_INLINE { Turned::StoreSums(at(i), sum[i / R][i % R]); });
   }
 }

@@ -199,14 +199,13 @@ struct Turner {
 
   // Puts two times 32 columns, from these on, side by side at t, and moves what does not fit in twos or fours, that is
   // kCodes; 0 of codes that do fit. False if too much would have to be moved.
-  template <int kCodes, bool kPacked = false>
+  template <int kCodes>
   bool Put(int64_t t, int64_t first_column, int64_t second_column, const Turning& turning) {
     const Step step{{first_column, second_column}, turning.order, 0};
     if (!apart) *StepAt(steps(), t) = step;
     int8_t* const flips = line(kTurnedRows, t);
-    const auto flip = [](__m256i negated) { return kPacked ? negated : Turned::Flip(negated); };
-    Avx256::StoreBytes(flips, flip(turning.first));
-    Avx256::StoreBytes(flips + 32, flip(turning.second));
+    Avx256::StoreBytes(flips, Turned::Flip(turning.first));
+    Avx256::StoreBytes(flips + 32, Turned::Flip(turning.second));
     done += 64;
     for (int64_t i = 0; i < m; ++i) {
       int8_t* out = line(i, t);
@@ -216,7 +215,7 @@ struct Turner {
       Avx256::StoreBytes(out, turn(Avx256::Load(in + first_column), turning.first));
       Avx256::StoreBytes(out + 32, turn(second, turning.second));
       if constexpr (kCodes > 0) {
-        if (!Move<kCodes, kPacked>(i, out, flips, step)) return false;
+        if (!Move<kCodes>(i, out, flips, step)) return false;
       }
       const __m256i ones = _mm256_set1_epi8(1);
       const __m256i these = _mm256_and_si256(Avx256::Load(out), turning.first);
@@ -228,7 +227,7 @@ struct Turner {
   }
 
   // Moves what does not fit of 64 columns of row i.
-  template <int kCodes, bool kPacked>
+  template <int kCodes>
   bool Move(int64_t i, int8_t* out, const int8_t* flips, const Step& step) {
     const auto beyond = [](__m256i all, __m256i sum) {  // bits of the columns 2t that do not fit
       const __m256i twice = _mm256_add_epi16(all, _mm256_abs_epi16(sum));
@@ -251,7 +250,7 @@ struct Turner {
       MoveCodes<kCodes>(out, columns, parts);
       for (int pair = 0; pair < kCodes; pair += 2) {
         const auto part = [&](int at) {
-          const bool flipped = flips[columns[at]] == (kPacked ? -1 : 127);
+          const bool flipped = flips[columns[at]] == 127;
           return static_cast<uint32_t>((flipped ? -parts[at] : parts[at]) & 0xff) << (columns[at] % 4 * 8);
         };
         const uint32_t four = part(pair) | part(pair + 1);
@@ -264,11 +263,11 @@ struct Turner {
   }
 };
 
-// For tiles, whose weights are packed as bytes w + 128.
+// For tiles, whose weights are packed.
 bool TurnForTiles(Turner& team) {
   for (int64_t t = 0; t < team.k; t += 64) {
     const Turning turning = TurnFours(team.lo + t, team.stride, team.m);
-    if (!team.Put<4, true>(t, t, t + 32, turning)) return false;
+    if (!team.Put<4>(t, t, t + 32, turning)) return false;
   }
   return true;
 }
