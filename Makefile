@@ -83,7 +83,7 @@ cuda-check: setup
 cross-check: setup
 	$(BIN)/python ffi/cpu/check.py build/check --cross
 
-# The CPU kernels with the compiler's sanitizers: memory and undefined behaviour (4 minutes), and races (10).
+# The CPU kernels with the compiler's sanitizers: memory and undefined behaviour, and races (some ten minutes in all).
 .PHONY: sanitize-check
 SANITIZERS ?= address,undefined thread
 sanitize-check: setup

@@ -120,9 +120,9 @@ class LanguageModel:
         """Continues each prompt until its end token or ``max_new_tokens``; all in one batch.
 
         What a row gets depends on its prompt, the options and the seed, and by rounding on the shape
-        of the batch: int8 layers give the same bits in any, but float attention is rounded otherwise
-        in another shape (3e-5 in logits, from four rows on), which can turn an int8 code and so, at
-        a near tie, a token. Column-scope outlier rules by definition look at the whole batch.
+        of the batch: int8 layers give the same bits in any, but what is float around them may be
+        rounded otherwise in another shape, which can turn an int8 code and so, at a near tie, a
+        token. Column-scope outlier rules by definition look at the whole batch.
 
         Args:
             prompts: texts, none of them empty.

@@ -292,18 +292,24 @@ def test_gguf_names_and_row_order(case: str) -> None:
     np.testing.assert_allclose(logits, golden["logits"], atol=1e-4, rtol=0)
 
 
+# Of a GGUF file, as little as can be.
+GGUF_METADATA = {
+    "llama.embedding_length": 32,
+    "llama.attention.head_count": 4,
+    "llama.block_count": 1,
+    "llama.feed_forward_length": 48,
+    "llama.context_length": 64,
+    "llama.attention.layer_norm_rms_epsilon": 1e-5,
+    "llama.vocab_size": 96,
+}
+
+
 def test_gguf_linear_scaling_and_divisors() -> None:
     family = FAMILIES[0]
     assert family.config_from_gguf is not None
     assert family.gguf_weight_map is not None
     metadata = {
-        "llama.embedding_length": 32,
-        "llama.attention.head_count": 4,
-        "llama.block_count": 1,
-        "llama.feed_forward_length": 48,
-        "llama.context_length": 64,
-        "llama.attention.layer_norm_rms_epsilon": 1e-5,
-        "llama.vocab_size": 96,
+        **GGUF_METADATA,
         "llama.rope.scaling.type": "linear",
         "llama.rope.scaling.factor": 4.0,
         "tokenizer.ggml.eos_token_id": 2,
@@ -357,13 +363,7 @@ def test_gguf_linear_scaling_and_divisors() -> None:
 )
 def test_gguf_scaling_is_that_of_llama_cpp(named: dict, factor: float | None) -> None:
     metadata = {
-        "llama.embedding_length": 32,
-        "llama.attention.head_count": 4,
-        "llama.block_count": 1,
-        "llama.feed_forward_length": 48,
-        "llama.context_length": 64,
-        "llama.attention.layer_norm_rms_epsilon": 1e-5,
-        "llama.vocab_size": 96,
+        **GGUF_METADATA,
         **{f"llama.rope.{key}": value for key, value in named.items()},
     }
     read = FAMILIES[0].config_from_gguf
