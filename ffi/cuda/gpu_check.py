@@ -38,7 +38,7 @@ STAGES = {
     "profile": 100,
     "largest": 60,
     "attend": 60,
-    "mesh": 400,
+    "mesh": 560,
     "memcheck": 100,
     "racecheck": 100,
 }

@@ -13,6 +13,7 @@ import ml_dtypes
 import numpy as np
 from gpu_check import ROOT, STAGES
 from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from jaxint8 import (
     Partition,
@@ -21,6 +22,7 @@ from jaxint8 import (
     Threshold,
     TopK,
     int8_linear,
+    linear,
     reference,
 )
 from jaxint8.models.generate import generate_tokens
@@ -36,6 +38,8 @@ CASES = (
     ((600, 768, 1024), ml_dtypes.bfloat16),
 )
 MODELS = (("llama_gqa_tied", "topk:kv_int8"), ("bloom", "relative"))
+# A layer whose inputs are split, as a decoder's `down`; rows on both sides of what `linear` gathers.
+SPLIT_K, SPLIT_N, SPLIT_ROWS, SPLIT_LAYERS = 14336, 4096, (1, 8, 32, 73, 256, 1024), 8
 METHODS = ("int8 relative 6, int8 head and cache", "bf16", "int8 relative 6")
 BATCHES = (1, 32)
 
@@ -120,6 +124,63 @@ def _check_models() -> list[dict[str, Any]]:
     return rows
 
 
+@functools.partial(jax.jit, static_argnames=("way", "partition"))
+def _chain(x: jax.Array, weights: Any, way: Any, partition: Partition) -> jax.Array:
+    """Layers one after the other, each with weights of its own."""
+    for w in weights:
+        if way == "bf16":
+            y = jax.lax.with_sharding_constraint(x @ w, NamedSharding(partition.mesh, P()))
+        else:
+            y = int8_linear(x, w, outliers=way, partition=partition)
+        x = x + y[:, :1]
+    return x
+
+
+def _time_split_layers(begin: float) -> list[dict[str, Any]]:
+    """Microseconds of a layer whose inputs are split over all GPUs: gathered and quantised whole, or by statistics."""
+    partition = Partition(mesh_of(1, jax.device_count()), k="model")
+
+    def place(a: Any, *spec: Any) -> jax.Array:
+        return jax.device_put(a, NamedSharding(partition.mesh, P(*spec)))
+
+    rng = np.random.default_rng(7)
+    codes = rng.integers(-127, 128, (SPLIT_N, SPLIT_K), np.int8)
+    scale = place(np.full(SPLIT_N, 1e-4, np.float32))
+    int8 = [QuantizedMatrix(place(codes, None, "model"), scale) for _ in range(SPLIT_LAYERS)]
+    table = codes.T.astype(ml_dtypes.bfloat16)
+    floats = [place(table, "model", None) for _ in range(SPLIT_LAYERS)]
+    rows = []
+    for m in SPLIT_ROWS:
+        values = rng.standard_normal((m, SPLIT_K))
+        values[:, rng.choice(SPLIT_K, 12, replace=False)] *= 12
+        x = place(values.astype(ml_dtypes.bfloat16), None, "model")
+        row: dict[str, Any] = {"k": SPLIT_K, "n": SPLIT_N, "m": m}
+        ways = {"bf16": ("bf16", 0)}
+        for name, rule in (("none", None), ("relative 6", RelativeThreshold(6.0))):
+            ways |= {f"{name}, gathered": (rule, 1 << 40), f"{name}, statistics": (rule, 0)}
+        for name, (way, gathered) in ways.items():
+            if time.monotonic() - begin > 0.4 * STAGES["mesh"]:
+                return rows
+            before, linear.GATHERED_VALUES = linear.GATHERED_VALUES, gathered
+            jax.clear_caches()  # what was traced with another limit
+            weights = floats if way == "bf16" else int8
+            call = functools.partial(_chain, x, weights, way, partition)
+            row[name] = 1e6 / SPLIT_LAYERS * _several(call)
+            linear.GATHERED_VALUES = before
+        rows.append(row)
+        print(row, f"after {time.monotonic() - begin:.0f} s", flush=True)
+    return rows
+
+
+def _several(call: Callable[[], Any], calls: int = 20) -> float:
+    """Returns seconds of a call, the median of several times many that are queued at once."""
+
+    def queue() -> list[Any]:
+        return [call() for _ in range(calls)]
+
+    return gpu_decode.median(queue) / calls
+
+
 def _on_mesh(make: Callable[..., Any], placement: Placement) -> Any:
     """Makes parameters where the mesh holds them."""
     specs = placement.param_specs(jax.eval_shape(make))
@@ -163,11 +224,13 @@ def stage_mesh() -> dict[str, Any]:
         raise RuntimeError(f"mesh: expected at least two GPUs, found {jax.device_count()}")
     layers = _check_layers()
     print(layers, f"after {time.monotonic() - begin:.0f} s", flush=True)
+    split = _time_split_layers(begin)
     models = _check_models()
     return {
         "gpus": jax.device_count(),
         "cases": layers["cases"],
         "failures": layers["failed"] + [str(row) for row in models if not row["passed"]],
+        "split_layers": split,
         "models": models,
         "rows": _time_decoding(begin),
         "unit": "tokens per second",
