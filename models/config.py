@@ -180,8 +180,9 @@ class QuantizationConfig(Scheme):
     # Keys and values that attention sees: as activations are, or int8 vectors of one scale each (see
     # vectors.py), in the cache and, so that its length changes nothing, in prompts too.
     kv_cache: Literal["float", "int8"] = "float"
-    # On a mesh, how layers split along their inputs add up: "exact" with the bits of one device, or
-    # "fast" (see jaxint8.int8_linear).
+    # On a mesh, layers whose inputs many devices made: "exact" gathers rows, so that a layer has the
+    # bits of one device; "fast" lets every device scale its part of a row, and adds up the results,
+    # half of the messages (see jaxint8.int8_linear).
     reduction: Literal["exact", "fast"] = "exact"
 
     def __post_init__(self) -> None:
@@ -201,14 +202,17 @@ class QuantizationConfig(Scheme):
 QUANTIZATIONS = {name: QuantizationConfig.of(scheme) for name, scheme in SCHEMES.items()}
 
 # Options of a name that are no scheme's, for they are about more than a layer.
-_OPTIONS: dict[str, dict[str, Any]] = {"kv_int8": {"kv_cache": "int8"}}
+_OPTIONS: dict[str, dict[str, Any]] = {
+    "kv_int8": {"kv_cache": "int8"},
+    "fast": {"reduction": "fast"},
+}
 
 
 def as_quantization(value: QuantizationConfig | str | None) -> QuantizationConfig | None:
     """Returns what a user's ``quantization`` argument means: a config, a name, or None for float.
 
-    A name may carry options, "relative:8" or "topk:16" (see `jaxint8.schemes.parse`), and "kv_int8"
-    for ``kv_cache="int8"``: "topk:kv_int8".
+    A name may carry options, "relative:8" or "topk:16" (see `jaxint8.schemes.parse`), "kv_int8" for
+    ``kv_cache="int8"`` and "fast" for ``reduction="fast"``: "topk:kv_int8", "topk:fast".
 
     Raises:
         ValueError: a name that is not known.

@@ -38,7 +38,7 @@ from jaxint8.models.place import Place, place
 from jaxint8.models.placement import Placement
 from jaxint8.models.product import product
 from jaxint8.models.sampling import first_largest
-from jaxint8.models.split import ALONE, Split
+from jaxint8.models.split import ALONE, HIDDEN, Split
 from jaxint8.models.step import attend_one, held, store
 from jaxint8.vectors import Held, Vectors, rounded
 
@@ -157,6 +157,7 @@ def _forward(
         if config.embedding_norm or config.positions == "learned":
             x = at.only_tokens(x)
         keys, values = [], []
+        x = split.own(x)
         for index, layer in enumerate(params["layers"]):
             stored = None if cache is None else (cache.keys[index], cache.values[index])
             if seen is None:
@@ -167,6 +168,7 @@ def _forward(
             if stored is not None:
                 keys.append(stored[0])
                 values.append(stored[1])
+        x = split.whole(x, HIDDEN)
         if config.final_norm:
             x = apply_norm(config, x, params.get("final_norm", {}))
         x = at.only_tokens(x)
@@ -188,7 +190,10 @@ def _layer(
     stored: tuple[Held, Held] | None,
     quantization: QuantizationConfig | None,
 ) -> tuple[jax.Array, tuple[Held, Held] | None]:
-    """Attention, then MLP, each with its norm before it or (post-norm) after the sum."""
+    """Attention, then MLP, each with its norm before it or (post-norm) after the sum.
+
+    Of x[b, t, hidden] a device has only its own columns where they are gathered (see `Split`).
+    """
     attention_norm, mlp_norm = layer.get("attention_norm", {}), layer.get("mlp_norm", {})
     y, stored = _attention(config, layer, x, at, stored, quantization, attention_norm)
     # Only in a layer of no biases are the rows of padding zeros all the way.
@@ -197,9 +202,14 @@ def _layer(
         if done is not None:
             return done, stored
     x = linear(y, layer["out"], quantization, at.split, "out", residual=x)
-    x = x if config.norm_first else apply_norm(config, x, attention_norm)
+    x = x if config.norm_first else _normed(config, x, at, attention_norm)
     x = _mlp(config, layer, x, at, quantization, mlp_norm)
-    return x if config.norm_first else apply_norm(config, x, mlp_norm), stored
+    return x if config.norm_first else _normed(config, x, at, mlp_norm), stored
+
+
+def _normed(config: DecoderConfig, x: jax.Array, at: Place, norm: Params) -> jax.Array:
+    """A norm behind the sum."""
+    return at.split.own(apply_norm(config, at.split.whole(x, HIDDEN), norm))
 
 
 def with_wide_norms(params: Params) -> dict[str, Any]:
@@ -250,6 +260,7 @@ def _enters(
     Zeros are put into rows of padding, unless they hold zeros already: in a layer of no biases
     nothing else comes of zeros.
     """
+    x = at.split.whole(x, HIDDEN)
     prologue, weight = as_prologue(config, norm) if config.norm_first else (None, None)
     if config.norm_first and prologue is None:
         return at.only_tokens(apply_norm(config, x, norm)), {}

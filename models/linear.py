@@ -7,6 +7,7 @@ of being done beside it, for an int8 kernel does them in the same pass over its 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -53,10 +54,10 @@ def linear(
         layer: weight [n, k] of any kind, perhaps a bias [n], perhaps a tap (see observe.py).
         quantization: how int8 weights are carried out.
         split: what other devices do.
-        module: the name of a layer that many devices split along k (see `Split`), else None.
+        module: the name of a layer whose inputs many devices made (see `Split`), else None.
         prologue: what x goes through first, or None.
         norm: float[k], the weight of an `RMSNorm`.
-        residual: x.dtype[b, t, n], or None.
+        residual: x.dtype[b, t, n], or None; where rows are gathered, a device's columns of it and of the result.
 
     """
     weight, bias = layer["weight"], layer.get("bias")
@@ -68,13 +69,16 @@ def linear(
         operands = Operands(x, weight.codes, weight.scale, bias, norm, residual)
         arithmetic = how.outlier_arithmetic or "int15"
         kernel = Layer(as_rule(how.outliers), arithmetic, how.implementation, prologue)
+        if split.gathers(module):
+            operands, kernel = _entered(operands, kernel)
+            operands = operands._replace(x=split.whole(operands.x, module))
         if "tap" in layer:
             operands, kernel = _tapped(layer["tap"], operands, kernel)
         if split:
             shards = split.shards(module)
             return local_linear(operands, kernel, shards=shards, reduction=how.reduction)
         return int8_linear(operands, kernel)
-    x = enter(x, norm, prologue)
+    x = split.whole(enter(x, norm, prologue), module)
     if "tap" in layer:
         layer["tap"](x)
     if isinstance(weight, QuantizedMatrix | SchemeMatrix):
@@ -92,11 +96,19 @@ def _tapped(
     tap: Callable[[jax.Array], None], operands: Operands, kernel: Layer
 ) -> tuple[Operands, Layer]:
     """Hands out the rows that the kernel quantises, and the rest of the layer to carry out."""
+    operands, rest = _entered(operands, kernel)
+    tap(operands.x)
+    return operands, rest
+
+
+def _entered(operands: Operands, kernel: Layer) -> tuple[Operands, Layer]:
+    """Does the prologue, and returns the rest of the layer to carry out."""
+    if kernel.prologue is None:
+        return operands, kernel
     x = operands.x
     rows = entered(operands._replace(x=x.reshape(-1, x.shape[-1])), kernel)
     rows = rows.reshape(*x.shape[:-1], -1)
-    tap(rows)
-    rest = Layer(kernel.rule, kernel.arithmetic, kernel.implementation)
+    rest = dataclasses.replace(kernel, prologue=None)
     return operands._replace(x=rows, norm=None), rest
 
 

@@ -80,7 +80,7 @@ def load(
     method = as_quantization(quantization)
     chosen = _dtype(dtype)
     checkpoint = describe(source)
-    placement = None if mesh is None else Placement(checkpoint.config, mesh)
+    placement = None if mesh is None else Placement.of(checkpoint.config, mesh, method)
     if placement is not None and method is not None and not method.native:
         raise ValueError("quantization: this scheme runs on one device only, without a mesh")
     check(checkpoint)

@@ -92,10 +92,10 @@ def plan(
         raise ValueError("quantization: only symmetric codes without float copies are planned for")
     if context > config.max_positions:
         raise ValueError(f"context: {context} exceeds the model's {config.max_positions} positions")
-    placement = place(config, mesh)
+    placement = place(config, mesh, quantization)
     # All layers are alike.
     one_layer = dataclasses.replace(config, layers=1)
-    params = abstract_params(one_layer, quantization, dtype, place(one_layer, mesh))
+    params = abstract_params(one_layer, quantization, dtype, place(one_layer, mesh, quantization))
     layer, rest = params["layers"], {**params, "layers": []}
     size = jnp.dtype(dtype).itemsize
     rows, tokens = -(-batch // placement.data), padded_length(context)
@@ -133,10 +133,12 @@ def default_context(config: DecoderConfig) -> int:
     return min(config.max_positions, 2048)
 
 
-def place(config: DecoderConfig, mesh: tuple[int, int]) -> Placement:
+def place(
+    config: DecoderConfig, mesh: tuple[int, int], quantization: QuantizationConfig | None
+) -> Placement:
     """Returns where a decoder would lie on so many devices along "data" and along "model"."""
     kinds = (AxisType.Auto, AxisType.Auto)
-    return Placement(config, AbstractMesh(mesh, (DATA, MODEL), axis_types=kinds))
+    return Placement.of(config, AbstractMesh(mesh, (DATA, MODEL), axis_types=kinds), quantization)
 
 
 def abstract_params(
@@ -181,9 +183,15 @@ def _activations(placement: Placement, rows: int, tokens: int, size: int) -> int
     attention = m * (2 * turned + 3 * local.key_value_size + local.query_size) * size
     attention += 2 * rows * local.heads * block * tokens * 4 + m * local.head_dim * 4
     mlp = m * local.mlp_size * (2 + local.gated) * size
+    sums = 0
+    if placement.model > 1 and placement.gathered:
+        # Whole rows as they are gathered and side by side.
+        attention += 2 * m * placement.config.query_size * size
+        mlp += 2 * m * placement.config.mlp_size * size
+    elif placement.model > 1:
+        # Sums over a layer's inputs that several devices hold, before and after they are added up.
+        sums = 2 * m * hidden * 4
     head = 2 * rows * placement.config.vocab_size * 4
-    # Sums over a layer's inputs that several devices hold, before and after they are added up.
-    sums = 2 * m * hidden * 4 if placement.model > 1 else 0
     masks = rows * tokens * tokens
     # The residual, its norm, and what is added to it.
     return 3 * m * hidden * size + max(attention, mlp, head, sums) + masks

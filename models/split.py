@@ -1,7 +1,7 @@
 """What a device says to the others while it runs its part of a decoder, inside a `jax.shard_map`.
 
-The surprising fact is how little it is: activations of layers that are split along their inputs, the embedding of a
-token, and the logits of the token to choose from.
+The surprising fact is how little it is: activations before or behind a layer, the embedding of a token, and the logits
+of the token to choose from.
 """
 
 from __future__ import annotations
@@ -15,6 +15,9 @@ import numpy as np
 
 from jaxint8.shards import Shards
 
+HIDDEN = "hidden"
+"""What `Split.whole` calls the rows between the layers."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Split:
@@ -25,6 +28,8 @@ class Split:
         model: mesh axes over which weights are split.
         vocab_size: tokens in all, padding not counted; 0 stands for as many as there are.
         inputs: for each layer that is split along its inputs their true number, padding not counted.
+        gathered: what is gathered from all devices: for each layer whose devices take whole rows, and for HIDDEN, the
+            runs of columns that are no padding. Empty where layers are split along their inputs.
         heads: the query heads of all devices in their order, -1 for padding; empty: in plain order.
 
     """
@@ -33,6 +38,7 @@ class Split:
     model: tuple[str, ...] = ()
     vocab_size: int = 0
     inputs: tuple[tuple[str, int], ...] = ()
+    gathered: tuple[tuple[str, tuple[tuple[int, int], ...]], ...] = ()
     heads: tuple[int, ...] = ()
 
     def __bool__(self) -> bool:
@@ -45,6 +51,31 @@ class Split:
         if not self.model or size is None:
             return Shards(rows=self.rows)
         return Shards(rows=self.rows, columns=self.model, k=size)
+
+    def gathers(self, name: str | None) -> bool:
+        """Whether `whole` gathers under this name."""
+        return bool(self.model) and name in dict(self.gathered)
+
+    def whole(self, x: jax.Array, name: str | None) -> jax.Array:
+        """Gathers x[..., k] of all devices and drops padding, if ``name`` is one of those that are gathered."""
+        if name is None or not self.gathers(name):
+            return x
+        runs = dict(self.gathered)[name]
+        last = x.ndim - 1
+        rows = jax.lax.all_gather(x, self.model, axis=last, tiled=True, to="invarying")
+        if runs == ((0, rows.shape[-1]),):
+            return rows
+        return jnp.concatenate([rows[..., first:stop] for first, stop in runs], axis=-1)
+
+    def own(self, x: jax.Array) -> jax.Array:
+        """This device's columns of whole rows [..., hidden], with padding; the inverse of ``whole(x, HIDDEN)``."""
+        if not self.model or not self.gathered:
+            return x
+        held = -(-x.shape[-1] // jax.lax.axis_size(self.model))
+        missing = held * jax.lax.axis_size(self.model) - x.shape[-1]
+        x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, missing)])
+        first = held * jax.lax.axis_index(self.model)
+        return jax.lax.dynamic_slice_in_dim(x, first, held, axis=x.ndim - 1)
 
     def sum(self, y: jax.Array, module: str | None) -> jax.Array:
         """Adds the parts of a float product of a layer that is split along its inputs."""

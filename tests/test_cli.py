@@ -208,6 +208,9 @@ def test_methods_expand_all_and_drop_repetitions():
     )
     assert groups == [["llm_int8", "topk:4"], ["float32"], ["absmax"], ["llm_int8:float_weights"]]
     assert methods.by_weights(["topk", "topk:kv_int8"]) == [["topk", "topk:kv_int8"]]
+    # On a mesh they lie otherwise.
+    assert methods.by_weights(["topk", "topk:fast"]) == [["topk"], ["topk:fast"]]
+    assert methods.method("topk:16:fast").quantization.reduction == "fast"
     swept = methods.parse_methods(["float32", "sweep"])
     assert {"float32", "weights_only", "relative:6", "topk:8"} <= set(swept)
 

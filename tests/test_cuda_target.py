@@ -5,6 +5,8 @@ of a device instead of a device. It does not show that anything runs, or how fas
 puts JAX's CUDA plugin beside them, and runs it.
 """
 
+import collections
+import dataclasses
 import functools
 import importlib.util
 import math
@@ -35,6 +37,7 @@ from jaxint8.models import generate
 from jaxint8.models.cache import init_cache
 from jaxint8.models.config import DecoderConfig, QuantizationConfig
 from jaxint8.models.head import CANDIDATES, _of_blocks, largest
+from jaxint8.models.placement import Placement
 from jaxint8.models.sampling import Draw, Sampling
 from jaxint8.models.step import attend_one, store
 from jaxint8.vectors import Vectors
@@ -243,7 +246,7 @@ def test_column_parallel_layers_move_nothing(devices: np.ndarray, rule: Any) -> 
 
 @pytest.mark.parametrize("rule", RULES, ids=str)
 def test_row_parallel_layers_add_once(devices: np.ndarray, rule: Any) -> None:
-    for shape, m in (((1, 4), 2), ((2, 2), 512)):
+    for shape, m in (((1, 4), 2), ((2, 2), 4096)):
         partition = Partition(mesh_of(devices, shape), rows="data", **ROW)
         compiled = program(partition, (m, 14336, 4096), rule)
         local = (m // shape[0], 14336 // shape[1], 4096)
@@ -405,6 +408,44 @@ def test_a_greedy_step_with_an_int8_head_selects_by_our_kernel(
     assert found.count("jaxint8_largest") == 1
     assert not [target for target in found if "TopK" in target or "sort" in target.lower()]
     assert " sort(" not in text
+
+
+def test_a_step_on_two_devices_is_fused_layers_and_gathers(devices: np.ndarray) -> None:
+    """No statistics, no codes and no sums of integers: of sums, those of the embedding and the head."""
+    quantization = QuantizationConfig(
+        outliers=RelativeThreshold(6.0), lm_head="int8", kv_cache="int8"
+    )
+    placement = Placement.of(SMALL, mesh_of(devices, (1, 2)), quantization)
+    params, state, steps = jax.eval_shape(lambda: step_arguments(2, quantization))
+    whole = jax.tree.map(lambda _: PartitionSpec(), state)
+    cache = placement.cache_specs(state.cache)
+    specs = placement.param_specs(params), dataclasses.replace(whole, cache=cache), PartitionSpec()
+    arguments = jax.tree.map(
+        lambda a, spec: jax.ShapeDtypeStruct(
+            a.shape, a.dtype, sharding=NamedSharding(placement.mesh, spec)
+        ),
+        (params, state, steps),
+        specs,
+    )
+    how = {"config": SMALL, "quantization": quantization, "placement": placement}
+    compiled = jax.jit(
+        generate._steps,
+        static_argnames=(*how, "burst"),
+        donate_argnames="state",
+        compiler_options=generate.ACCELERATOR_OPTIONS,
+    ).lower(*arguments, Draw.of(Sampling()), burst=generate.BURST, **how)
+    text = compiled.compile().as_text()
+    layers = SMALL.layers
+    expected = {"jaxint8_linear": 4 * layers + 1, "jaxint8_prologue": layers}  # the gate
+    expected |= {"jaxint8_attend": layers, "jaxint8_largest": 1}
+    assert collections.Counter(targets(text)) == expected
+    sizes = [SMALL.hidden_size] * (2 * layers + 1)
+    sizes += [SMALL.query_size, SMALL.mlp_size] * layers
+    wanted = [("bf16", 2 * size) for size in sizes] + [("f32", 2 * SMALL.vocab_size)]
+    gathered = [arrays[-1] for _, arrays in results(text, "all-gather")]
+    assert sorted(gathered) == sorted(wanted)
+    added = [arrays[-1][1] for _, arrays in results(text, "all-reduce")]
+    assert sorted(added) == [2 * SMALL.hidden_size, 2 * CANDIDATES * SMALL.hidden_size]
 
 
 SMALL = DecoderConfig(

@@ -58,7 +58,7 @@ def test_from_one_mesh_to_another(tmp_path: Path, case: str) -> None:
         assert leaf.sharding == at.sharding
     assert_same(restored, load(GOLDENS / case).params)
     # And from there into a model on the other mesh, as if it had been loaded there.
-    placement = Placement(first.config, mesh_of(4, 2))
+    placement = Placement.of(first.config, mesh_of(4, 2), first.quantization)
     model = LanguageModel(
         first.config,
         placement.spread(restored),

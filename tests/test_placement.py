@@ -1,9 +1,12 @@
 """Models on meshes: each device holds its part, text and logits are those of one device."""
 
+import dataclasses
+import math
 import re
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType
@@ -12,6 +15,7 @@ from test_loading import assert_same
 from jaxint8.cli.zeroshot import padded_logits
 from jaxint8.models import generate, loading
 from jaxint8.models.config import QUANTIZATIONS, QuantizationConfig
+from jaxint8.models.decoder import forward
 from jaxint8.models.generate import generate_tokens
 from jaxint8.models.loading import load
 from jaxint8.models.observe import linear_inputs
@@ -27,18 +31,25 @@ def mesh_of(shape, kind=AxisType.Auto):
     return jax.make_mesh(shape, ("data", "model"), axis_types=(kind, kind), devices=devices)
 
 
+# How layers behind attention and gate are split: along their outputs, or along their inputs.
+GATHERED = QUANTIZATIONS["relative"]
+ADDED = dataclasses.replace(GATHERED, reduction="fast")
+
+
+@pytest.mark.parametrize("method", [GATHERED, ADDED], ids=["gathered", "added"])
 @pytest.mark.parametrize("case", ["llama_gqa_tied", "bloom", "opt_post_norm", "bitsandbytes"])
-def test_what_the_devices_hold_is_the_model(case, tmp_path):
-    one = load(GOLDENS / case, quantization="relative")
+def test_what_the_devices_hold_is_the_model(case, method, tmp_path):
+    one = load(GOLDENS / case, quantization=method)
     for shape in MESHES:
-        model = load(GOLDENS / case, quantization="relative", mesh=mesh_of(shape))
+        model = load(GOLDENS / case, quantization=method, mesh=mesh_of(shape))
         assert model.placement is not None
+        assert model.placement.gathered == (method is GATHERED)
         assert_same(one.params, model.placement.on_host(model.params))
         for weight in jax.tree.leaves(model.params["layers"]):
             if weight.ndim == 2 and shape[1] > 1:  # no device holds a whole one
                 assert weight.addressable_shards[0].data.nbytes * shape[1] == weight.nbytes
     model.save(tmp_path)
-    assert_same(one.params, load(tmp_path, quantization="relative").params)
+    assert_same(one.params, load(tmp_path, quantization=method).params)
 
 
 @pytest.mark.parametrize(
@@ -50,6 +61,7 @@ def test_what_the_devices_hold_is_the_model(case, tmp_path):
         ("llama_gqa_tied", "topk:kv_int8", (2, 4)),
         ("bloom", "relative:kv_int8", (1, 5)),
         ("opt_post_norm", "vectorwise:kv_int8", (8, 1)),
+        ("opt_post_norm", "llm_int8", (2, 3)),
     ],
 )
 def test_logits_and_text_are_those_of_one_device(case, method, shape):
@@ -114,7 +126,7 @@ def test_what_evaluation_looks_at_is_that_of_one_device():
 
 
 def test_a_step_moves_activations_only():
-    """Per layer: inputs and sums of two layers; for the token: embedding and logits."""
+    """Per layer: what enters its four linear layers; for the token: embedding and logits."""
     model = load(GOLDENS / "llama_gqa_tied", quantization="relative", mesh=mesh_of((2, 2)))
     placement, config = model.placement, model.config
     assert placement is not None
@@ -127,14 +139,38 @@ def test_a_step_moves_activations_only():
     steps = generate._compiled_steps(False)
     text = steps.lower(model.params, state, 4, draw, burst=1, **how).compile().as_text()
     gathered = re.findall(r"= (\w+)\[([\d,]*)\]\S* all-gather\(", text)
-    # One row's inputs and logits over "model", the chosen tokens over "data".
-    inputs = [("f32", f"1,{k}") for k in (config.query_size, config.mlp_size)] * config.layers
+    # One row's inputs, also of the head, and logits over "model", the chosen tokens over "data".
+    inputs = [("f32", f"1,1,{k}") for k in (config.query_size, config.mlp_size)] * config.layers
+    inputs += [("f32", f"1,1,{config.hidden_size}")] * (2 * config.layers + 1)
     logits = ("f32", f"1,1,{config.vocab_size}")
     assert sorted(gathered) == sorted([*inputs, logits, ("s32", "2")])
+    added = re.findall(r"= (\w+)\[([\d,]*)\]\S* all-reduce\(", text)
+    assert [found for found in added if found[1]] == [("f32", f"1,1,{config.hidden_size}")]
     assert not re.search(r"(all-to-all|collective-permute)\(", text)
 
 
-def test_a_process_reads_what_its_devices_hold(monkeypatch):
+@pytest.mark.parametrize(("method", "bound"), [(None, 1e-5), (ADDED, 0.05)], ids=["float", "fast"])
+def test_results_of_split_inputs_are_added_up(method, bound):
+    """No input is gathered; a sum for each of two layers, in the dtype of the activations."""
+    one = load(GOLDENS / "llama_gqa_tied", quantization=method)
+    model = load(GOLDENS / "llama_gqa_tied", quantization=method, mesh=mesh_of((1, 2)))
+    config, placement = model.config, model.placement
+    assert placement is not None and not placement.gathered
+    tokens = np.random.default_rng(1).integers(0, config.vocab_size, (3, 11))
+    exact, found = np.asarray(one.logits(tokens)), np.asarray(model.logits(tokens))
+    # Float sums in another order hardly move logits, scales of parts of rows as much as int8 does.
+    assert np.abs(found - exact).max() <= bound * np.abs(exact).max()
+    how = {"config": config, "quantization": model.quantization, "placement": placement}
+    run = jax.jit(forward, static_argnames=tuple(how))
+    text = run.lower(params=model.params, tokens=jnp.asarray(tokens), **how).compile().as_text()
+    assert not re.search(r"(all-gather|all-to-all|collective-permute)\(", text)
+    added = re.findall(r"= \(?f32\[([\d,]*)\].* all-reduce\(", text)
+    assert {math.prod(map(int, shape.split(","))) for shape in added} == {33 * config.hidden_size}
+    assert len(added) == 2 * config.layers + 1  # the embedding's
+
+
+@pytest.mark.parametrize("method", [GATHERED, ADDED], ids=["gathered", "added"])
+def test_a_process_reads_what_its_devices_hold(monkeypatch, method):
     """Of rows split over four processes, each reads a quarter."""
     checkpoint = loading.describe(GOLDENS / "llama_mha")
     read: dict[str, int] = {}
@@ -148,11 +184,12 @@ def test_a_process_reads_what_its_devices_hold(monkeypatch):
     monkeypatch.setattr(type(checkpoint.reader), "read", counting)
     monkeypatch.setattr(Placement, "held", [2])
     monkeypatch.setattr(Placement, "put", lambda self, path, shards: shards[min(shards)])
-    placement = Placement(checkpoint.config, mesh_of((1, 4)))
-    loading._read(checkpoint, QUANTIZATIONS["relative"], np.dtype(np.float32), placement)
+    placement = Placement.of(checkpoint.config, mesh_of((1, 4)), method)
+    loading._read(checkpoint, method, np.dtype(np.float32), placement)
     rows = {name: checkpoint.reader.shape(name)[0] for name in read}
     for name, count in read.items():
-        whole = name.endswith(("norm.weight", "o_proj.weight", "down_proj.weight"))
+        along_inputs = () if placement.gathered else ("o_proj.weight", "down_proj.weight")
+        whole = name.endswith(("norm.weight", *along_inputs))
         assert count == rows[name] // (1 if whole else 4), name
 
 

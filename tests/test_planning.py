@@ -173,8 +173,9 @@ def test_the_largest_fit_eight_devices(name: str) -> None:
     planned = planning.plan(whole, quantization=INT8, mesh=(1, 8))
     assert planned.total < 24 * 2**30 < planning.plan(whole, quantization=INT8, mesh=(1, 4)).total
     config = dataclasses.replace(whole, layers=1)
-    placement = Placement(config, jax.make_mesh((1, 8), ("data", "model"), (AxisType.Auto,) * 2))
     method = dataclasses.replace(INT8, implementation="cpu")
+    mesh = jax.make_mesh((1, 8), ("data", "model"), (AxisType.Auto,) * 2)
+    placement = Placement.of(config, mesh, method)
     one = planning.plan(config, quantization=method, dtype="float32", mesh=(1, 8), context=512)
     found = compiled_prompt(config, method, jnp.float32, 1, 512, placement)
     assert 0 <= found.argument_size_in_bytes - one.weights < 10_000

@@ -1,5 +1,6 @@
 """A layer and a model on a mesh of GPUs beside one of them, for gpu_check.py: equal bits, equal text, and the speed."""
 
+import dataclasses
 import functools
 import itertools
 import pathlib
@@ -39,9 +40,15 @@ CASES = (
 )
 MODELS = (("llama_gqa_tied", "topk:kv_int8"), ("bloom", "relative"))
 # A layer whose inputs are split, as a decoder's `down`; rows on both sides of what `linear` gathers.
-SPLIT_K, SPLIT_N, SPLIT_ROWS, SPLIT_LAYERS = 14336, 4096, (1, 8, 32, 73, 256, 1024), 8
-METHODS = ("int8 relative 6, int8 head and cache", "bf16", "int8 relative 6")
+SPLIT_K, SPLIT_N, SPLIT_ROWS, SPLIT_LAYERS = 14336, 4096, (1, 32, 1024), 8
+_INT8 = gpu_decode.METHODS["int8 relative 6, int8 head and cache"]
+METHODS = {
+    "int8": _INT8,
+    "bf16": None,
+    "int8, fast": dataclasses.replace(_INT8, reduction="fast"),
+}
 BATCHES = (1, 32)
+DECODING_SECONDS = 60  # what a method may take on a mesh, nearly all of it compilation
 
 
 def mesh_of(data: int, model: int) -> Mesh:
@@ -136,7 +143,7 @@ def _chain(x: jax.Array, weights: Any, way: Any, partition: Partition) -> jax.Ar
     return x
 
 
-def _time_split_layers(begin: float) -> list[dict[str, Any]]:
+def _time_split_layers() -> list[dict[str, Any]]:
     """Microseconds of a layer whose inputs are split over all GPUs: gathered and quantised whole, or by statistics."""
     partition = Partition(mesh_of(1, jax.device_count()), k="model")
 
@@ -159,16 +166,15 @@ def _time_split_layers(begin: float) -> list[dict[str, Any]]:
         for name, rule in (("none", None), ("relative 6", RelativeThreshold(6.0))):
             ways |= {f"{name}, gathered": (rule, 1 << 40), f"{name}, statistics": (rule, 0)}
         for name, (way, gathered) in ways.items():
-            if time.monotonic() - begin > 0.4 * STAGES["mesh"]:
-                return rows
-            before, linear.GATHERED_VALUES = linear.GATHERED_VALUES, gathered
+            limits = linear.GATHERED_VALUES, linear.GATHERED_VALUES_WITHOUT_RULE
+            linear.GATHERED_VALUES = linear.GATHERED_VALUES_WITHOUT_RULE = gathered
             jax.clear_caches()  # what was traced with another limit
             weights = floats if way == "bf16" else int8
             call = functools.partial(_chain, x, weights, way, partition)
             row[name] = 1e6 / SPLIT_LAYERS * _several(call)
-            linear.GATHERED_VALUES = before
+            linear.GATHERED_VALUES, linear.GATHERED_VALUES_WITHOUT_RULE = limits
         rows.append(row)
-        print(row, f"after {time.monotonic() - begin:.0f} s", flush=True)
+        print(row, flush=True)
     return rows
 
 
@@ -188,32 +194,24 @@ def _on_mesh(make: Callable[..., Any], placement: Placement) -> Any:
     return jax.jit(make, out_shardings=shardings)()
 
 
-def _time_decoding(begin: float) -> list[dict[str, Any]]:
-    """Tokens per second of the shape of `gpu_decode`, on one GPU and split over all."""
+def time_decoding(method: str, shape: tuple[int, int]) -> list[dict[str, Any]]:
+    """Tokens per second of the shape of `gpu_decode`, on a mesh of so many GPUs."""
+    quantization = METHODS[method]
+    placement = None
+    if shape != (1, 1):
+        placement = Placement.of(gpu_decode.CONFIG, mesh_of(*shape), quantization)
+
+    def make() -> Any:
+        params = gpu_decode.make_params(quantization is not None)
+        return gpu_decode.with_head(params, quantization)
+
+    params = jax.jit(make)() if placement is None else _on_mesh(make, placement)
     rows = []
-    deadline = begin + 0.9 * STAGES["mesh"]
-    for method in METHODS:
-        quantization = gpu_decode.METHODS[method]
-
-        def make(quantization: Any = quantization) -> Any:
-            params = gpu_decode.make_params(quantization is not None)
-            return gpu_decode.with_head(params, quantization)
-
-        for shape in ((1, 1), (1, jax.device_count())):
-            placement = None
-            if shape != (1, 1):
-                placement = Placement(gpu_decode.CONFIG, mesh_of(*shape))
-            params = jax.jit(make)() if placement is None else _on_mesh(make, placement)
-            for batch in BATCHES:
-                if time.monotonic() > deadline:
-                    return rows
-                decoding = gpu_decode.Decoding(params, quantization, batch, placement=placement)
-                seconds = gpu_decode.median(decoding)
-                row = {"method": method, "mesh": shape, "batch": batch}
-                row["decode_tokens_per_s"] = gpu_decode.STEPS * batch / seconds
-                rows.append(row)
-                print(row, f"after {time.monotonic() - begin:.0f} s", flush=True)
-            del params
+    for batch in BATCHES:
+        decoding = gpu_decode.Decoding(params, quantization, batch, placement=placement)
+        rate = gpu_decode.STEPS * batch / gpu_decode.median(decoding)
+        rows.append({"method": method, "mesh": shape, "batch": batch, "decode_tokens_per_s": rate})
+        print(rows[-1], flush=True)
     return rows
 
 
@@ -224,14 +222,20 @@ def stage_mesh() -> dict[str, Any]:
         raise RuntimeError(f"mesh: expected at least two GPUs, found {jax.device_count()}")
     layers = _check_layers()
     print(layers, f"after {time.monotonic() - begin:.0f} s", flush=True)
-    split = _time_split_layers(begin)
     models = _check_models()
-    return {
+    found: dict[str, Any] = {
         "gpus": jax.device_count(),
         "cases": layers["cases"],
         "failures": layers["failed"] + [str(row) for row in models if not row["passed"]],
-        "split_layers": split,
         "models": models,
-        "rows": _time_decoding(begin),
+        "checked_after_s": time.monotonic() - begin,
+        "split_layers": _time_split_layers(),
+        "layers_timed_after_s": time.monotonic() - begin,
+        "rows": [],
         "unit": "tokens per second",
     }
+    for shape in ((1, jax.device_count()), (1, 1)):
+        for method in METHODS:
+            if time.monotonic() - begin < 0.9 * STAGES["mesh"] - DECODING_SECONDS:
+                found["rows"] += time_decoding(method, shape)
+    return found
