@@ -44,8 +44,8 @@ def convert_params(
     `nn.with_partitioning` and `nn.with_logical_partitioning` is carried over, the two names exchanged since codes are
     stored [n, k].
 
-    The converted layers need names of their own (``name="..."``, or attributes made in `setup`): Flax calls others by
-    their class, and after the exchange looks for `Dense8bit_0` what is here as `Dense_0`.
+    Layers keep their names. Flax calls those without one by their class, and after the exchange would look for
+    `Dense8bit_0` what is here as `Dense_0`: see `Dense8bit` for what to do.
 
     Args:
       variables: {"params": tree, ...}, as `module.init` returns it and a training loop left it.

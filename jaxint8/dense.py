@@ -25,9 +25,12 @@ Names = tuple[str | None, ...]
 class Dense8bit(nn.Module):
     """A linear layer with int8 weights and LLM.int8() outlier decomposition (paper, section 3).
 
-    To take the place of an `nn.Dense` it must have that layer's name: Flax calls layers without one by their class,
-    `Dense_0` before and `Dense8bit_0` after, where there are no codes. Give such layers ``name="..."``, or make them in
-    `setup`.
+    To take the place of an `nn.Dense` it must have that layer's name. Flax calls layers without one by their class,
+    `Dense_0` before and `Dense8bit_0` after, where there are no codes: for those, a class of the same name will do, and
+    counts on beside the `nn.Dense` that stay. Else give layers ``name="..."``, or make them in `setup`::
+
+        class Dense(Dense8bit):
+            pass
 
     Attributes:
       features: n, the width of the output.
@@ -94,7 +97,7 @@ class Dense8bit(nn.Module):
         if not (self.has_variable(COLLECTION, name) or self.is_mutable_collection(COLLECTION)):
             raise ValueError(
                 f"{path}: expected in the collection {COLLECTION!r}, got none; convert_params leaves them under the "
-                "name of the nn.Dense layer, so that both need the same one: name=..., or setup"
+                "name of the nn.Dense layer, so that both need the same one: name=..., setup, or a subclass Dense"
             )
         boxed: Callable[..., Any] = (
             init if names is None else nn.with_logical_partitioning(init, names)

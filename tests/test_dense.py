@@ -8,7 +8,14 @@ from flax import linen as nn
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxint8 import Dense8bit, QuantizedMatrix, RelativeThreshold, int8_linear, quantize
+from jaxint8 import (
+    Dense8bit,
+    QuantizedMatrix,
+    RelativeThreshold,
+    convert_params,
+    int8_linear,
+    quantize,
+)
 
 
 def variables(k: int = 12, n: int = 5):
@@ -63,6 +70,28 @@ def test_partition_names_are_logical():
     assert codes.value.sharding.is_equivalent_to(NamedSharding(mesh, P("model", None)), 2)
     with jax.set_mesh(mesh):  # without rules nothing is constrained
         layer.init(jax.random.key(0), x)
+
+
+def test_layers_that_flax_numbers_are_found_by_a_class_called_dense():
+    """Also beside layers that stay float, which have numbers of the same row."""
+
+    class Dense(Dense8bit):
+        outliers: RelativeThreshold = RelativeThreshold(6.0)
+
+    class Model(nn.Module):
+        kind: type[nn.Module]
+
+        @nn.compact
+        def __call__(self, x):
+            x = nn.relu(self.kind(32)(x))
+            return self.kind(10)(nn.Dense(24)(x))
+
+    x = jax.random.normal(jax.random.key(0), (4, 12))
+    v = Model(nn.Dense).init(jax.random.key(1), x)
+    converted = convert_params(v, [("Dense_1", "keep"), (".*", "int8")])
+    assert set(converted["quant"]) == {"Dense_0", "Dense_2"}
+    y, exact = Model(Dense).apply(converted, x), Model(nn.Dense).apply(v, x)
+    assert 0 < np.abs(y - exact).max() < 0.05
 
 
 def test_a_layer_without_codes_says_what_its_name_has_to_do_with_it():

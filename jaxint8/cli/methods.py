@@ -48,8 +48,8 @@ SWEEP = (
 GROUPS = {"all": tuple(METHODS), "sweep": SWEEP}
 HELP = (
     f"Any of {', '.join(METHODS)}, with options as in llm_int8:4:token, relative:8:column:float, "
-    "topk:16, llm_int8:float_weights, topk:kv_int8 (see --kv_cache), topk:fast (on a mesh, rows scaled in parts); or all; "
-    "or sweep (thresholds of each rule)."
+    "topk:16, llm_int8:float_weights, topk:kv_int8 (see --kv_cache), topk:fast (on a mesh, rows scaled in parts); "
+    "or all; or sweep (thresholds of each rule)."
 )
 
 
