@@ -84,7 +84,8 @@ def test_layers_that_flax_numbers_are_found_by_a_class_called_dense():
         @nn.compact
         def __call__(self, x):
             x = nn.relu(self.kind(32)(x))
-            return self.kind(10)(nn.Dense(24)(x))
+            x = nn.Dense(24)(x)
+            return self.kind(10)(x)
 
     x = jax.random.normal(jax.random.key(0), (4, 12))
     v = Model(nn.Dense).init(jax.random.key(1), x)
