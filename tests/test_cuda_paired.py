@@ -28,7 +28,8 @@ def takes_paired(executor: Executor) -> bool:
 
 
 # One step of k and several, rows that are one group of values a thread and several, tiles of rows that are not full, a
-# block of a pair without outputs, outputs in fours and not, tiles of both widths, fewer stages than steps.
+# block of a pair without outputs, outputs in fours and not, tiles of both widths (of rows of over 1,024
+# columns too), fewer stages than steps.
 @pytest.mark.parametrize("order", range(3))
 @pytest.mark.parametrize("rule", RULES, ids=str)
 @pytest.mark.parametrize(
@@ -41,6 +42,7 @@ def takes_paired(executor: Executor) -> bool:
         (3, 2048, 129),
         (50, 144, 515),
         (130, 272, 1030),
+        (130, 1040, 900),
     ],
     ids=str,
 )

@@ -107,7 +107,7 @@ class Call {
 
   // paired.cu
   const char* Paired();
-  template <Type kType, Rule kRule>
+  template <Type kType, Rule kRule, int kFirst>
   const char* PairedShaped(const PairedShape& shape);
   template <Type kType, Rule kRule, int kTileN, int kHeld>
   const char* PairedWith(const PairedShape& shape);

@@ -21,11 +21,14 @@ const char* Call::PairedWith(const PairedShape& shape) {
   return queue_.Launch<Kernel>(PairedBlocks(p_.m, p_.n, kTileN), Kernel::kMaxThreads, shape.shared, s, 2);
 }
 
-template <Type kType, Rule kRule>
+// kFirst: of the shapes that are left to compare with.
+template <Type kType, Rule kRule, int kFirst>
 const char* Call::PairedShaped(const PairedShape& shape) {
-  if (shape.held != kPairedHeld[0]) return PairedWith<kType, kRule, 64, kPairedHeld[1]>(shape);
-  return shape.outputs == 64 ? PairedWith<kType, kRule, 64, kPairedHeld[0]>(shape)
-                             : PairedWith<kType, kRule, 128, kPairedHeld[0]>(shape);
+  constexpr PairedShape kCut = kPairedShapes[kFirst];
+  if constexpr (kFirst + 1 < static_cast<int>(sizeof kPairedShapes / sizeof *kPairedShapes)) {
+    if (shape.outputs != kCut.outputs || shape.held != kCut.held) return PairedShaped<kType, kRule, kFirst + 1>(shape);
+  }
+  return PairedWith<kType, kRule, kCut.outputs, kCut.held>(shape);
 }
 
 const char* Call::Paired() {
@@ -34,11 +37,11 @@ const char* Call::Paired() {
     constexpr Type kType = decltype(type)::kType;
     switch (p_.options.rule) {
       case Rule::kNone:
-        return PairedShaped<kType, Rule::kNone>(shape);
+        return PairedShaped<kType, Rule::kNone, 0>(shape);
       case Rule::kThreshold:
-        return PairedShaped<kType, Rule::kThreshold>(shape);
+        return PairedShaped<kType, Rule::kThreshold, 0>(shape);
       default:
-        return PairedShaped<kType, Rule::kRelative>(shape);
+        return PairedShaped<kType, Rule::kRelative, 0>(shape);
     }
   });
 }

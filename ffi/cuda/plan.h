@@ -193,21 +193,25 @@ inline constexpr int64_t kSharedMost = 227 * 1024;
 // How paired.h cuts a layer: outputs of a block, groups of values that a thread holds, stages of weights. One block
 // fits on a multiprocessor, so that they are spread.
 struct PairedShape {
-  int outputs, held, stages;  // outputs: 0 if it does not fit
-  int64_t shared;
+  int outputs = 0, held = 0, stages = 0;  // outputs: 0 if it does not fit
+  int64_t shared = 0;
 };
-inline constexpr int kPairedHeld[] = {2, 4};
-inline constexpr int64_t kPairedMost = 132;  // blocks: those that an H200 has at once
+// Those that there are: the first of wide enough rows that needs no more blocks than an H200 has at once, or the last.
+inline constexpr PairedShape kPairedShapes[] = {{64, 2}, {128, 2}, {64, 4}, {128, 3}};
+inline constexpr int64_t kPairedMost = 132;
 inline int64_t PairedBlocks(int64_t m, int64_t n, int outputs) {
   return (m + kPairedRows - 1) / kPairedRows * ((n + 2 * outputs - 1) / (2 * outputs)) * 2;
 }
-// Longer rows with the narrower tiles only, which leave room for them.
 inline PairedShape ChoosePaired(const Problem& p, bool high) {
-  const bool long_rows = p.k > PairedColumns(kPairedHeld[0]);
-  if (p.k > PairedColumns(kPairedHeld[1])) return {};
+  PairedShape s;
+  for (const PairedShape& shape : kPairedShapes) {
+    if (p.k > PairedColumns(shape.held)) continue;
+    s = shape;
+    if (PairedBlocks(p.m, p.n, s.outputs) <= kPairedMost) break;
+  }
+  if (s.outputs == 0) return s;
   const int steps = static_cast<int>((p.k + 127) / 128);
-  PairedShape s{long_rows || PairedBlocks(p.m, p.n, 64) <= kPairedMost ? 64 : 128, kPairedHeld[long_rows],
-                steps > kPairedGroups ? steps : kPairedGroups, 0};
+  s.stages = steps > kPairedGroups ? steps : kPairedGroups;
   const auto bytes = [&] { return MakePairedLayout(high, p.k, s.outputs, s.stages).bytes; };
   while (s.stages > kPairedGroups && bytes() > kSharedMost) --s.stages;
   constexpr int64_t kAlone = 116 * 1024;
@@ -222,6 +226,7 @@ inline bool PrefersPaired(const Problem& p, bool has_rule) {
   if (shape.outputs == 0 || PairedBlocks(p.m, p.n, shape.outputs) > kPairedMost) return false;
   if (p.prologue != Prologue::kNone) return false;
   const int64_t weights = p.n * p.k;
+  if (!has_rule && shape.held == 3 && weights > int64_t{8} << 20) return false;
   if (!has_rule) return p.m >= 16 || (p.n >= p.k && weights >= int64_t{1} << 20);
   if (p.k < 512) return false;
   if (p.m > 32) return p.n >= 768;
