@@ -13,7 +13,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -25,22 +24,13 @@ from jax.sharding import PartitionSpec as P
 from jaxint8.models.cache import KVCache
 from jaxint8.models.config import DecoderConfig, QuantizationConfig
 from jaxint8.models.families import Path
+from jaxint8.models.pieces import Piece, merged
 from jaxint8.models.split import HIDDEN, Split
 
 DATA, MODEL = "data", "model"
 # The axis along which a parameter is split over "model": rows (output channels) or columns (inputs). Others are whole
 # on every device.
 _SPLIT_AXIS = {"embedding": 0, "lm_head": 0, "int8_head": 0, "qkv": 0, "up": 0, "out": 1, "down": 1}
-
-
-@dataclasses.dataclass(frozen=True)
-class Piece:
-    """Rows (or columns) ``start`` to ``stop`` of a part of a `Source`; they stand at ``at`` on the device."""
-
-    part: int
-    start: int
-    stop: int
-    at: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +45,8 @@ class Placement:
             devices, in the place of being split along their inputs. So is what is added from layer to layer.
 
     Raises:
-        ValueError: the mesh has other axes.
+        TypeError: the mesh is none.
+        ValueError: it has other axes.
 
     """
 
@@ -81,6 +72,8 @@ class Placement:
 
     def __post_init__(self) -> None:
         """Checks the axes."""
+        if not isinstance(self.mesh, Mesh | AbstractMesh):
+            raise TypeError(f"mesh: expected a jax.sharding.Mesh, got {self.mesh!r}")
         names = tuple(self.mesh.axis_names)
         if not names or not {DATA, MODEL}.issuperset(names):
             raise ValueError(f"mesh: expected axes ('data', 'model'), got {names}")
@@ -169,7 +162,7 @@ class Placement:
             found = [self._even(size, self.config.mlp_size, device, p) for p in range(parts)]
         else:
             found = [self._even(self.local.vocab_size, self.config.vocab_size, device, 0)]
-        return list(_merged(piece for piece in found if piece.start < piece.stop))
+        return list(merged(piece for piece in found if piece.start < piece.stop))
 
     def size(self, path: Path, whole: tuple[int, ...]) -> tuple[int, ...]:
         """The shape of what one device holds of a parameter of shape ``whole``."""
@@ -327,7 +320,7 @@ class Placement:
             for slot, (_, queries) in enumerate(self._slots)
             if queries
         )
-        return tuple((p.at, p.at + p.stop - p.start) for p in _merged(pieces))
+        return tuple((p.at, p.at + p.stop - p.start) for p in merged(pieces))
 
     def without_padding(self, module: str, x: jax.Array) -> jax.Array:
         """Drops the columns of padding from what enters a layer (under jit)."""
@@ -405,22 +398,3 @@ def _keys(path: tuple[Any, ...]) -> Path:
 def _module(path: Path) -> str:
     """The name of the split module that a parameter belongs to."""
     return str(next(name for name in reversed(path) if name in _SPLIT_AXIS))
-
-
-def _merged(pieces: Iterator[Piece]) -> Iterator[Piece]:
-    """Joins pieces that follow each other on both sides."""
-    last = None
-    for piece in pieces:
-        if last is None:
-            last = piece
-        elif (last.part, last.stop, last.at - last.start) == (
-            piece.part,
-            piece.start,
-            piece.at - piece.start,
-        ):
-            last = dataclasses.replace(last, stop=piece.stop)
-        else:
-            yield last
-            last = piece
-    if last is not None:
-        yield last

@@ -24,6 +24,7 @@ from jaxint8.models.config import DecoderConfig, QuantizationConfig
 from jaxint8.models.families import FAMILIES, Path
 from jaxint8.models.generate import padded_length
 from jaxint8.models.placement import DATA, MODEL, Placement
+from jaxint8.outliers import as_rule, is_token_scope
 
 # Left of each device for what no plan sees: the runtime's own memory, compiled programs, fragmentation.
 RESERVE = 512 * 2**20
@@ -111,7 +112,9 @@ def plan(
         weights=config.layers * _nbytes(layer) + _nbytes(rest),
         cache=rows * capacity * per_token,
         activations=activations,
-        workspace=_workspace(params, rows * tokens, portable),
+        workspace=_workspace(
+            params, rows * tokens, portable or _asks_others(placement, quantization)
+        ),
         reserve=reserve,
     )
 
@@ -190,20 +193,28 @@ def _activations(placement: Placement, rows: int, tokens: int, size: int) -> int
         mlp += 2 * m * placement.config.mlp_size * size
     elif placement.model > 1:
         # Sums over a layer's inputs that several devices hold, before and after they are added up.
-        sums = 2 * m * hidden * 4
+        sums = 2 * m * hidden * 4 * (1 if placement.config.norm_first else 2)
     head = 2 * rows * placement.config.vocab_size * 4
     masks = rows * tokens * tokens
     # The residual, its norm, and what is added to it.
     return 3 * m * hidden * size + max(attention, mlp, head, sums) + masks
 
 
+def _asks_others(placement: Placement, quantization: QuantizationConfig | None) -> bool:
+    """Whether rows on other devices have a say in outliers, which no kernel but pure JAX asks for."""
+    return (
+        placement.data > 1
+        and quantization is not None
+        and not is_token_scope(as_rule(quantization.outliers))
+    )
+
+
 def _workspace(params: dict[str, Any], m: int, portable: bool) -> int:
     """The most that one int8 product of m rows needs."""
     leaves = jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, QuantizedMatrix))
     shapes = {leaf.shape for leaf in leaves if isinstance(leaf, QuantizedMatrix)}
-    if (
-        portable
-    ):  # two stacked rows of codes, their sums in int32, and those put together, in float32
-        return max((m * (2 * k + 3 * n * 4) for k, n in shapes), default=0)
+    if portable:
+        # Rows in float32, two stacked rows of codes, their sums in int32, and those put together, in float32.
+        return max((m * (4 * k + 2 * k + 3 * n * 4) for k, n in shapes), default=0)
     aligned = {(-(-k // _CODE_ALIGN) * _CODE_ALIGN, n) for k, n in shapes}
     return max((2 * m * k + (m + n) * min(-(-k // 4), _GATHER_MOST) for k, n in aligned), default=0)

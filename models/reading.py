@@ -27,7 +27,7 @@ from rich.progress import Progress
 
 from jaxint8.checkpoint import TensorReader, bitsandbytes, codes
 from jaxint8.models.families import Part, Source
-from jaxint8.models.placement import Piece
+from jaxint8.models.pieces import Piece
 from jaxint8.scheme_linear import Matrix, quantize_kernel
 from jaxint8.schemes import Scheme
 

@@ -71,6 +71,8 @@ class Split:
         """This device's columns of whole rows [..., hidden], with padding; the inverse of ``whole(x, HIDDEN)``."""
         if not self.model or not self.gathered:
             return x
+        # Else a norm before would be computed for these columns alone, and rounded otherwise.
+        x = jax.lax.optimization_barrier(x)
         held = -(-x.shape[-1] // jax.lax.axis_size(self.model))
         missing = held * jax.lax.axis_size(self.model) - x.shape[-1]
         x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, missing)])

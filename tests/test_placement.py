@@ -125,6 +125,23 @@ def test_what_evaluation_looks_at_is_that_of_one_device():
         )
 
 
+def test_a_norm_in_front_of_the_layers_is_rounded_as_on_one_device():
+    """BLOOM's, behind which a device takes its own columns, and not more of the norm."""
+    one = load(GOLDENS / "bloom", quantization="relative")
+    tokens = np.random.default_rng(2).integers(0, one.config.vocab_size, (3, 9)).astype(np.int32)
+
+    def inputs(params):
+        return linear_inputs(one.config, params, tokens, quantization=one.quantization)
+
+    name = "layers.0.qkv"
+    expected = jax.jit(inputs)(one.params)[name]
+    for shape in ((1, 2), (1, 5), (2, 3)):
+        model = load(GOLDENS / "bloom", quantization="relative", mesh=mesh_of(shape))
+        how = {"quantization": model.quantization, "placement": model.placement}
+        seen = linear_inputs(model.config, model.params, tokens, **how)
+        np.testing.assert_array_equal(seen[name], expected)
+
+
 def test_a_step_moves_activations_only():
     """Per layer: what enters its four linear layers; for the token: embedding and logits."""
     model = load(GOLDENS / "llama_gqa_tied", quantization="relative", mesh=mesh_of((2, 2)))
@@ -197,6 +214,9 @@ def test_other_axes_are_refused():
     mesh = jax.make_mesh((2,), ("tensor",), axis_types=(AxisType.Auto,))
     with pytest.raises(ValueError, match=r"mesh: expected axes \('data', 'model'\), got"):
         load(GOLDENS / "llama_mha", mesh=mesh)
+    for wrong in ("2x4", (2, 4)):
+        with pytest.raises(TypeError, match="mesh: expected a jax.sharding.Mesh, got "):
+            load(GOLDENS / "llama_mha", mesh=wrong)
     with pytest.raises(ValueError, match="quantization: this scheme runs on one device only"):
         load(GOLDENS / "llama_mha", quantization="absmax", mesh=mesh_of((1, 2)))
     model = load(GOLDENS / "llama_mha", mesh=mesh_of((1, 2)))
