@@ -66,6 +66,8 @@ class Dense8bit(nn.Module):
           ValueError: the collection "quant" has no codes or scale under this layer's path, or not of this shape; or see
             `jaxint8.int8_linear`.
         """
+        if jnp.ndim(x) == 0:
+            raise ValueError("x: expected at least one axis, got a scalar")
         k = x.shape[-1]
         codes = self._quant("codes", jnp.zeros, (self.features, k), jnp.int8, self.kernel_axes)
         output_axis = None if self.kernel_axes is None else self.kernel_axes[:1]

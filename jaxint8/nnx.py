@@ -103,11 +103,15 @@ class Dense8bit(nnx.Module):
         the kernel lies, on a mesh with explicit axes too.
 
         Raises:
-          TypeError: `linear` is no `nnx.Linear`, or its kernel no float array.
+          TypeError: `linear` is no `nnx.Linear`, or of a subclass, or its kernel no float array.
           ValueError: the kernel is not 2-D, holds a non-finite value, or k is too large for exact int32 sums.
         """
-        if not isinstance(linear, nnx.Linear):
-            raise TypeError(f"linear: expected an nnx.Linear, got {type(linear).__name__}")
+        if type(linear) is not nnx.Linear:
+            # What a subclass adds would be lost without a word: nnx.LoRALinear is one.
+            hint = (
+                ": merge what it adds into a Linear first" if isinstance(linear, nnx.Linear) else ""
+            )
+            raise TypeError(f"linear: expected an nnx.Linear, got {type(linear).__name__}{hint}")
         layer = cls(
             linear.in_features,
             linear.out_features,

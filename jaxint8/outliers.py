@@ -107,7 +107,9 @@ def as_rule(outliers: OutlierRule | float | None) -> OutlierRule | None:
     if isinstance(outliers, int | float | np.floating | np.integer) and not isinstance(
         outliers, bool
     ):
-        return Threshold(float(outliers))
+        return Threshold(
+            float(Threshold(outliers).value)
+        )  # checked first: it may be too large for a float
     raise TypeError(
         "outliers: expected Threshold, RelativeThreshold, TopK, a number or None, "
         f"got {type(outliers).__name__}"

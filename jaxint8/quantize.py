@@ -110,7 +110,14 @@ def quantize(kernel: ArrayLike, per: Granularity = "channel") -> QuantizedMatrix
       TypeError: the kernel is not a float array.
       ValueError: it is not 2-D, holds a non-finite value, or k is too large for exact int32 sums.
     """
-    kernel = jnp.asarray(kernel)
+    if isinstance(kernel, jax.ShapeDtypeStruct):
+        raise TypeError(
+            "kernel: expected an array, got a shape alone; jax.eval_shape gives the shapes that come of shapes"
+        )
+    try:
+        kernel = jnp.asarray(kernel)
+    except (TypeError, ValueError):
+        raise TypeError(f"kernel: expected an array, got {type(kernel).__name__}") from None
     if kernel.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
         raise TypeError(f"kernel: expected float32, bfloat16 or float16, got {kernel.dtype}")
     if kernel.ndim != 2:

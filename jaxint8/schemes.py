@@ -129,8 +129,10 @@ def _changed(rule: Any, option: str) -> OutlierRule:
     """The rule with another scope, or another number."""
     if rule is None:
         raise ValueError("it has no outliers")
+    if isinstance(rule, TopK):
+        if not option.isdecimal():
+            raise ValueError("it takes a whole number")
+        return TopK(int(option))
     if option in ("token", "column"):
         return dataclasses.replace(rule, scope=option)
-    if isinstance(rule, TopK):
-        return TopK(int(option))
     return dataclasses.replace(rule, value=float(option))

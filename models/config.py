@@ -188,6 +188,7 @@ class QuantizationConfig(Scheme):
     def __post_init__(self) -> None:
         """Checks the choices, and turns a number into the rule that it means."""
         super().__post_init__()
+        self._one_of("implementation", None, "cuda", "cpu", "xla", "reference")
         self._one_of("lm_head", "float", "int8")
         self._one_of("kv_cache", "float", "int8")
         self._one_of("reduction", "exact", "fast")

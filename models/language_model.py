@@ -102,6 +102,8 @@ class LanguageModel:
 
     def temporary_bytes(self, b: int, t: int) -> int:
         """Returns the bytes that one device needs beside parameters and logits, to compute `logits` of [b, t]."""
+        if min(b, t) < 1:
+            raise ValueError(f"b and t: expected at least 1 of each, got {b} and {t}")
         how = {"config": self.config, "quantization": self.quantization}
         tokens = np.zeros((b, t), np.int32)
         lowered = _logits.lower(self.params, tokens, **how, placement=self.placement)
@@ -156,7 +158,7 @@ class LanguageModel:
         return [tokenizer.decode(row) for row in rows]
 
     def stream(self, prompt: str, max_new_tokens: int, **options: Any) -> Iterator[str]:
-        """Yields the continuation of one prompt in pieces, as it is made.
+        """Yields the continuation of one prompt in pieces, as it is made; arguments are checked when that begins.
 
         Args:
             prompt: a text.
@@ -203,7 +205,9 @@ class LanguageModel:
 
     def _tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
-            raise ValueError("this model was loaded without a tokenizer: use generate_tokens")
+            raise ValueError(
+                "this model was loaded without a tokenizer: use jaxint8.models.generate.generate_tokens"
+            )
         return self.tokenizer
 
 

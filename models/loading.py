@@ -59,7 +59,7 @@ def load(
             layers that bitsandbytes has saved as int8 keep their codes.
         quantization: a QuantizationConfig, the name of one ("llm_int8", "relative", "topk" and all
             of `jaxint8.schemes.SCHEMES`, with options: "topk:16", "topk:kv_int8"), or None for float weights;
-            "float32" and "bfloat16" mean None in that dtype.
+            "float32" and "bfloat16" mean None in that dtype, unless ``dtype`` says another.
         dtype: of the float weights and of activations: float32 or bfloat16. None is bfloat16 on
             accelerators and float32 on a CPU, where bfloat16 is slower. Norms and biases are always
             float32.

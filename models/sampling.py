@@ -37,9 +37,14 @@ class Sampling:
 
     def __post_init__(self) -> None:
         """Checks the arguments."""
+        for name in ("temperature", "top_k", "top_p"):
+            value = getattr(self, name)
+            left_out = value is None and name != "temperature"
+            if not left_out and (isinstance(value, str) or not hasattr(value, "__float__")):
+                raise TypeError(f"{name}: expected a number, got {value!r}")
         if not 0.0 <= self.temperature < float("inf"):
             raise ValueError(f"temperature must be finite and >= 0, got {self.temperature}")
-        if self.top_k is not None and (self.top_k != int(self.top_k) or self.top_k < 1):
+        if self.top_k is not None and not (self.top_k >= 1 and self.top_k % 1 == 0):
             raise ValueError(f"top_k must be an integer >= 1 or None, got {self.top_k}")
         if self.top_p is not None and not 0.0 < self.top_p <= 1.0:
             raise ValueError(f"top_p must be in (0, 1] or None, got {self.top_p}")

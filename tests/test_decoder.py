@@ -158,6 +158,8 @@ def test_a_cache_of_another_kind_is_refused() -> None:
         run(config, params, tokens, init_cache(config, 32, start, jnp.float32, how))
     with pytest.raises(ValueError, match="cache: expected kv_cache='int8' .* got 'float'"):
         run(config, params, tokens, init_cache(config, 32, start, jnp.float32), quantization=how)
+    with pytest.raises(ValueError, match="implementation must be one of None, 'cuda', .*got 'gpu'"):
+        QuantizationConfig(implementation="gpu")
     with pytest.raises(ValueError, match="kv_cache must be one of 'float', 'int8', got 'int4'"):
         QuantizationConfig(kv_cache="int4")  # type: ignore[arg-type]
 

@@ -409,6 +409,7 @@ def test_bad_prompts(prompts: list[list[int]], new: int, message: str) -> None:
         ({"temperature": float("inf")}, "temperature"),
         ({"top_k": 0}, "top_k must be an integer >= 1 or None, got 0"),
         ({"top_k": 1.5}, "top_k"),
+        ({"top_k": float("inf")}, "top_k must be an integer >= 1 or None, got inf"),
         ({"top_p": 0.0}, r"top_p must be in \(0, 1\] or None, got 0.0"),
         ({"top_p": 1.1}, "top_p"),
     ],
@@ -416,6 +417,13 @@ def test_bad_prompts(prompts: list[list[int]], new: int, message: str) -> None:
 def test_bad_options(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Sampling(**options)
+
+
+@pytest.mark.parametrize("option", ["temperature", "top_k", "top_p"])
+def test_options_are_numbers(option: str) -> None:
+    with pytest.raises(TypeError, match=f"{option}: expected a number, got '1'"):
+        Sampling(**{option: "1"})  # pyright: ignore[reportArgumentType]
+    Sampling(**{option: jnp.float32(1)})  # pyright: ignore[reportArgumentType]
 
 
 @functools.cache

@@ -131,3 +131,9 @@ def test_from_linear_takes_a_linear_only(other):
         TypeError, match=f"linear: expected an nnx.Linear, got {type(other).__name__}"
     ):
         jaxint8.nnx.Dense8bit.from_linear(other)
+
+
+def test_what_a_subclass_adds_is_not_dropped():
+    linear = nnx.LoRALinear(8, 4, lora_rank=2, rngs=nnx.Rngs(0))
+    with pytest.raises(TypeError, match=r"got LoRALinear: merge what it adds into a Linear first"):
+        jaxint8.nnx.Dense8bit.from_linear(linear)

@@ -94,6 +94,7 @@ def test_relative_threshold_is_scale_free_and_permutation_free():
         (TypeError, lambda: TopK(1.5)),
         (TypeError, lambda: TopK(True)),
         (TypeError, lambda: as_rule("6")),
+        (ValueError, lambda: as_rule(10**400)),
         (TypeError, lambda: as_rule(True)),
     ],
 )

@@ -280,6 +280,9 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     planned = [row["method"] for row in json.loads(told.out)]
     assert {"float32", "topk"} <= set(planned) and "zeropoint" not in planned
     assert "left out, as they cannot be planned for: zeropoint, " in told.err
+    assert run(model="demo", reserve=0, json="true", methods="llm_int8", lm_head="int8") == 0
+    (demo,) = json.loads(capsys.readouterr().out)
+    assert demo["reserve"] == 0
     assert run(table="paper") == 0
     assert "GPT-2 1.3B" in capsys.readouterr().out
     for given, message in (
@@ -290,6 +293,16 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         ({"model": "bloom", "methods": "int3"}, "methods: "),
         ({"model": "bloom", "methods": "topk,zeropoint"}, "methods: zeropoint cannot be planned"),
         ({"model": "bloom", "methods": "bfloat16", "kv_cache": "int8"}, "kv_cache: int8 goes with"),
+        (
+            {"model": "bloom", "device_memory": 24},
+            "device_memory: expected at least 1MiB, as in 24GiB, got '24'",
+        ),
+        ({"model": "bloom", "device_memory": "9" * 400}, "device_memory: expected a size"),
+        ({"model": "bloom", "reserve": "-1"}, "reserve: expected a size"),
+        ({"model": "bloom", "devices": "9" * 30}, "flag --devices=999"),
+        ({"model": "bloom", "batch": "9" * 400}, "flag --batch=999"),
+        ({"model": "bloom", "mesh": f"1x{'9' * 30}"}, "mesh: expected at most 65536 devices, got"),
+        ({"model": "bloom", "methods": "bfloat16", "lm_head": "int8"}, "lm_head: int8 goes with"),
         ({"model": "bloom", "kv_cache": "int4"}, "flag --kv_cache=int4"),
         ({"model": odd(num_attention_heads=0)}, "config.json: model config: 'num_attention_heads'"),
         (
@@ -300,4 +313,5 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         ({"model": odd(hidden_act={})}, "config.json: not a config as expected (TypeError: "),
     ):
         assert run(**given) == 2
-        assert message in capsys.readouterr().err
+        told = capsys.readouterr().err
+        assert message in told and told.count("\n") == 1

@@ -102,6 +102,12 @@ def test_non_finite_weights_are_refused_and_never_become_codes():
     [
         (TypeError, "kernel: expected float32", lambda: quantize(jnp.ones((2, 2), jnp.int32))),
         (ValueError, r"kernel: expected shape \[k, n\]", lambda: quantize(jnp.ones(3))),
+        (TypeError, "kernel: expected an array, got str", lambda: quantize("kernel")),
+        (
+            TypeError,
+            "kernel: .* got a shape alone",
+            lambda: quantize(jax.ShapeDtypeStruct((3, 4), jnp.float32)),
+        ),
         (ValueError, "per: expected", lambda: quantize(jnp.ones((2, 2)), per="row")),
         (ValueError, "k: int32 sums", lambda: quantize(jnp.ones((K_MAX + 1, 1)))),
     ],

@@ -190,8 +190,8 @@ def test_names_with_options(name, outliers, more):
     ("name", "message"),
     [
         ("int4", "'int4' is not one of absmax, zeropoint, rowwise, vectorwise,"),
-        ("topk:token", "option 'token' does not go with topk"),
-        ("topk:x", "option 'x' does not go with topk"),
+        ("topk:token", "option 'token' does not go with topk .it takes a whole number"),
+        ("topk:x", "option 'x' does not go with topk .it takes a whole number"),
         ("llm_int8:-1", "option '-1' does not go with llm_int8 .*must be >= 0"),
         ("vectorwise:4", "option '4' does not go with vectorwise .it has no outliers"),
         ("vectorwise:float_weights", "needs a rule"),
