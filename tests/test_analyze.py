@@ -124,11 +124,36 @@ def test_the_command_injects_into_a_model_that_says_so(checkpoint, tmp_path, cap
     )
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "model.safetensors.index.json", "a.gguf"])
+def test_injecting_replaces_no_model(tmp_path, capsys, monkeypatch, name):
+    monkeypatch.setattr(analyze, "load", lambda *_, **__: pytest.fail("loaded"))
+    (tmp_path / name).write_text("kept")
+    arguments = [f"--model={tmp_path}", "--inject=16", f"--output={tmp_path}"]
+    status, _, err = outcome(analyze, capsys, *arguments)
+    assert status == 2 and err.count("\n") == 1
+    assert f"output: {tmp_path}: there is a model already ({name})" in err
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name).read_text() == "kept"
+
+
+def test_without_outliers_nothing_is_zeroed(checkpoint, tmp_path, capsys):
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT)
+    arguments = [f"--model={checkpoint}", f"--text={text}", "--window=48", "--max_tokens=48"]
+    arguments += ["--threshold=1e6", "--methods=topk"]
+    status, shown, _ = outcome(analyze, capsys, *arguments)
+    assert status == 0 and "| nothing " in shown
+    assert "random dimensions" not in shown and "most common outliers" not in shown
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--inject=16"], "output: expected a folder"),
-        (["--inject=3", "--output=x"], "factor: expected a power of two"),
+        (["--inject=3", "--output=x"], "inject: expected a power of two, got 3"),
+        (["--inject=nan", "--output=x"], "inject: expected a power of two, got nan"),
+        (["--inject=-2", "--output=x"], "inject: expected a power of two, got -2"),
+        (["--inject=1e300", "--output=x"], "inject: expected a power of two, got 1e+300"),
         (["--methods=topk,float32"], "methods: expected int8 methods, got 'float32'"),
         (
             ["--methods=llm_int8,topk:kv_int8"],

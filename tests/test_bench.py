@@ -348,6 +348,7 @@ def test_bench_help_names_suites_and_flags(capsys):
 def test_bench_measures_and_reports(capsys, tmp_path, monkeypatch):
     quick = dataclasses.replace(suites.QUICK, effort=TINY)
     monkeypatch.setattr(suites, "QUICK", quick)
+    monkeypatch.setenv("COLUMNS", "40")  # of which a pipe has none
     folder = tmp_path / "report"
     status, out, err = outcome(
         capsys,
@@ -360,7 +361,7 @@ def test_bench_measures_and_reports(capsys, tmp_path, monkeypatch):
         f"--output={folder}",
     )
     assert status == 0
-    assert "64 x 32" in out and "price of outliers" in out
+    assert "64 x 32" in out and "price of outliers" in out and "…" not in out
     assert "layer: k 64, n 32, m 3" in err and "bench.json" in err
     content = json.loads((folder / "bench.json").read_text())
     assert [group["what"]["m"] for group in content["groups"]] == [3]

@@ -11,10 +11,11 @@ import sys
 import numpy as np
 import pytest
 import tokenizers
+from rich.table import Table
 
 from jaxint8.cli import eval as eval_cli
 from jaxint8.cli import generate as generate_cli
-from jaxint8.cli import measure, methods, zeroshot
+from jaxint8.cli import harness, measure, methods, screen, zeroshot
 from jaxint8.evaluation import datasets, perplexity
 from jaxint8.models import load
 from jaxint8.models.config import QUANTIZATIONS
@@ -63,6 +64,7 @@ def test_help_names_every_flag_and_method(command, capsys):
     assert all(name in out for name in methods.METHODS)
     assert "--model" in out and "--[no]help" in out
     assert "--kv_cache: <float|int8>" in out and ":kv_int8" in out
+    assert ("or sweep" in " ".join(out.split())) == (command is eval_cli)
 
 
 @pytest.mark.parametrize(
@@ -71,6 +73,7 @@ def test_help_names_every_flag_and_method(command, capsys):
         (["--methods=llm_int8,int4"], "methods: expected any of float32, bfloat16, absmax,"),
         (["--methods=llm_int8,int4"], "or all, got 'int4'"),
         (["--methods="], "got nothing"),
+        (["--tasks=foo=a.jsonl"], "or NAME=FILE with NAME one of these, got 'foo=a.jsonl'"),
         (["--kv_cache=int4"], "flag --kv_cache=int4"),
         (["--methods=float32,bfloat16", "--kv_cache=int8"], "kv_cache: int8 goes with the int8"),
         (["--methods=float32:kv_int8"], "or all, got 'float32:kv_int8'"),
@@ -318,8 +321,8 @@ def test_generate_streams_the_same_text(checkpoint, tmp_path, capsys):
     [
         ([], "prompt: expected at least one"),
         (["--prompt="], "prompt: expected at least one, none of them empty"),
-        (["--prompt=a", "--method=int4"], "method: expected any of float32,"),
-        (["--prompt=a", "--method=all"], "got 'all'"),
+        (["--prompt=a", "--method=int4"], "method: expected one of float32,"),
+        (["--prompt=a", "--method=all"], "relative, topk, got 'all'"),
         (["--prompt=a", "--method=float32", "--lm_head=int8"], "lm_head: int8 goes with"),
         (["--prompt=a", "--lm_head=int4"], "flag --lm_head=int4"),
         (["--prompt=a", "--method=float32", "--kv_cache=int8"], "kv_cache: int8 goes with"),
@@ -441,3 +444,34 @@ def test_eval_takes_up_a_text_again(checkpoint, text, tmp_path, capsys, monkeypa
     assert outcome(eval_cli, capsys, *arguments)[:2] == (0, out)
     status, _, err = outcome(eval_cli, capsys, *arguments, "--window=48")
     assert status == 2 and "is of another model, method or text" in err
+    held = tmp_path / "out" / "measured" / "text-float32.npz"
+    held.write_bytes(held.read_bytes()[:100])
+    status, _, err = outcome(eval_cli, capsys, *arguments)
+    assert status == 2 and f"output: {held} is damaged: remove it" in err.splitlines()[-1]
+
+
+def test_eval_says_why_there_are_no_plots(checkpoint, text, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(screen.importlib.util, "find_spec", lambda name: None)
+    arguments = [f"--model={checkpoint}", f"--text={text}", "--window=64", "--methods=float32"]
+    status, _, err = outcome(
+        eval_cli, capsys, *arguments, "--nodecode", f"--output={tmp_path / 'o'}"
+    )
+    assert status == 0
+    assert err.splitlines()[-1] == "no plots without matplotlib: pip install 'jaxint8[plot]'"
+
+
+def test_a_table_in_a_pipe_is_not_cut(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    table = Table("a", "b", title="a title")
+    table.add_row("x" * 90, "y" * 90)
+    screen.show(table)
+    shown = capsys.readouterr().out
+    assert "x" * 90 in shown and "y" * 90 in shown
+
+
+def test_the_harness_that_is_missing_is_told_in_one_line(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    assert harness.main() == 2
+    assert capsys.readouterr().err == (
+        "jaxint8-lm-eval: needs lm-eval: pip install 'jaxint8[eval]'\n"
+    )

@@ -322,6 +322,19 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         ({"model": model, "output": output, "shard_size": "2 pounds"}, "shard_size: expected a "),
         ({"model": GOLDENS / "bloom", "output": output}, "there is a model already"),
         (
+            {"model": output, "output": f"{output}/.", "overwrite": "true"},
+            "is the folder of --model, expected another one",
+        ),
+        (
+            {
+                "model": output / "model.safetensors.index.json",
+                "output": output,
+                "overwrite": "true",
+            },
+            "is the folder of --model, expected another one",
+        ),
+        ({"model": model, "output": output, "shard_size": "9" * 400}, "shard_size: expected a "),
+        (
             {"model": model, "output": model / "config.json"},
             "config.json is a file, expected a fold",
         ),

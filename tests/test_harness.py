@@ -15,9 +15,11 @@ lm_eval = pytest.importorskip("lm_eval")
 
 @pytest.fixture(scope="module")
 def adapter(checkpoint):
-    from jaxint8.cli import harness
+    from jaxint8.cli import harness_model
 
-    return harness.JaxInt8LM(str(checkpoint), quantization="topk:4", batch_size=3, device=None)
+    return harness_model.JaxInt8LM(
+        str(checkpoint), quantization="topk:4", batch_size=3, device=None
+    )
 
 
 def instance(*arguments):

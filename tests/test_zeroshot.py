@@ -104,6 +104,12 @@ def test_an_interrupted_run_goes_on_where_it_was(tmp_path):
         zeroshot.score(bigram, asked, **{**options, "identity": "n"})
     with pytest.raises(ValueError, match="another model, method or set of documents"):
         zeroshot.score(bigram, asked[1:], **options)
+    content = journal.read_text()
+    header = content.partition("\n")[0]
+    for broken in ("", "x\n", "[]\n", "{}\n", "\ud800", f"{header}\nx\n", f"{header}\n[1]\n"):
+        journal.write_bytes(broken.encode(errors="surrogatepass"))
+        with pytest.raises(ValueError, match="output: .*j.jsonl is damaged: remove it to have it"):
+            zeroshot.score(bigram, asked, **options)
 
 
 def test_pairs_are_encoded_as_the_harness_does():
@@ -223,3 +229,14 @@ def test_what_was_measured_comes_back(tmp_path):
     (tmp_path / "model").write_text("ab")
     with pytest.raises(ValueError, match="output: .* is of another model, method or text"):
         resume.read(path, key("m"))
+    content = path.read_bytes()
+    for broken in (
+        b"",
+        content[:100],
+        content[:-30],
+        b"x",
+        content.replace("fingerprint".encode("utf-32-le"), b"x" * 44),
+    ):
+        path.write_bytes(broken)
+        with pytest.raises(ValueError, match="output: .*text-topk-4.npz is damaged: remove it to"):
+            resume.read(path, key("m"))

@@ -21,7 +21,7 @@ from absl import flags
 from rich.console import Console
 from rich.progress import Progress
 
-from jaxint8.cli import app, measure, methods
+from jaxint8.cli import app, measure, methods, screen
 from jaxint8.evaluation import analysis, datasets, features, perplexity, report, snr
 from jaxint8.evaluation.files import write_atomically
 from jaxint8.evaluation.outliers import Activations
@@ -83,8 +83,8 @@ def run(options: app.Options) -> None:
     """Analyses or injects, as the flags say."""
     output = options["output"]
     with app.input_errors():
-        if options["inject"] is not None and output is None:
-            raise ValueError("output: expected a folder to save the model with injected outliers")
+        if options["inject"] is not None:
+            _check_inject(options["inject"], output)
         if not 0 < options["threshold"] < math.inf:
             raise ValueError(f"threshold: expected a positive number, got {options['threshold']}")
         names = methods.parse_methods(options["methods"])
@@ -115,6 +115,17 @@ def run(options: app.Options) -> None:
         with app.input_errors():
             written = analysis.write(result, output)
         SCREEN.print("wrote " + ", ".join(map(str, written)), soft_wrap=True)
+        screen.say_if_no_plots(SCREEN)
+
+
+def _check_inject(factor: float, output: str | None) -> None:
+    """Refuses what cannot be injected or written before a model is loaded, which may take minutes."""
+    mantissa, exponent = math.frexp(factor)
+    if mantissa != 0.5 or not -125 <= exponent <= 128:  # a normal number of float32
+        raise ValueError(f"inject: expected a power of two, got {factor:g}")
+    if output is None:
+        raise ValueError("output: expected a folder to save the model with injected outliers")
+    app.refuse_model("output", output)
 
 
 def _analyse(
@@ -219,14 +230,19 @@ def _ablations(
     activations: Activations,
     show: Callable[[int], None],
 ) -> list[analysis.Ablation]:
-    """The model as it is, without its outlier features (the six most common ones if it has none), and the control."""
+    """The model as it is, without its outlier features (the six most common ones if it has none), and the control.
+
+    Without any outlier the model as it is alone: there is nothing to zero, and so nothing to compare with.
+    """
     counted = [f.dimension for f in found if features.is_feature(f)]
     dimensions = counted or [f.dimension for f in found[:6]]
     width = model.config.hidden_size
     others = np.setdiff1d(np.arange(width), dimensions)
-    random = np.random.default_rng(SEED).choice(others, max(1, len(dimensions)), replace=False)
+    random = np.random.default_rng(SEED).choice(others, len(dimensions), replace=False)
     label = "outlier features" if counted else "most common outliers"
-    cases = [("nothing", []), (label, dimensions), ("random dimensions", random.tolist())]
+    cases = [("nothing", [])]
+    if dimensions:
+        cases += [(label, dimensions), ("random dimensions", random.tolist())]
     done = 0
     result = []
     for what, zeroed in cases:

@@ -63,20 +63,34 @@ def make_folder(name: str, path: str) -> None:
         raise OSError(f"{name}: {path} cannot be made a folder: {error.strerror}") from None
 
 
+_MODELS = ("*.safetensors", "*.safetensors.index.json", "*.gguf")
+
+
+def refuse_model(name: str, path: str) -> None:
+    """Refuses a folder that holds a model, before one is written there.
+
+    Raises:
+      ValueError: it holds one; the message names the flag.
+    """
+    held = sorted(file.name for pattern in _MODELS for file in Path(path).glob(pattern))
+    if held:
+        raise ValueError(f"{name}: {path}: there is a model already ({held[0]})")
+
+
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _UNITS |= {f"{unit}i": 2 ** (10 * power) for power, unit in enumerate("KMGT", start=1)}
 
 
-def parse_bytes(name: str, text: str) -> int:
+def parse_bytes(name: str, text: str, *, least: int = 1) -> int:
     """Reads a size such as 24GiB, 5GB or 1000000.
 
     Raises:
-      ValueError: it is none, or nothing; the message names the flag.
+      ValueError: it is none, less than `least` or more than 64 bits can say; the message names the flag.
     """
     found = re.fullmatch(r"([0-9.]+) *(|[KMGT]i?)B?", text.strip())
-    with contextlib.suppress(ValueError):
-        size = int(float(found[1]) * _UNITS[found[2]]) if found else 0
-        if size > 0:
+    with contextlib.suppress(ValueError, OverflowError):
+        size = int(float(found[1]) * _UNITS[found[2]]) if found else -1
+        if least <= size < 2**63:
             return size
     raise ValueError(f"{name}: expected a size such as 24GiB or 5GB, got {text!r}")
 

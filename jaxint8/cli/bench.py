@@ -17,7 +17,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from jaxint8.cli import app
+from jaxint8.cli import app, screen
 from jaxint8.cli.benchmarks import suites
 from jaxint8.cli.benchmarks.suites import Plan
 from jaxint8.evaluation import report as evaluation_report
@@ -85,16 +85,16 @@ def run(options: app.Options) -> None:
             with app.input_errors():  # a full disk
                 report.write(groups, environment, output)
         SCREEN.print(_progress(group))
-    screen = Console(highlight=False)
     for table in tables.tables(groups):
-        screen.print(_table(table))
+        screen.show(_table(table))
         for note in table.notes:
-            screen.print(f"  {note}")
-        screen.print()
+            screen.show(f"  {note}")
+        screen.show("")
     if output is not None:
         with app.input_errors():
             written = report.write(groups, environment, output)
         SCREEN.print("wrote " + ", ".join(map(str, written)), soft_wrap=True)
+        screen.say_if_no_plots(SCREEN)
 
 
 def parse_suites(names: Sequence[str]) -> list[str]:

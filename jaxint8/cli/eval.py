@@ -30,7 +30,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from jaxint8.cli import app, devices, measure, methods, resume, zeroshot
+from jaxint8.cli import app, devices, measure, methods, resume, screen, zeroshot
 from jaxint8.cli.measure import Measured
 from jaxint8.evaluation import datasets, report
 from jaxint8.evaluation import zeroshot as evaluation
@@ -130,18 +130,14 @@ def _evaluate(options: app.Options, mesh: Mesh | None) -> None:
     tables = ((report.COLUMNS, result.rows, 1), (report.TASK_COLUMNS, result.tasks, 2))
     for columns, rows, names_first in tables:
         if rows:
-            table = _table(report.heading(result), columns, rows, names_first)
-            screen = Console(highlight=False)
-            if not screen.is_terminal:  # a pipe or a log has no width: nothing needs to be cut
-                needed = Console(width=1000).measure(table).maximum
-                screen = Console(highlight=False, width=max(screen.width, needed))
-            screen.print(table)
+            screen.show(_table(report.heading(result), columns, rows, names_first))
     if report.BASELINE not in names:
         SCREEN.print(f"no changes without {report.BASELINE} among --methods")
     if output is not None and devices.is_first():
         with app.input_errors():
             written = report.write(result, output)
         SCREEN.print("wrote " + ", ".join(map(str, written)), soft_wrap=True)
+        screen.say_if_no_plots(SCREEN)
 
 
 def _measure(
@@ -274,7 +270,7 @@ def _table(
     title: str, columns: Sequence[tuple[str, Callable]], rows: Sequence[Any], names: int
 ) -> Table:
     """A table whose first columns, `names` of them, stand on the left."""
-    # 80 columns are what a pipe or a log has.
+    # Narrow, so that it fits a terminal of 80 columns.
     table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for i, (header, _) in enumerate(columns):
         table.add_column(header, justify="left" if i < names else "right", no_wrap=True)

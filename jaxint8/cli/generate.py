@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def define_flags(values: flags.FlagValues) -> None:
     """Adds the command's flags to `values`."""
     flags.DEFINE_string("model", "demo", "A checkpoint, or demo.", flag_values=values)
-    flags.DEFINE_string("method", "topk", methods.HELP, flag_values=values)
+    flags.DEFINE_string("method", "topk", methods.HELP_ONE, flag_values=values)
     flags.DEFINE_enum(
         "lm_head",
         "float",

@@ -10,9 +10,9 @@ import json
 
 import jax.numpy as jnp
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
+from jaxint8.cli import screen
 from jaxint8.models import planning
 from jaxint8.models.config import QUANTIZATIONS, DecoderConfig
 from jaxint8.models.families import family_from_hf
@@ -143,4 +143,4 @@ def show(reserve: int, as_json: bool) -> None:
         table.add_column(name)
     for row in made:
         table.add_row(*map(str, row.values()))
-    Console(width=170).print(table)
+    screen.show(table)

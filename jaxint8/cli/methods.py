@@ -46,15 +46,21 @@ SWEEP = (
     *(f"topk:{k}" for k in (1, 2, 4, 8, 16, 32)),
 )
 GROUPS = {"all": tuple(METHODS), "sweep": SWEEP}
-HELP = (
-    f"Any of {', '.join(METHODS)}, with options as in llm_int8:4:token, relative:8:column:float, "
-    "topk:16, llm_int8:float_weights, topk:kv_int8 (see --kv_cache), topk:fast (on a mesh, rows scaled in parts); "
-    "or all; or sweep (thresholds of each rule)."
+_NAMES = (
+    f"of {', '.join(METHODS)}, with options as in llm_int8:4:token, relative:8:column:float, "
+    "topk:16, llm_int8:float_weights, topk:kv_int8 (see --kv_cache), topk:fast (on a mesh, rows scaled in parts)"
 )
+# Of a flag for several methods, and of one for a single method.
+HELP = f"Any {_NAMES}; or all; or sweep (thresholds of each rule)."
+HELP_ONE = f"One {_NAMES}."
 
 
-def method(name: str) -> Method:
+def method(name: str, expected: str = f"one of {', '.join(METHODS)}") -> Method:
     """Returns what a name means; int8 methods may carry options (see `as_quantization`).
+
+    Args:
+      name: the name, of one method.
+      expected: what could be there, for the message.
 
     Raises:
       ValueError: a name or an option that is not known.
@@ -62,7 +68,7 @@ def method(name: str) -> Method:
     if name in METHODS:
         return METHODS[name]
     if name.partition(":")[0] not in QUANTIZATIONS:
-        raise ValueError(f"expected any of {', '.join(METHODS)} or all, got {name!r}")
+        raise ValueError(f"expected {expected}, got {name!r}")
     return Method(as_quantization(name))
 
 
@@ -72,14 +78,15 @@ def parse_methods(names: Iterable[str]) -> list[str]:
     Raises:
       ValueError: a name that is not known, or no name at all.
     """
+    expected = f"any of {', '.join(METHODS)}, sweep or all"
     expanded: dict[str, None] = {}
     for name in names:
         expanded.update(dict.fromkeys(GROUPS.get(name, (name,))))
     if not expanded:
-        raise ValueError(f"methods: expected any of {', '.join(METHODS)} or all, got nothing")
+        raise ValueError(f"methods: expected {expected}, got nothing")
     for name in expanded:
         try:
-            method(name)
+            method(name, expected)
         except ValueError as error:
             raise ValueError(f"methods: {error}") from None
     return list(expanded)

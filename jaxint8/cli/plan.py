@@ -15,10 +15,9 @@ from typing import Any
 
 from absl import flags
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
-from jaxint8.cli import app, hardware, methods
+from jaxint8.cli import app, hardware, methods, screen
 from jaxint8.cli.devices import parse_mesh
 from jaxint8.models import planning
 from jaxint8.models.config import DecoderConfig
@@ -28,9 +27,11 @@ from jaxint8.models.loading import config_errors, describe
 from jaxint8.models.planning import Plan
 from jaxint8.models.tokenizer import read_json
 
-GIB = 2**30
+MIB, GIB = 2**20, 2**30
 # Beyond these no search looks.
 _MOST_DEVICES, _MOST_BATCH = 1024, 2**20
+# What a plan lists piece by piece takes time and memory with their number.
+_DEVICES = 2**16
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,7 +47,14 @@ def define_flags(values: flags.FlagValues) -> None:
         "A folder with a config.json, a .gguf file, demo, or a name (above).",
         flag_values=values,
     )
-    flags.DEFINE_integer("devices", 1, "How many there are.", lower_bound=1, flag_values=values)
+    flags.DEFINE_integer(
+        "devices",
+        1,
+        "How many there are.",
+        lower_bound=1,
+        upper_bound=_DEVICES,
+        flag_values=values,
+    )
     flags.DEFINE_string(
         "device_memory", "80GiB", "Memory of each, such as 24GiB.", flag_values=values
     )
@@ -68,7 +76,14 @@ def define_flags(values: flags.FlagValues) -> None:
         "lm_head", "float", ["float", "int8"], "Precision of the logits.", flag_values=values
     )
     methods.define_kv_cache(values)
-    flags.DEFINE_integer("batch", 1, "Sequences at once.", lower_bound=1, flag_values=values)
+    flags.DEFINE_integer(
+        "batch",
+        1,
+        "Sequences at once.",
+        lower_bound=1,
+        upper_bound=_MOST_BATCH,
+        flag_values=values,
+    )
     flags.DEFINE_integer(
         "context",
         None,
@@ -96,7 +111,11 @@ def run(options: app.Options) -> None:
     """Plans as the flags say."""
     with app.input_errors():
         memory = app.parse_bytes("device_memory", options["device_memory"])
-        reserve = app.parse_bytes("reserve", options["reserve"])
+        if memory < MIB:  # a number whose unit was forgotten
+            raise ValueError(
+                f"device_memory: expected at least 1MiB, as in 24GiB, got {options['device_memory']!r}"
+            )
+        reserve = app.parse_bytes("reserve", options["reserve"], least=0)
         if options["table"] == "paper":
             hardware.show(reserve, options["json"])
             return
@@ -106,6 +125,8 @@ def run(options: app.Options) -> None:
         mesh = _mesh(options["mesh"], options["devices"])
         names = _planned(options["methods"])
         names = methods.with_kv_cache(names, options["kv_cache"])
+        if options["lm_head"] == "int8" and not any(methods.method(n).quantization for n in names):
+            raise ValueError("lm_head: int8 goes with the int8 methods only")
         planned = {name: _planner(config, name, options, reserve) for name in names}
         plans = {name: of(mesh, options["batch"]) for name, of in planned.items()}
     found = [
@@ -138,7 +159,7 @@ def run(options: app.Options) -> None:
         counts = [str(row[key] or "-") for key in ("fewest_devices", "largest_batch")]
         sizes = [f"{row[part] / GIB:,.2f}" for part in (*parts, "total")]
         table.add_row(row["method"], *sizes, fits, *counts)
-    Console(width=150).print(table)
+    screen.show(table)
 
 
 def read_config(model: str) -> DecoderConfig:
@@ -182,6 +203,8 @@ def _planned(given: Sequence[str]) -> list[str]:
 
 def _mesh(text: str | None, devices: int) -> tuple[int, int]:
     mesh = parse_mesh(text) or (1, devices)
+    if mesh[0] * mesh[1] > _DEVICES:
+        raise ValueError(f"mesh: expected at most {_DEVICES} devices, got {text}")
     if text is not None and devices not in (1, mesh[0] * mesh[1]):
         raise ValueError(f"mesh: {text} is not {devices} devices")
     return mesh

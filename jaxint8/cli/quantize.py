@@ -55,6 +55,7 @@ def run(options: app.Options) -> None:
                 raise ValueError(f"{name}: is needed")
         if Path(options["output"]).is_file():
             raise ValueError(f"output: {options['output']} is a file, expected a folder")
+        _refuse_source(options["model"], options["output"])
         dtype = None if options["dtype"] == "source" else options["dtype"]
         done = convert(
             options["model"],
@@ -72,3 +73,12 @@ def run(options: app.Options) -> None:
     )
     if done.reused_bytes:
         print(f"{done.reused_bytes / 1e6:,.1f} MB of it had been converted before")
+
+
+def _refuse_source(model: str, output: str) -> None:
+    """Refuses to write over what is read, --overwrite or not: the float weights would be lost."""
+    source, target = Path(model), Path(output)
+    if source.is_file() and source.suffix != ".gguf":  # of which no file is replaced
+        source = source.parent
+    if source.exists() and target.exists() and source.samefile(target):
+        raise ValueError(f"output: {output} is the folder of --model, expected another one")

@@ -7,6 +7,7 @@ surprising fact: the path of a checkpoint is not enough for that, so the sizes a
 import dataclasses
 import hashlib
 import json
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,15 @@ import numpy as np
 
 import jaxint8
 from jaxint8.cli.measure import Measured
-from jaxint8.evaluation.files import write_atomically
+from jaxint8.evaluation.files import damaged, write_atomically
 from jaxint8.evaluation.perplexity import Score
 
 FOLDER = "measured"
+# What NumPy, its zip files and JSON raise where a file is not what was written.
+_DAMAGE = (
+    *(EOFError, zipfile.BadZipFile, RuntimeError),
+    *(ValueError, KeyError, TypeError, AttributeError),
+)
 
 
 def identity(source: str, method: Any, *rest: Any) -> str:
@@ -39,18 +45,23 @@ def read(path: Path | None, identity: str) -> Measured | None:
     """What was measured, or None if nothing was.
 
     Raises:
-      ValueError: the file is of another run.
+      ValueError: the file is of another run, or damaged.
     """
     if path is None or not path.exists():
         return None
-    with np.load(path, allow_pickle=False) as content:
-        told = json.loads(str(content["told"]))
-        if told.pop("fingerprint") != _hash(identity):
-            raise ValueError(
-                f"output: {path} is of another model, method or text; remove it or choose another folder"
-            )
-        score = Score(content["logprobs"], told.pop("tokens"), told.pop("tokens_per_s"))
-        return Measured(score=score, **told)
+    try:
+        # Opened here, as NumPy leaves a file open that is no whole zip file.
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as content:
+            told, logprobs = json.loads(str(content["told"])), content["logprobs"]
+        fingerprint = told.pop("fingerprint")
+    except _DAMAGE:
+        raise ValueError(damaged(path)) from None
+    if fingerprint != _hash(identity):
+        raise ValueError(
+            f"output: {path} is of another model, method or text; remove it or choose another folder"
+        )
+    score = Score(logprobs, told.pop("tokens"), told.pop("tokens_per_s"))
+    return Measured(score=score, **told)
 
 
 def write(path: Path | None, measured: Measured, identity: str) -> None:

@@ -21,3 +21,8 @@ def write_atomically(target: Path, fill: Callable[[Path], Any]) -> None:
             temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def damaged(path: Path) -> str:
+    """What to say of a file of results that cannot be read."""
+    return f"output: {path} is damaged: remove it to have it measured again"

@@ -101,7 +101,9 @@ def name_of(source: str) -> str:
     """Returns the name of a task to be loaded; ValueError for one that is unknown."""
     name = source.partition("=")[0]
     if name not in TASKS:
-        raise ValueError(f"tasks: expected any of {', '.join(TASKS)}, or NAME=FILE, got {source!r}")
+        raise ValueError(
+            f"tasks: expected any of {', '.join(TASKS)}, or NAME=FILE with NAME one of these, got {source!r}"
+        )
     return name
 
 

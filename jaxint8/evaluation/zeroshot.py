@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxint8.checkpoint.base import naming
+from jaxint8.evaluation.files import damaged
 from jaxint8.evaluation.tasks import Document
 from jaxint8.partition import to_host
 
@@ -119,7 +120,7 @@ def score(
       An answer to each request, in their order.
 
     Raises:
-      ValueError: the journal belongs to another run.
+      ValueError: the journal belongs to another run, or is damaged.
     """
     groups = batches([len(request.inputs) for request in requests], batch_tokens)
     done = {} if journal is None else _read_journal(journal, _fingerprint(requests, identity))
@@ -226,21 +227,28 @@ def _read_journal(path: Path, fingerprint: str) -> dict[int, Answer]:
         with naming(path):
             path.write_text(json.dumps({"fingerprint": fingerprint}) + "\n")
         return {}
-    content = path.read_text()
-    whole = content[: content.rfind("\n") + 1]
-    if whole != content:
-        with naming(path):
-            path.write_text(whole)
-    header, *lines = whole.splitlines() or ["{}"]
-    if json.loads(header).get("fingerprint") != fingerprint:
+    try:
+        content = path.read_text()
+        whole = content[: content.rfind("\n") + 1]
+        header, *lines = whole.splitlines()
+        held = json.loads(header)["fingerprint"]
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(damaged(path)) from None
+    if held != fingerprint:
         raise ValueError(
             f"output: {path} holds answers of another model, method or set of documents; "
             "remove it or choose another folder"
         )
     found: dict[int, Answer] = {}
-    for line in lines:
-        batch: Mapping[str, list] = json.loads(line)
-        found.update({int(i): Answer(*answer) for i, answer in batch.items()})
+    try:
+        for line in lines:
+            batch: Mapping[str, list] = json.loads(line)
+            found.update({int(i): Answer(*answer) for i, answer in batch.items()})
+    except (ValueError, TypeError, AttributeError):
+        raise ValueError(damaged(path)) from None
+    if whole != content:
+        with naming(path):
+            path.write_text(whole)
     return found
 
 
