@@ -48,7 +48,7 @@ METHODS = {
     "int8, fast": dataclasses.replace(_INT8, reduction="fast"),
 }
 BATCHES = (1, 32)
-DECODING_SECONDS = 60  # what a method may take on a mesh, nearly all of it compilation
+DECODING_SECONDS = 80  # what a method may take on a mesh, nearly all of it compilation
 
 
 def mesh_of(data: int, model: int) -> Mesh:
