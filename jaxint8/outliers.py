@@ -107,9 +107,8 @@ def as_rule(outliers: OutlierRule | float | None) -> OutlierRule | None:
     if isinstance(outliers, int | float | np.floating | np.integer) and not isinstance(
         outliers, bool
     ):
-        return Threshold(
-            float(Threshold(outliers).value)
-        )  # checked first: it may be too large for a float
+        checked = Threshold(outliers)  # a number may be too large for a float
+        return Threshold(float(checked.value))
     raise TypeError(
         "outliers: expected Threshold, RelativeThreshold, TopK, a number or None, "
         f"got {type(outliers).__name__}"

@@ -166,8 +166,8 @@ def test_a_step_moves_activations_only():
     assert not re.search(r"(all-to-all|collective-permute)\(", text)
 
 
-@pytest.mark.parametrize(("method", "bound"), [(None, 1e-5), (ADDED, 0.05)], ids=["float", "fast"])
-def test_results_of_split_inputs_are_added_up(method, bound):
+@pytest.mark.parametrize("method", [None, ADDED], ids=["float", "fast"])
+def test_results_of_split_inputs_are_added_up(method):
     """No input is gathered; a sum for each of two layers, in the dtype of the activations."""
     one = load(GOLDENS / "llama_gqa_tied", quantization=method)
     model = load(GOLDENS / "llama_gqa_tied", quantization=method, mesh=mesh_of((1, 2)))
@@ -175,8 +175,15 @@ def test_results_of_split_inputs_are_added_up(method, bound):
     assert placement is not None and not placement.gathered
     tokens = np.random.default_rng(1).integers(0, config.vocab_size, (3, 11))
     exact, found = np.asarray(one.logits(tokens)), np.asarray(model.logits(tokens))
-    # Float sums in another order hardly move logits, scales of parts of rows as much as int8 does.
-    assert np.abs(found - exact).max() <= bound * np.abs(exact).max()
+    if (
+        method is None
+    ):  # the same sums in another order: a rounding for each term of each, of the size of logits
+        terms = config.layers * (config.query_size + config.mlp_size)
+        most = terms * np.finfo(np.float32).eps * np.abs(exact).max()
+        assert np.abs(found - exact).max() <= most
+    else:  # codes that err no more, each partial result rounded once: as near to float weights, within a factor of two
+        plain = np.asarray(load(GOLDENS / "llama_gqa_tied", quantization=None).logits(tokens))
+        assert 0 < np.abs(found - plain).max() <= 2 * np.abs(exact - plain).max()
     how = {"config": config, "quantization": model.quantization, "placement": placement}
     run = jax.jit(forward, static_argnames=tuple(how))
     text = run.lower(params=model.params, tokens=jnp.asarray(tokens), **how).compile().as_text()

@@ -166,6 +166,25 @@ def test_a_prompt_whose_attention_takes_most_takes_what_was_planned(
     assert 0.5 * most < found.temp_size_in_bytes <= most
 
 
+@pytest.mark.parametrize(
+    ("mesh", "batch", "tokens", "implementation"),
+    [((2, 4), 4, 128, "cpu"), ((1, 8), 1, 512, "xla")],
+)
+def test_a_mesh_takes_what_was_planned_where_pure_jax_runs(
+    mesh: tuple[int, int], batch: int, tokens: int, implementation: str
+) -> None:
+    """Also where a kernel is there, but other rows have a say in outliers."""
+    config = config_of({**SMALL["llama"], "intermediate_size": 4096})
+    method = dataclasses.replace(INT8, implementation=implementation)
+    how = {"dtype": "float32", "mesh": mesh, "batch": batch, "context": tokens}
+    portable = implementation == "xla"
+    planned = planning.plan(config, quantization=method, portable=portable, **how)
+    devices = jax.make_mesh(mesh, ("data", "model"), (AxisType.Auto,) * 2)
+    placement = Placement.of(config, devices, method)
+    found = compiled_prompt(config, method, jnp.float32, batch, tokens, placement)
+    assert found.temp_size_in_bytes <= planned.activations + planned.workspace
+
+
 @pytest.mark.parametrize("name", ["facebook/opt-175b", "bigscience/bloom"])
 def test_the_largest_fit_eight_devices(name: str) -> None:
     """One layer of the real width on a mesh of eight; the layers are alike, and so share temporaries."""

@@ -226,6 +226,7 @@ inline bool PrefersPaired(const Problem& p, bool has_rule) {
   if (shape.outputs == 0 || PairedBlocks(p.m, p.n, shape.outputs) > kPairedMost) return false;
   if (p.prologue != Prologue::kNone) return false;
   const int64_t weights = p.n * p.k;
+  // Of large weights wide tiles of such rows read too much: without a rule two kernels are sooner done.
   if (!has_rule && shape.held == 3 && weights > int64_t{8} << 20) return false;
   if (!has_rule) return p.m >= 16 || (p.n >= p.k && weights >= int64_t{1} << 20);
   if (p.k < 512) return false;
