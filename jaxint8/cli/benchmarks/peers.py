@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxint8 import kernels
 from jaxint8.cli.benchmarks.engines import Engine, Times
 from jaxint8.evaluation.benchmark.peers import installed
 from jaxint8.models import DecoderConfig, LanguageModel
@@ -61,7 +62,10 @@ class LlamaCpp:
         if api.llama_model_quantize(source, target, ctypes.byref(how)) != 0:
             raise RuntimeError(f"llama.cpp could not convert {gguf}")
         self.step_bytes = converted.stat().st_size
-        self._model = api.llama_model_load_from_file(target, api.llama_model_default_params())
+        how = api.llama_model_default_params()
+        # Its AMX kernels load a tile configuration that the processor refuses, which ends the process (0.3.36).
+        how.use_extra_bufts = not kernels.cpu_features().get("amx_int8", False)
+        self._model = api.llama_model_load_from_file(target, how)
         how = api.llama_context_default_params()
         how.n_ctx = how.n_batch = how.n_ubatch = tokens
         how.n_threads = how.n_threads_batch = threads
