@@ -9,6 +9,9 @@
 // of the AVX512-VNNI rung.
 #include <immintrin.h>
 
+#include <algorithm>
+#include <cstring>
+
 #include "attend_avx512.h"
 #include "int8.h"
 #include "processor.h"
@@ -29,7 +32,7 @@ constexpr int64_t kTilesN = kBlockN / kTile;
 // Below so many rows weights are read as fast without tiles, which would be mostly empty.
 constexpr int64_t kFewRows = 8;
 // Up to so many rows with high parts codes are arranged.
-constexpr int64_t kMostHighRows = 48;
+constexpr int64_t kMostHighRows = kSmallM;
 // Columns multiplied in one go, which keep weights and codes in the L2 cache; fewer where weights are copied.
 constexpr int64_t kPieceK = 4096, kCopiedK = 1024;
 
@@ -38,7 +41,10 @@ struct AmxScratch {
   alignas(64) int8_t copy[kBlockN * (kCopiedK + 64)];
   // Of every 16 rows of codes, four tiles: [16 outputs][16 rows].
   alignas(64) int32_t sums[kChunkM * kBlockN];
-  alignas(64) int32_t high[kTile * kBlockN];
+  union {
+    alignas(64) int32_t high[kTile * kBlockN];
+    alignas(64) uint8_t groups[HiPlan::kMaxArranged * kBlockN * 4];
+  };
 };
 
 // The tile intrinsics of GCC 12 do not say that they read memory.
@@ -90,8 +96,52 @@ void Arrange(const int8_t* rows, int64_t stride, int64_t columns, int8_t* arrang
   }
 }
 
-// Rows [i, i + 4) of a block, or those that exist, from sums to outputs, or to c if there is no epilogue.
-void FinishFour(const Block& b, const int32_t* sums, int64_t i) {
+// Moves the groups of four columns of a plan into [group][kBlockN][4] unsigned weights, 16 outputs after 16: groups are
+// ascending, so that some find their lines in the L1 cache.
+void GatherGroups(const Block& b, uint8_t* groups) {
+  const HiPlan& plan = *b.plan;
+  const __m512i flip = _mm512_set1_epi8(static_cast<char>(0x80));
+  const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const __m512i rows = _mm512_mullo_epi32(lane, _mm512_set1_epi32(static_cast<int32_t>(b.k)));
+  int64_t whole = plan.groups;  // the last group may be cut off by the end of the row
+  if (plan.group[whole - 1] * 4 + 4 > b.k) --whole;
+  for (int64_t j = 0; j < b.n; j += kTile) {
+    const __mmask16 exist = FirstWords(b.n - j);
+    const int8_t* w = b.w + j * b.k;
+    for (int64_t g = 0; g < whole; ++g) {
+      const __m512i four = _mm512_mask_i32gather_epi32(flip, exist, rows, w + int64_t{plan.group[g]} * 4, 1);
+      _mm512_store_si512(groups + (g * kBlockN + j) * 4, _mm512_xor_si512(four, flip));
+    }
+    for (int64_t i = j; whole < plan.groups && i < j + kTile && i < b.n; ++i) {
+      const int64_t column = int64_t{plan.group[whole]} * 4;
+      uint32_t four = 0;
+      std::memcpy(&four, b.w + i * b.k + column, static_cast<size_t>(b.k - column));
+      four ^= 0x80808080;
+      std::memcpy(groups + (whole * kBlockN + i) * 4, &four, sizeof four);
+    }
+  }
+}
+
+// sums += (hi . W) << 7 of one row, from the weights of groups; `slot` is that of its first word. What weights that are
+// unsigned add is taken off again, by the same products with 128.
+ALWAYS_INLINE inline void AddGroups(const Row& row, const uint8_t* groups, const int32_t* slot, __m512i (&sums)[4]) {
+  const __m512i offset = _mm512_set1_epi8(static_cast<char>(0x80));
+  __m512i high[4], added = _mm512_setzero_si512();
+  Unroll<4>([&](auto z) ALWAYS_INLINE { high[z] = _mm512_setzero_si512(); });
+  for (int32_t word = 0; word < row.words; ++word) {
+    const __m512i four = _mm512_set1_epi32(static_cast<int32_t>(row.hi[word].four));
+    const uint8_t* w = groups + int64_t{slot[word]} * kBlockN * 4;
+    Unroll<4>([&](auto z) ALWAYS_INLINE { MulAddInPlace(high[z], _mm512_load_si512(w + z * 64), four); });
+    MulAddInPlace(added, offset, four);
+  }
+  Unroll<4>([&](auto z) ALWAYS_INLINE {
+    sums[z] = _mm512_add_epi32(sums[z], _mm512_slli_epi32(_mm512_sub_epi32(high[z], added), 7));
+  });
+}
+
+// Rows [i, i + 4) of a block, or those that exist, from sums to outputs, or to c if there is no epilogue. High parts
+// are added from the weights of groups, unless those are null; returns the slot of the next row's first word.
+const int32_t* FinishFour(const Block& b, const int32_t* sums, int64_t i, const uint8_t* groups, const int32_t* slot) {
   const int32_t* tiles = sums + i / kTile * kTilesN * kTileSums + i % kTile;
   __m512i acc[4][4];
   Unroll<4>([&](auto z) ALWAYS_INLINE {
@@ -100,14 +150,25 @@ void FinishFour(const Block& b, const int32_t* sums, int64_t i) {
               rows);
     Unroll<4>([&](auto r) ALWAYS_INLINE { acc[r][z] = rows[r]; });
   });
-  if (b.epilogue && FinishesSums(*b.epilogue) && i + 4 <= b.m) return FinishSums<4>(*b.epilogue, i, acc);
   const int64_t end = i + 4 < b.m ? i + 4 : b.m;
+  if (groups) {
+    Unroll<4>([&](auto r) ALWAYS_INLINE {
+      if (i + r >= end || b.rows[i + r].words == 0) return;
+      AddGroups(b.rows[i + r], groups, slot, acc[r]);
+      slot += b.rows[i + r].words;
+    });
+  }
+  if (b.epilogue && FinishesSums(*b.epilogue) && i + 4 <= b.m) {
+    FinishSums<4>(*b.epilogue, i, acc);
+    return slot;
+  }
   Unroll<4>([&](auto r) ALWAYS_INLINE {
     if (i + r >= end) return;
     int32_t* c = b.c + (i + r) * kBlockN;
     Unroll<4>([&](auto z) ALWAYS_INLINE { _mm512_store_si512(c + z * 16, acc[r][z]); });
   });
   if (b.epilogue) Finish(*b.epilogue, i, end);
+  return slot;
 }
 
 // Two tiles of weights by two of codes: c (+)= their sums.
@@ -174,18 +235,17 @@ void Column(const int8_t* w, int64_t stride, const int8_t* x, int64_t steps, con
   _tile_stored(3, c + 3 * kTileSums, 64);
 }
 
-// c (+)= (hi . W) << 7 for 16 rows of codes, of those 64 columns from step `begin` to `end` that hold any high part.
+// c += (hi . W) << 7 for 16 rows of codes, of those 64 columns from step `begin` to `end` that hold any high part.
 void AddHighTiles(const int8_t* w, int64_t stride, const HighTiles& high, int64_t begin, int64_t end, int32_t* sums,
                   int32_t* c) {
-  int64_t first = 0;
-  while (first < high.count && high.step[first] < begin) ++first;
-  int64_t last = first;
-  while (last < high.count && high.step[last] < end) ++last;
-  const auto step_of = [&](int64_t t) { return high.step[first + t] - begin; };
-  Column(w, stride, high.data + first * kTileBytes, last - first, step_of, sums, false);
+  const int32_t *const first = std::lower_bound(high.step, high.step + high.count, begin),
+                *const last = std::lower_bound(first, high.step + high.count, end);
+  if (first == last) return;
+  const auto step_of = [&](int64_t t) { return first[t] - begin; };
+  Column(w, stride, high.data + (first - high.step) * kTileBytes, last - first, step_of, sums, false);
   for (int64_t j = 0; j < kTile * kBlockN; j += 16) {
     const __m512i shifted = _mm512_slli_epi32(_mm512_load_si512(sums + j), 7);
-    _mm512_store_si512(c + j, begin > 0 ? _mm512_add_epi32(_mm512_load_si512(c + j), shifted) : shifted);
+    _mm512_store_si512(c + j, _mm512_add_epi32(_mm512_load_si512(c + j), shifted));
   }
 }
 
@@ -208,9 +268,11 @@ void MultiplyArranged(const Block& b) {
   const int64_t width = PieceOf(b.k, copies ? kCopiedK : kPieceK);
   const int64_t tiles = (b.m + kTile - 1) / kTile, x_tile = kTile * b.stride;
   const auto sums_of = [&](int64_t tile) { return scratch->sums + tile * kTilesN * kTileSums; };
+  const uint8_t* groups = nullptr;
+  const int32_t* slot = b.plan ? b.plan->slot : nullptr;
   for (int64_t k = 0; k < b.k; k += width) {
     const int64_t columns = k + width < b.k ? width : b.k - k, steps = (columns + 63) / 64;
-    const bool adds = k > 0 || b.high, last = k + width >= b.k;
+    const bool adds = k > 0, last = k + width >= b.k;
     const int8_t* w = b.w + k;
     int64_t stride = b.k;
     if (copies) {
@@ -218,12 +280,17 @@ void MultiplyArranged(const Block& b) {
       CopyPart(b.w + k, b.k, b.n, columns, stride, scratch->copy);
       w = scratch->copy;
     }
+    // Of rows whose low parts are multiplied: all weights have just been read, so high parts find them in a cache.
     const auto finish = [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; last && i < end && i < b.m; i += 4) FinishFour(b, scratch->sums, i);
+      for (int64_t i = begin / kTile; b.high && i * kTile < end; ++i) {
+        AddHighTiles(w, stride, b.high[i], k / 64, k / 64 + steps, scratch->high, sums_of(i));
+      }
+      if (last && b.plan && b.plan->groups > 0 && !groups) {
+        GatherGroups(b, scratch->groups);
+        groups = scratch->groups;
+      }
+      for (int64_t i = begin; last && i < end && i < b.m; i += 4) slot = FinishFour(b, scratch->sums, i, groups, slot);
     };
-    for (int64_t i = 0; b.high && i < tiles; ++i) {
-      AddHighTiles(w, stride, b.high[i], k / 64, k / 64 + steps, scratch->high, sums_of(i));
-    }
     const int8_t* const x = b.lo + k * kTile;
     for (int64_t z = 0; z < kTilesN; z += 2) {
       for (int64_t i = 0; i + 1 < tiles; i += 2) {

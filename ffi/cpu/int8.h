@@ -97,15 +97,17 @@ struct FourRows {
   const HiWord* words = {};         // [moved + outliers][kTurnedRows]
 };
 
-// The high parts of a small product (m <= kSmallM, codes not arranged): which groups of four columns hold any, in some
+// The high parts of a small product (m <= kSmallM): which groups of four columns hold any, in some
 // row. The weights of these groups are gathered once per block and serve all rows. Rows whose weights
 // are read as a stream use their own lists instead; a single one with many outliers keeps its high parts for all
 // columns (dense), for weights are read more slowly than multiplied.
 struct HiPlan {
-  static constexpr int64_t kMaxGroups = 256, kMaxTurned = 384;  // with more, a tiled product is better
+  // With more, a tiled product is better; where codes are arranged, tiles of high parts are.
+  static constexpr int64_t kMaxGroups = 256, kMaxTurned = 384, kMaxArranged = 512;
 
   bool dense = false;
   bool turned = false;  // all rows are, and FourRows::words name these groups
+  bool tiles = false;   // codes are arranged, and so are high parts (HighTiles): there is nothing to gather
   int64_t groups = 0;
   const int32_t* group = {};    // [groups], ascending
   const uint16_t* needed = {};  // for every 16 groups, that is 64 columns: which of them are listed
@@ -113,8 +115,7 @@ struct HiPlan {
   const int8_t* hi = {};        // dense: [k rounded up to 64], zero where not an outlier
 };
 
-// The high parts of 16 rows of activations whose codes are arranged (Rung::arrange): of every 64 columns that hold any,
-// all of the rows' high parts there, arranged like the codes.
+// The high parts of 16 rows of activations whose codes are arranged (Rung::arrange), where they are many: of every 64 columns that hold any, all of the rows' high parts there, arranged like the codes.
 struct HighTiles {
   int64_t count = 0;
   const int32_t* step = {};  // [count], ascending: which 64 columns
@@ -144,8 +145,7 @@ struct Block {
   const Row* rows;   // [m]
   bool with_hi;      // some row may hold outliers that are carried as 128 * hi + lo
   bool from_memory;  // weights are likely to come from there, and not from a cache
-  // Set when with_hi and m <= kSmallM, unless codes are arranged, or there would be too many groups. Where codes are
-  // turned: up to the rung's turned_m, and without outliers too.
+  // Set when with_hi and m <= kSmallM, unless there would be too many groups. Where codes are turned: up to the rung's turned_m, and without outliers too.
   const HiPlan* plan;
   // Set where high parts are quads: of every four columns a bit that says whether some row may have one there.
   const uint64_t* groups;
@@ -153,7 +153,7 @@ struct Block {
   const FourRows* fours;  // with turned codes: [m / kTurnedRows, rounded up]
   uint8_t* panel;  // with turned codes, of this thread: turned_n outputs of k weights, or the plan's groups of all
   bool arranged;   // codes are, by Rung::arrange
-  const HighTiles* high;  // set when with_hi and codes are arranged: [m / 16, rounded up]
+  const HighTiles* high;  // set when with_hi and codes are arranged, but no plan: [m / 16, rounded up]
   int64_t m;
   const int8_t* w;  // [n][k]
   int64_t n;        // 1..kBlockN
@@ -277,6 +277,7 @@ class Job : public Phased {
   void CopyRows(int64_t item);
   void PlanHi();
   bool PlanTurned();
+  bool PlanHighTiles();
   template <class ForEach>
   void UnionOfGroups(const ForEach& for_each);
   int32_t SlotOf(int32_t group) const;

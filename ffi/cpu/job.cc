@@ -72,13 +72,12 @@ Job::Job(const Problem& problem) : p_(problem), ws_(Acquire()), id_(NextId()) {
     if (static_cast<int64_t>(ws_->row_tiles.size()) == i / kArrangedRows) ws_->row_tiles.emplace_back();
     ws_->row_tiles[i / kArrangedRows].left = std::min(kArrangedRows, p_.m - i);
   }
-  if (arranged_) ws_->high_tiles.assign(room / kArrangedRows, HighTiles{});
   if (turns_) {
     const int64_t fours = CeilDiv(p_.m, kTurnedRows), lines = fours * TurnedLines(p_.m <= p_.rung->turned_m);
     ws_->fours.assign(fours, FourRows{});
     ws_->turned_codes = HalfAPageFrom(p_.w, ws_->turned.Get<int8_t>(lines * ws_->stride + kPage), kTurnedLines);
   }
-  plans_ = p_.rung->turn ? turns_ && p_.m <= p_.rung->turned_m : high && !arranged_ && p_.m <= kSmallM;
+  plans_ = p_.rung->turn ? turns_ && p_.m <= p_.rung->turned_m : high && p_.m <= kSmallM;
   items_[2] = plans_ && row_items > 1;
   quads_ = high && p_.m >= kLeastQuadRows && p_.k <= p_.rung->quads_k;
   // Both halves of a gate and its sums are to stay in the second-level cache, and so are arranged codes.

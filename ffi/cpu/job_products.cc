@@ -50,7 +50,9 @@ Block Job::BlockOf(int64_t item) const {
   b.lo = ws_->codes + i0 * ws_->stride;
   b.rows = ws_->rows.data() + i0;
   b.with_hi = p_.kind == Problem::Kind::kLinear && p_.options.rule != Rule::kNone && !p_.options.float_outliers;
-  b.plan = plans_ && (ws_->plan.turned || ws_->plan.groups <= HiPlan::kMaxGroups) ? &ws_->plan : nullptr;
+  const HiPlan& plan = ws_->plan;
+  const bool planned = arranged_ ? !plan.tiles : plan.turned || plan.groups <= HiPlan::kMaxGroups;
+  b.plan = plans_ && planned ? &plan : nullptr;
   b.groups = quads_ ? GroupsOf(i0, i0 + b.m) : nullptr;
   if (turns_ && (!plans_ || ws_->plan.turned)) {
     b.fours = ws_->fours.data() + i0 / kTurnedRows;
@@ -59,7 +61,7 @@ Block Job::BlockOf(int64_t item) const {
         std::max(p_.rung->turned_n * RoundUp(p_.k, 64), b.plan ? b.plan->groups * kBlockN * 4 : 0));
   }
   b.arranged = arranged_;
-  b.high = arranged_ && b.with_hi ? ws_->high_tiles.data() + i0 / kArrangedRows : nullptr;
+  b.high = arranged_ && b.with_hi && !b.plan ? ws_->high_tiles.data() + i0 / kArrangedRows : nullptr;
   b.w = p_.w + j0 * p_.k;
   b.job = id_;
   b.from_memory = from_memory_;

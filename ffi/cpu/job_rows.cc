@@ -49,31 +49,6 @@ uint32_t SelectLargest(uint32_t* magnitudes, int64_t n, int64_t count) {
   return magnitudes[count - 1];
 }
 
-HighTiles Workspace::RowTile::ArrangeHigh(const Row* first, int64_t m, int64_t k) {
-  constexpr int64_t kTileBytes = 1024;
-  steps.assign(CeilDiv(k, 64), 0);
-  for (int64_t i = 0; i < m; ++i) {
-    for (int32_t j = 0; j < first[i].words; ++j) steps[first[i].hi[j].group / 16] = 1;
-  }
-  int32_t* const place = Scratch().index.Get<int32_t>(static_cast<int64_t>(steps.size()));
-  int32_t count = 0;
-  for (size_t step = 0; step < steps.size(); ++step) {
-    if (steps[step] == 0) continue;
-    place[step] = count;
-    steps[count++] = static_cast<int32_t>(step);
-  }
-  int8_t* const data = high.Get<int8_t>(count * kTileBytes);
-  std::memset(data, 0, static_cast<size_t>(count * kTileBytes));
-  for (int64_t i = 0; i < m; ++i) {
-    for (int32_t j = 0; j < first[i].words; ++j) {
-      const HiWord word = first[i].hi[j];
-      const int64_t tile = place[word.group / 16];
-      std::memcpy(data + tile * kTileBytes + word.group % 16 * 64 + i * 4, &word.four, sizeof word.four);
-    }
-  }
-  return {count, steps.data(), data};
-}
-
 // Row i as it is quantised. Behind a prologue it lies in a buffer of this thread, or, where columns are marked, in one
 // of the job, written by the pass that marks them (keeps) and read by the next.
 const void* Job::RowOf(int64_t i, bool keeps) {
@@ -235,7 +210,6 @@ void Job::Arrange(int64_t begin, int64_t end) {
     std::memcpy(rows, codes, static_cast<size_t>(m * ws_->stride));
     std::memset(rows + m * ws_->stride, 0, static_cast<size_t>((kArrangedRows - m) * ws_->stride));
     p_.rung->arrange(rows, ws_->stride, RoundUp(p_.k, 64), codes);
-    ws_->high_tiles[tile] = ws_->row_tiles[tile].ArrangeHigh(ws_->rows.data() + first, m, p_.k);
   }
 }
 

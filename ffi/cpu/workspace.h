@@ -158,7 +158,10 @@ struct Workspace {
     std::atomic<int64_t> left{0};
     std::vector<int32_t> steps;
     Buffer high;
-    HighTiles ArrangeHigh(const Row* first, int64_t m, int64_t k);
+    // Of every 64 columns a 1 in `steps` if some row has a high part there; returns how many.
+    int64_t MarkSteps(const Row* first, int64_t m, int64_t k);
+    // Of marked steps; rewrites `steps`.
+    HighTiles ArrangeHigh(const Row* first, int64_t m);
   };
   std::deque<RowTile> row_tiles;
   std::vector<HighTiles> high_tiles;
