@@ -2,11 +2,11 @@
 //
 // A tile product takes 16 rows of 64 bytes by 64 rows of 16, four of them interleaved. Rows of weights are the first as
 // they lie, and so need no packing; codes are rewritten to be the second, once for all weights (Arrange). Both are
-// signed. Rows of sums are outputs then, and are transposed on their way to the epilogue. High parts are tiles as well.
+// signed. Rows of sums are outputs then, and are transposed on their way to the epilogue.
 //
-// Of many rows with high parts too many tiles would hold one. There codes are the first as they lie, and weights,
-// packed as for AVX512-VNNI and unsigned, the second: tdpbsud, and the same correction. Products of few rows are those
-// of the AVX512-VNNI rung.
+// A tile of high parts is as dear as one of low ones, however few it holds. So they are multiplied by AVX512-VNNI
+// instead, word by word, by weights of their columns that are gathered once for all rows of a block; tiles are for rows
+// with many. Products of few rows are those of the AVX512-VNNI rung.
 #include <immintrin.h>
 
 #include <algorithm>
@@ -31,8 +31,8 @@ constexpr int64_t kTile = 16, kTileBytes = 1024, kTileSums = 256;
 constexpr int64_t kTilesN = kBlockN / kTile;
 // Below so many rows weights are read as fast without tiles, which would be mostly empty.
 constexpr int64_t kFewRows = 8;
-// Up to so many rows with high parts codes are arranged.
-constexpr int64_t kMostHighRows = kSmallM;
+// Of codes that stay in the second-level cache: half of it.
+constexpr int64_t kArrangedBytes = 1 << 20;
 // Columns multiplied in one go, which keep weights and codes in the L2 cache; fewer where weights are copied.
 constexpr int64_t kPieceK = 4096, kCopiedK = 1024;
 
@@ -50,23 +50,18 @@ struct AmxScratch {
 // The tile intrinsics of GCC 12 do not say that they read memory.
 inline void MemoryIsRead() { asm volatile("" ::: "memory"); }
 
-// What ldtilecfg reads. Where weights are packed tiles 0 to 3 hold sums, 4 and 5 codes, 6 and 7 weights.
-struct alignas(64) TileConfig {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t row_bytes[16] = {};
-  uint8_t rows[16] = {};
-
-  // For `rows_of_codes` of 1 to 32.
-  explicit TileConfig(int64_t rows_of_codes) {
-    const auto upper = static_cast<uint8_t>(rows_of_codes < kTile ? rows_of_codes : kTile);
-    const auto lower = static_cast<uint8_t>(rows_of_codes - upper);
-    const uint8_t heights[8] = {upper, upper, lower, lower, upper, lower, kTile, kTile};
-    for (int tile = 0; tile < 8; ++tile) {
-      rows[tile] = heights[tile];
-      row_bytes[tile] = heights[tile] ? 64 : 0;
-    }
-  }
-};
+// Eight tiles of 16 rows of 64 bytes.
+void ConfigureTiles() {
+  struct alignas(64) {  // what ldtilecfg reads
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t row_bytes[16] = {};
+    uint8_t rows[16] = {};
+  } config;
+  std::fill_n(config.row_bytes, 8, uint16_t{64});
+  std::fill_n(config.rows, 8, uint8_t{kTile});
+  asm volatile("" : : "r"(&config) : "memory");
+  _tile_loadconfig(&config);
+}
 
 // Four words of 16 rows as four registers, of one word of each row: at(q, r) is where they are in row 4 * q + r.
 // Quarters of registers are put together while they are loaded, which leaves half of the shuffles of a transposition.
@@ -171,8 +166,21 @@ const int32_t* FinishFour(const Block& b, const int32_t* sums, int64_t i, const 
   return slot;
 }
 
+// The weights of the next block, as they lie: every step of a square fetches some lines of them into the L2 cache.
+struct BlockAhead {
+  const int8_t *at = nullptr, *end = nullptr;
+  int64_t lines = 0;
+
+  ALWAYS_INLINE void Fetch() {
+    const int8_t* const stop = at + lines * 64;
+    if (stop > end) return;
+    for (; at != stop; at += 64) _mm_prefetch(at, _MM_HINT_T1);
+  }
+};
+
 // Two tiles of weights by two of codes: c (+)= their sums.
-void Square(const int8_t* w, int64_t stride, const int8_t* x, int64_t x_tile, int64_t steps, int32_t* c, bool adds) {
+void Square(const int8_t* w, int64_t stride, const int8_t* x, int64_t x_tile, int64_t steps, int32_t* c, bool adds,
+            BlockAhead* ahead) {
   int32_t* const other = c + kTilesN * kTileSums;
   MemoryIsRead();
   if (adds) {
@@ -187,6 +195,7 @@ void Square(const int8_t* w, int64_t stride, const int8_t* x, int64_t x_tile, in
     _tile_zero(3);
   }
   for (int64_t t = 0; t < steps; ++t, w += 64, x += kTileBytes) {
+    ahead->Fetch();
     _tile_loadd(6, x, 64);
     _tile_loadd(4, w, stride);
     _tile_dpbssd(0, 4, 6);
@@ -239,7 +248,7 @@ void Column(const int8_t* w, int64_t stride, const int8_t* x, int64_t steps, con
 void AddHighTiles(const int8_t* w, int64_t stride, const HighTiles& high, int64_t begin, int64_t end, int32_t* sums,
                   int32_t* c) {
   const int32_t *const first = std::lower_bound(high.step, high.step + high.count, begin),
-                *const last = std::lower_bound(first, high.step + high.count, end);
+                       *const last = std::lower_bound(first, high.step + high.count, end);
   if (first == last) return;
   const auto step_of = [&](int64_t t) { return first[t] - begin; };
   Column(w, stride, high.data + (first - high.step) * kTileBytes, last - first, step_of, sums, false);
@@ -261,13 +270,15 @@ void CopyPart(const int8_t* w, int64_t k, int64_t n, int64_t columns, int64_t st
 
 void MultiplyArranged(const Block& b) {
   auto* const scratch = reinterpret_cast<AmxScratch*>(b.scratch);
-  TileConfig whole(2 * kTile);
-  asm volatile("" : : "r"(&whole) : "memory");
-  _tile_loadconfig(&whole);
+  ConfigureTiles();
   const bool copies = b.n < kBlockN || b.k % 64 != 0;
   const int64_t width = PieceOf(b.k, copies ? kCopiedK : kPieceK);
   const int64_t tiles = (b.m + kTile - 1) / kTile, x_tile = kTile * b.stride;
   const auto sums_of = [&](int64_t tile) { return scratch->sums + tile * kTilesN * kTileSums; };
+  BlockAhead ahead;
+  if (b.ahead) {  // with more lines at once, loads wait
+    ahead = {b.ahead, b.ahead + b.ahead_n * b.k, std::min<int64_t>(4, (kTile * kTilesN + tiles - 1) / tiles)};
+  }
   const uint8_t* groups = nullptr;
   const int32_t* slot = b.plan ? b.plan->slot : nullptr;
   for (int64_t k = 0; k < b.k; k += width) {
@@ -294,7 +305,8 @@ void MultiplyArranged(const Block& b) {
     const int8_t* const x = b.lo + k * kTile;
     for (int64_t z = 0; z < kTilesN; z += 2) {
       for (int64_t i = 0; i + 1 < tiles; i += 2) {
-        Square(w + z * kTile * stride, stride, x + i * x_tile, x_tile, steps, sums_of(i) + z * kTileSums, adds);
+        int32_t* const c = sums_of(i) + z * kTileSums;
+        Square(w + z * kTile * stride, stride, x + i * x_tile, x_tile, steps, c, adds, &ahead);
         if (z + 2 == kTilesN) finish(i * kTile, (i + 2) * kTile);
       }
     }
@@ -307,95 +319,9 @@ void MultiplyArranged(const Block& b) {
   _tile_release();
 }
 
-// c[rows][32] += codes[rows] . two tiles of weights, of `blocks` times 64 columns; one row of tiles, or one column of
-// them, if the block is not higher or wider.
-template <bool kTwoRows, bool kTwoColumns>
-void Tiles(const int8_t* x, int64_t stride, const uint8_t* w, int64_t w_stride, int64_t blocks, int32_t* c) {
-  constexpr int64_t kStride = kBlockN * sizeof(int32_t);
-  int32_t* lower = c + kTile * kBlockN;
-  MemoryIsRead();
-  _tile_loadd(0, c, kStride);
-  if constexpr (kTwoColumns) _tile_loadd(1, c + 16, kStride);
-  if constexpr (kTwoRows) _tile_loadd(2, lower, kStride);
-  if constexpr (kTwoRows && kTwoColumns) _tile_loadd(3, lower + 16, kStride);
-  for (int64_t block = 0; block < blocks; ++block, x += 64, w += 16 * w_stride) {
-    _tile_loadd(4, x, stride);
-    _tile_loadd(6, w, w_stride);
-    _tile_dpbsud(0, 4, 6);
-    if constexpr (kTwoColumns) {
-      _tile_loadd(7, w + 64, w_stride);
-      _tile_dpbsud(1, 4, 7);
-    }
-    if constexpr (kTwoRows) {
-      _tile_loadd(5, x + kTile * stride, stride);
-      _tile_dpbsud(2, 5, 6);
-      if constexpr (kTwoColumns) _tile_dpbsud(3, 5, 7);
-    }
-  }
-  _tile_stored(0, c, kStride);
-  if constexpr (kTwoColumns) _tile_stored(1, c + 16, kStride);
-  if constexpr (kTwoRows) _tile_stored(2, lower, kStride);
-  if constexpr (kTwoRows && kTwoColumns) _tile_stored(3, lower + 16, kStride);
-}
-
-// The first value of the sums of one row: in the first panel the correction; then its high parts that lie in the panel.
-template <int Z>
-void Begin(const Row& row, const Panel& panel, int32_t* next_hi, int32_t* c) {
-  __m512i acc[Z];
-  const __m512i correction = _mm512_set1_epi32(Correction(row));
-  Unroll<Z>([&](auto z) ALWAYS_INLINE { acc[z] = panel.begin == 0 ? correction : _mm512_load_si512(c + z * 16); });
-  if (next_hi) AddHi<Z>(row, panel, next_hi, acc);
-  Unroll<Z>([&](auto z) ALWAYS_INLINE { _mm512_store_si512(c + z * 16, acc[z]); });
-}
-constexpr void (*kBegin[4])(const Row&, const Panel&, int32_t*, int32_t*) = {Begin<1>, Begin<2>, Begin<3>, Begin<4>};
-
-// Configures the tiles for this many rows of codes, unless they are.
-void Configure(int64_t rows, int64_t* configured) {
-  if (*configured == rows) return;
-  const TileConfig config(rows);
-  asm volatile("" : : "r"(&config) : "memory");
-  _tile_loadconfig(&config);
-  *configured = rows;
-}
-
-void MultiplyTiles(const Block& b) {
-  auto* scratch = reinterpret_cast<TileScratch*>(b.scratch);
-  scratch->job = 0;  // nothing is packed ahead here
-  const int registers = static_cast<int>((b.n + 15) / 16);
-  const int64_t w_stride = registers * 64;
-  if (b.with_hi) std::memset(scratch->next_hi, 0, static_cast<size_t>(b.m) * sizeof *scratch->next_hi);
-  const int64_t panels = (b.k + kPanelK - 1) / kPanelK;
-  const int64_t width = ((b.k + panels - 1) / panels + 63) / 64 * 64;
-  int64_t configured = 0;
-  for (int64_t t = 0; t < b.k; t += width) {
-    const int64_t end = t + width < b.k ? t + width : b.k, blocks = (end - t + 63) / 64;
-    const Panel panel{scratch->panels[0], t, end};
-    Pack(b.w + t, b.k, b.n, end - t, registers, scratch->panels[0]);
-    for (int64_t first = 0; first < b.m; first += 2 * kTile) {
-      const int64_t rows = b.m - first < 2 * kTile ? b.m - first : 2 * kTile;
-      int32_t* c = b.c + first * kBlockN;
-      for (int64_t i = 0; i < rows; ++i) {
-        int32_t* next_hi = b.with_hi ? scratch->next_hi + first + i : nullptr;
-        kBegin[registers - 1](b.rows[first + i], panel, next_hi, c + i * kBlockN);
-      }
-      Configure(rows, &configured);
-      const int8_t* x = b.lo + first * b.stride + t;
-      for (int z = 0; z < registers; z += 2) {
-        const bool two_rows = rows > kTile, two_columns = z + 1 < registers;
-        const auto tiles = two_rows ? (two_columns ? Tiles<true, true> : Tiles<true, false>)
-                                    : (two_columns ? Tiles<false, true> : Tiles<false, false>);
-        tiles(x, b.stride, panel.data + z * 64, w_stride, blocks, c + z * 16);
-      }
-      if (b.epilogue && end == b.k) Finish(*b.epilogue, first, first + rows);
-    }
-  }
-  _tile_release();
-}
-
 void MultiplyAmx(const Block& b) {
   if (b.arranged) return MultiplyArranged(b);
-  if (b.m < kFewRows || b.k == 0) return kAvx512VnniStrips.block(b);
-  MultiplyTiles(b);
+  kAvx512VnniStrips.block(b);
 }
 
 #if defined(JAXINT8_EMULATED_TILES)
@@ -406,9 +332,9 @@ bool Supported() { return HasAmxInt8() && kAvx512Vnni.supported(); }
 
 // The same for the rung and for what stands in for it in tests.
 constexpr Rung RungOf(const char* name) {
-  return {name,         Supported, EnterRowWide,       MarkRow, QuantizeRow, MultiplyAmx,
-          &kAttendWide, kChunkM,   sizeof(AmxScratch), 0,       Arrange,     kFewRows,
-          kMostHighRows};
+  return {name,          Supported, EnterRowWide,       MarkRow, QuantizeRow, MultiplyAmx,
+          &kAttendWide,  kChunkM,   sizeof(AmxScratch), 0,       Arrange,     kFewRows,
+          kArrangedBytes};
 }
 
 }  // namespace

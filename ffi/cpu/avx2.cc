@@ -121,7 +121,7 @@ const Rung kAvx2 = {"avx2",
                     /*quads_k=*/0,
                     /*arrange=*/nullptr,
                     /*arranged_m=*/0,
-                    /*arranged_high_m=*/0,
+                    /*arranged_bytes=*/0,
                     TurnRows,
                     /*turned_m=*/kTurnedMost,
                     /*turned_n=*/Turned::kTileN};

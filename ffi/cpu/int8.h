@@ -97,13 +97,13 @@ struct FourRows {
   const HiWord* words = {};         // [moved + outliers][kTurnedRows]
 };
 
-// The high parts of a small product (m <= kSmallM): which groups of four columns hold any, in some
-// row. The weights of these groups are gathered once per block and serve all rows. Rows whose weights
-// are read as a stream use their own lists instead; a single one with many outliers keeps its high parts for all
-// columns (dense), for weights are read more slowly than multiplied.
+// The high parts of a small product (m <= kSmallM), or of a chunk of arranged codes: which groups of four columns hold
+// any, in some row. The weights of these groups are gathered once per block and serve all rows. Rows whose weights are
+// read as a stream use their own lists instead; a single one with many outliers keeps its high parts for all columns
+// (dense), for weights are read more slowly than multiplied.
 struct HiPlan {
   // With more, a tiled product is better; where codes are arranged, tiles of high parts are.
-  static constexpr int64_t kMaxGroups = 256, kMaxTurned = 384, kMaxArranged = 512;
+  static constexpr int64_t kMaxGroups = 256, kMaxTurned = 384, kMaxArranged = 1024;
 
   bool dense = false;
   bool turned = false;  // all rows are, and FourRows::words name these groups
@@ -115,7 +115,8 @@ struct HiPlan {
   const int8_t* hi = {};        // dense: [k rounded up to 64], zero where not an outlier
 };
 
-// The high parts of 16 rows of activations whose codes are arranged (Rung::arrange), where they are many: of every 64 columns that hold any, all of the rows' high parts there, arranged like the codes.
+// The high parts of 16 rows of activations whose codes are arranged (Rung::arrange), where they are many: of every 64
+// columns that hold any, all of the rows' high parts there, arranged like the codes.
 struct HighTiles {
   int64_t count = 0;
   const int32_t* step = {};  // [count], ascending: which 64 columns
@@ -145,7 +146,8 @@ struct Block {
   const Row* rows;   // [m]
   bool with_hi;      // some row may hold outliers that are carried as 128 * hi + lo
   bool from_memory;  // weights are likely to come from there, and not from a cache
-  // Set when with_hi and m <= kSmallM, unless there would be too many groups. Where codes are turned: up to the rung's turned_m, and without outliers too.
+  // Set when with_hi and m <= kSmallM or codes are arranged, unless there are too many groups. Where codes are turned:
+  // up to the rung's turned_m, and without outliers too.
   const HiPlan* plan;
   // Set where high parts are quads: of every four columns a bit that says whether some row may have one there.
   const uint64_t* groups;
@@ -202,11 +204,11 @@ struct Rung {
   int64_t scratch_bytes;  // per thread
   // Up to this k the high parts of large products are to be listed as quads, in the place of words.
   int64_t quads_k = 0;
-  // From arranged_m rows on, with high parts up to arranged_high_m, products take codes arranged: every 16 rows
-  // [16][stride] are rewritten, [columns / 4][16][4] in the same place, columns rounded up to 64. Chunks of rows are
-  // multiples of 16 then. Null: never.
+  // From arranged_m rows on products take codes arranged: every 16 rows [16][stride] are rewritten, [columns /
+  // 4][16][4] in the same place, columns rounded up to 64. Chunks of them, multiples of 16 rows, stay in the
+  // second-level cache while all weights go by, if they are of arranged_bytes. Null: never.
   void (*arrange)(const int8_t* rows, int64_t stride, int64_t columns, int8_t* arranged) = nullptr;
-  int64_t arranged_m = 0, arranged_high_m = 0;
+  int64_t arranged_m = 0, arranged_bytes = 0;
   // Turns the codes of a layer, m rows of them up to kTurnedRows, for products of unsigned bytes u = w ^ byte and
   // signed codes that add up within 16 bits: with `fours` all of them in fours, for tiles, or else in twos, or in fours
   // where they fit as they are. Writes kTurnedLines lines, for columns rounded up to 64: codes; bytes, of which u is w
@@ -255,6 +257,7 @@ struct Problem {
 };
 
 struct Workspace;
+struct HighPlan;
 
 // A quantisation, a product or a layer.
 class Job : public Phased {
@@ -275,12 +278,9 @@ class Job : public Phased {
   void TurnRows(int64_t item, int64_t begin, int64_t end);
   void EnterRows(int64_t item);
   void CopyRows(int64_t item);
-  void PlanHi();
-  bool PlanTurned();
-  bool PlanHighTiles();
-  template <class ForEach>
-  void UnionOfGroups(const ForEach& for_each);
-  int32_t SlotOf(int32_t group) const;
+  void PlanHi(int64_t item);
+  bool PlanTurned(HighPlan* planned);
+  bool PlanHighTiles(int64_t begin, int64_t end, HighPlan* planned);
   Columns ListColumns() const;
   const float* FloatOutliers(const Block& block, const float* w_scale);
   void Arrange(int64_t begin, int64_t end);

@@ -64,8 +64,7 @@ Job::Job(const Problem& problem) : p_(problem), ws_(Acquire()), id_(NextId()) {
   // One cache line more than needed: rows at a stride of 4096 would all fall into the same set of the L1 cache.
   ws_->stride = RoundUp(p_.k, 64) + 64;
   const bool high = quantizes && p_.options.rule != Rule::kNone && !p_.options.float_outliers;
-  arranged_ = p_.rung->arrange != nullptr && p_.m >= p_.rung->arranged_m && p_.k > 0 &&
-              (!high || p_.m <= p_.rung->arranged_high_m);
+  arranged_ = p_.rung->arrange != nullptr && p_.m >= p_.rung->arranged_m && p_.k > 0;
   const int64_t room = arranged_ ? RoundUp(p_.m, kArrangedRows) : p_.m;
   ws_->codes = HalfAPageFrom(p_.w, ws_->lo.Get<int8_t>(room * ws_->stride + kPage), p_.m);
   for (int64_t i = 0; arranged_ && i < p_.m; i += kArrangedRows) {
@@ -77,11 +76,12 @@ Job::Job(const Problem& problem) : p_(problem), ws_(Acquire()), id_(NextId()) {
     ws_->fours.assign(fours, FourRows{});
     ws_->turned_codes = HalfAPageFrom(p_.w, ws_->turned.Get<int8_t>(lines * ws_->stride + kPage), kTurnedLines);
   }
-  plans_ = p_.rung->turn ? turns_ && p_.m <= p_.rung->turned_m : high && p_.m <= kSmallM;
-  items_[2] = plans_ && row_items > 1;
+  plans_ = p_.rung->turn ? turns_ && p_.m <= p_.rung->turned_m : high && (arranged_ || p_.m <= kSmallM);
   quads_ = high && p_.m >= kLeastQuadRows && p_.k <= p_.rung->quads_k;
-  // Both halves of a gate and its sums are to stay in the second-level cache, and so are arranged codes.
-  set_chunks(CeilDiv(p_.m, p_.rung->chunk_m / (p_.gated ? 2 : 1) / (arranged_ ? 2 : 1)));
+  // Both halves of a gate and its sums are to stay in the second-level cache.
+  int64_t most = p_.rung->chunk_m / (p_.gated ? 2 : 1);
+  if (arranged_) most = std::clamp(p_.rung->arranged_bytes / p_.k, std::min(kLeastChunk, most), most);
+  set_chunks(CeilDiv(p_.m, most));
   // Weights at 15 bytes, products at 250 per nanosecond and thread.
   const int64_t bytes = p_.n * p_.k * (p_.gated ? 2 : 1);
   const bool guessed = p_.source == Problem::Source::kGuessed;
@@ -113,6 +113,10 @@ void Job::set_chunks(int64_t chunks) {
   if (turns_) chunk_m_ = RoundUp(chunk_m_, kTurnedRows);
   chunks_ = CeilDiv(p_.m, chunk_m_);
   items_[kPhases - 1] = CeilDiv(p_.n, kBlockN) * chunks_;
+  if (!plans_) return;
+  const int64_t plans = arranged_ ? chunks_ : 1;
+  while (static_cast<int64_t>(ws_->planned.size()) < plans) ws_->planned.emplace_back();
+  items_[2] = items_[1] > 1 ? plans : 0;  // or by the one item that quantises
 }
 
 const int8_t* Job::WeightsOf(int64_t thread, int64_t* bytes) const {
@@ -132,7 +136,7 @@ void Job::Run(int phase, int64_t item) {
       if (p_.kind == Problem::Kind::kPrologue) return EnterRows(item);
       return p_.kind == Problem::Kind::kProduct ? CopyRows(item) : QuantizeRows(item);
     case 2:
-      return PlanHi();
+      return PlanHi(item);
     default:
       return Multiply(item);
   }

@@ -50,18 +50,22 @@ Block Job::BlockOf(int64_t item) const {
   b.lo = ws_->codes + i0 * ws_->stride;
   b.rows = ws_->rows.data() + i0;
   b.with_hi = p_.kind == Problem::Kind::kLinear && p_.options.rule != Rule::kNone && !p_.options.float_outliers;
-  const HiPlan& plan = ws_->plan;
-  const bool planned = arranged_ ? !plan.tiles : plan.turned || plan.groups <= HiPlan::kMaxGroups;
-  b.plan = plans_ && planned ? &plan : nullptr;
+  const HighPlan* const planned = plans_ ? &ws_->planned[arranged_ ? i0 / chunk_m_ : 0] : nullptr;
+  const HiPlan* const plan = planned ? &planned->plan : nullptr;
+  if (arranged_) {
+    b.plan = plan && !plan->tiles ? plan : nullptr;
+    b.high = plan && plan->tiles ? planned->tiles.data() : nullptr;
+  } else {
+    b.plan = plan && (plan->turned || plan->groups <= HiPlan::kMaxGroups) ? plan : nullptr;
+  }
   b.groups = quads_ ? GroupsOf(i0, i0 + b.m) : nullptr;
-  if (turns_ && (!plans_ || ws_->plan.turned)) {
+  if (turns_ && (!plan || plan->turned)) {
     b.fours = ws_->fours.data() + i0 / kTurnedRows;
     b.turned = ws_->turned_codes + i0 / kTurnedRows * TurnedLines(plans_) * ws_->stride;
     b.panel = scratch.panel.Get<uint8_t>(
         std::max(p_.rung->turned_n * RoundUp(p_.k, 64), b.plan ? b.plan->groups * kBlockN * 4 : 0));
   }
   b.arranged = arranged_;
-  b.high = arranged_ && b.with_hi && !b.plan ? ws_->high_tiles.data() + i0 / kArrangedRows : nullptr;
   b.w = p_.w + j0 * p_.k;
   b.job = id_;
   b.from_memory = from_memory_;

@@ -153,7 +153,7 @@ void Job::QuantizeRows(int64_t item) {
     quad += row.quads;
   }
   if (turns_) TurnRows(item, begin, end);
-  if (plans_ && items_[1] == 1) PlanHi();
+  if (plans_ && items_[1] == 1) PlanHi(0);
   if (arranged_) Arrange(begin, end);
 }
 

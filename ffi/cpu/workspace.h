@@ -107,6 +107,19 @@ class List {
   size_t size_ = 0;
 };
 
+// A HiPlan and what it points to.
+struct HighPlan {
+  HiPlan plan;
+  Buffer hi;
+  std::vector<uint64_t> used;
+  std::vector<int32_t> rank, groups, slots;
+  std::vector<HighTiles> tiles;  // if plan.tiles
+
+  template <class ForEach>
+  void UnionOfGroups(int64_t k, const ForEach& for_each);
+  int32_t SlotOf(int32_t group) const;
+};
+
 struct Workspace {
   Buffer lo, turned, marks, entered;
   std::vector<Row> rows;
@@ -164,12 +177,7 @@ struct Workspace {
     HighTiles ArrangeHigh(const Row* first, int64_t m);
   };
   std::deque<RowTile> row_tiles;
-  std::vector<HighTiles> high_tiles;
-  // The plan of a small product; see HiPlan.
-  HiPlan plan;
-  Buffer hi;
-  std::vector<uint64_t> used;
-  std::vector<int32_t> rank, groups, slots;
+  std::deque<HighPlan> planned;  // of a small product, or of each chunk of arranged codes
 
   // Of attention: see AttendJob.
   Buffer queries, shares, first, left;
