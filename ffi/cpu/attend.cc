@@ -32,8 +32,8 @@ AttendJob::AttendJob(const AttendProblem& problem) : p_(problem), ws_(Acquire())
   cost_[1] = 100.0 * static_cast<double>(units * (group_ + 2));
   // Keys and values at 15 bytes per nanosecond, and what their products and exponentials take.
   const auto slots = static_cast<double>(seen * p_.kv_heads);
-  items_[3] = items;
-  cost_[3] = slots * static_cast<double>(2 * p_.d) / 15 + slots * static_cast<double>(group_ * p_.d) / 64;
+  items_[kLast] = items;
+  cost_[kLast] = slots * static_cast<double>(2 * p_.d) / 15 + slots * static_cast<double>(group_ * p_.d) / 64;
 }
 
 AttendJob::~AttendJob() { Release(ws_); }
@@ -50,7 +50,7 @@ AttendJob::Place AttendJob::PlaceOf(int64_t item) const {
 
 const int8_t* AttendJob::WeightsOf(int64_t thread, int64_t* bytes) const {
   *bytes = 0;
-  if (lane(thread) >= items_[3]) return nullptr;
+  if (lane(thread) >= items_[kLast]) return nullptr;
   const Place place = PlaceOf(lane(thread));
   const int64_t begin = std::max(StartOf(place.row), place.chunk * kChunkSlots);
   *bytes = (std::min(p_.slot + 1, (place.chunk + 1) * kChunkSlots) - begin) * p_.d;

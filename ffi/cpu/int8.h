@@ -265,7 +265,7 @@ class Job : public Phased {
   explicit Job(const Problem& problem);
   ~Job() override;
 
-  // Phases: mark columns, quantise rows, plan the high parts, multiply.
+  // Phases: mark columns, quantise rows, multiply.
   void set_threads(int64_t threads) override;
   // None of a large product, which takes longer to multiply than to read.
   const int8_t* WeightsOf(int64_t thread, int64_t* bytes) const override;
@@ -278,7 +278,8 @@ class Job : public Phased {
   void TurnRows(int64_t item, int64_t begin, int64_t end);
   void EnterRows(int64_t item);
   void CopyRows(int64_t item);
-  void PlanHi(int64_t item);
+  void PlanHi(int64_t begin, int64_t end);
+  void PlanChunk(int64_t chunk);
   bool PlanTurned(HighPlan* planned);
   bool PlanHighTiles(int64_t begin, int64_t end, HighPlan* planned);
   Columns ListColumns() const;
@@ -300,9 +301,9 @@ class Job : public Phased {
   Problem p_;
   Workspace* ws_;
   int64_t rows_per_item_ = 1;
-  bool plans_ = false;  // whether high parts are planned: in a phase of their own, or with the one item that quantises
-  bool quads_ = false;  // whether high parts are listed as quads, not as words
-  bool turns_ = false;  // whether codes are turned (Rung::turn)
+  bool plans_ = false;                // whether high parts are planned, by whoever quantises the last row of a chunk
+  bool quads_ = false;                // whether high parts are listed as quads, not as words
+  bool turns_ = false;                // whether codes are turned (Rung::turn)
   bool arranged_ = false;             // whether codes are arranged, by whoever quantises the last of 16 rows
   int64_t chunk_m_ = 0, chunks_ = 0;  // rows of an item of the last phase, items of a block; 0 if there are none
   bool from_memory_ = false;

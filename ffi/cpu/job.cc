@@ -87,7 +87,7 @@ Job::Job(const Problem& problem) : p_(problem), ws_(Acquire()), id_(NextId()) {
   const bool guessed = p_.source == Problem::Source::kGuessed;
   from_memory_ = guessed ? ComeFromMemory(p_.w, bytes) : p_.source == Problem::Source::kMemory;
   const auto weights = static_cast<double>(bytes);
-  cost_[3] = std::max(weights / 15, weights * static_cast<double>(p_.m) / 250);
+  cost_[kLast] = std::max(weights / 15, weights * static_cast<double>(p_.m) / 250);
 }
 
 Job::~Job() { Release(ws_); }
@@ -95,7 +95,7 @@ Job::~Job() { Release(ws_); }
 void Job::set_threads(int64_t threads) {
   threads_ = threads;
   if (chunks_ == 0) return;
-  const int64_t blocks = items_[kPhases - 1] / chunks_, most = std::max(chunks_, p_.m / kLeastChunk);
+  const int64_t blocks = items_[kLast] / chunks_, most = std::max(chunks_, p_.m / kLeastChunk);
   const auto idle = [&](int64_t chunks) {  // of the time of all threads
     const auto items = static_cast<double>(blocks * chunks);
     return 1 - items / static_cast<double>(CeilDiv(blocks * chunks, threads) * threads);
@@ -112,16 +112,18 @@ void Job::set_chunks(int64_t chunks) {
   if (arranged_) chunk_m_ = RoundUp(chunk_m_, kArrangedRows);
   if (turns_) chunk_m_ = RoundUp(chunk_m_, kTurnedRows);
   chunks_ = CeilDiv(p_.m, chunk_m_);
-  items_[kPhases - 1] = CeilDiv(p_.n, kBlockN) * chunks_;
+  items_[kLast] = CeilDiv(p_.n, kBlockN) * chunks_;
   if (!plans_) return;
-  const int64_t plans = arranged_ ? chunks_ : 1;
-  while (static_cast<int64_t>(ws_->planned.size()) < plans) ws_->planned.emplace_back();
-  items_[2] = items_[1] > 1 ? plans : 0;  // or by the one item that quantises
+  // Whoever quantises the last row of a chunk plans its high parts.
+  for (int64_t i = 0; i < chunks_; ++i) {
+    if (static_cast<int64_t>(ws_->planned.size()) == i) ws_->planned.emplace_back();
+    ws_->planned[i].left = std::min(chunk_m_, p_.m - i * chunk_m_);
+  }
 }
 
 const int8_t* Job::WeightsOf(int64_t thread, int64_t* bytes) const {
   *bytes = 0;
-  if (p_.m > kFetchM || items_[kPhases - 1] == 0) return nullptr;
+  if (p_.m > kFetchM || items_[kLast] == 0) return nullptr;
   const int64_t begin = lane(thread) * kBlockN, end = std::min(p_.n, lane(thread + 1) * kBlockN);
   *bytes = std::min(kFetchBytes, std::max<int64_t>(0, end - begin) * p_.k);
   return p_.w + begin * p_.k;
@@ -135,8 +137,6 @@ void Job::Run(int phase, int64_t item) {
     case 1:
       if (p_.kind == Problem::Kind::kPrologue) return EnterRows(item);
       return p_.kind == Problem::Kind::kProduct ? CopyRows(item) : QuantizeRows(item);
-    case 2:
-      return PlanHi(item);
     default:
       return Multiply(item);
   }

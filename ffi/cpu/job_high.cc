@@ -1,7 +1,5 @@
-// The phase of a job that plans high parts: which groups of four columns hold any in some of the rows that are
-// multiplied together, so that their weights are gathered once for all of these (HiPlan).
-//
-// Small products are planned as a whole, products of arranged codes chunk by chunk.
+// High parts of small products, and of arranged codes, are planned: which groups of four columns hold any in some of
+// the rows that are multiplied together, so that their weights are gathered once for all of these (HiPlan).
 #include <algorithm>
 #include <cstring>
 
@@ -64,10 +62,17 @@ HighTiles Workspace::RowTile::ArrangeHigh(const Row* first, int64_t m) {
   return {count, steps.data(), data};
 }
 
-// The rows of one item of the last phase, if codes are arranged, or else all.
-void Job::PlanHi(int64_t item) {
+// Plans every chunk whose last rows are among these, just quantised.
+void Job::PlanHi(int64_t begin, int64_t end) {
+  for (int64_t chunk = begin / chunk_m_; chunk * chunk_m_ < end; ++chunk) {
+    const int64_t now = std::min(end, (chunk + 1) * chunk_m_) - std::max(begin, chunk * chunk_m_);
+    if (ws_->planned[chunk].left.fetch_sub(now, std::memory_order_acq_rel) == now) PlanChunk(chunk);
+  }
+}
+
+void Job::PlanChunk(int64_t chunk) {
   Workspace& ws = *ws_;
-  HighPlan& planned = ws.planned[item];
+  HighPlan& planned = ws.planned[chunk];
   planned.plan = HiPlan{};
   if (p_.m == 1) {
     // Dense: an instruction more per 64 columns, and some at the end of a row. Else: some ten per group and four
@@ -90,7 +95,7 @@ void Job::PlanHi(int64_t item) {
     return;
   }
   if (turns_ && PlanTurned(&planned)) return;
-  const int64_t begin = arranged_ ? item * chunk_m_ : 0, end = arranged_ ? std::min(p_.m, begin + chunk_m_) : p_.m;
+  const int64_t begin = chunk * chunk_m_, end = std::min(p_.m, begin + chunk_m_);
   const auto for_each = [&](auto take) {
     for (int64_t i = begin; i < end; ++i) {
       for (int32_t j = 0; j < ws.rows[i].words; ++j) take(ws.rows[i].hi[j].group);

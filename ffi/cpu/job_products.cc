@@ -12,7 +12,7 @@ namespace jaxint8::cpu {
 
 // Whether a lane begins at this item, or all of them end.
 bool Job::BeginsLane(int64_t item) const {
-  const int64_t each = items_[3] / threads_, longer = items_[3] % threads_, in_longer = longer * (each + 1);
+  const int64_t each = items_[kLast] / threads_, longer = items_[kLast] % threads_, in_longer = longer * (each + 1);
   if (item < in_longer) return item % (each + 1) == 0;
   return each == 0 || (item - in_longer) % each == 0;
 }
@@ -32,7 +32,7 @@ const uint64_t* Job::GroupsOf(int64_t begin, int64_t end) const {
 
 Job::Place Job::PlaceOf(int64_t item) const {
   // Arranged codes of one chunk are to stay in the second-level cache, and weights are read again for the next.
-  const int64_t blocks = items_[kPhases - 1] / chunks_;
+  const int64_t blocks = items_[kLast] / chunks_;
   if (arranged_) return {item / blocks * chunk_m_, item % blocks * kBlockN};
   return {item % chunks_ * chunk_m_, item / chunks_ * kBlockN};
 }
@@ -50,7 +50,7 @@ Block Job::BlockOf(int64_t item) const {
   b.lo = ws_->codes + i0 * ws_->stride;
   b.rows = ws_->rows.data() + i0;
   b.with_hi = p_.kind == Problem::Kind::kLinear && p_.options.rule != Rule::kNone && !p_.options.float_outliers;
-  const HighPlan* const planned = plans_ ? &ws_->planned[arranged_ ? i0 / chunk_m_ : 0] : nullptr;
+  const HighPlan* const planned = plans_ ? &ws_->planned[i0 / chunk_m_] : nullptr;
   const HiPlan* const plan = planned ? &planned->plan : nullptr;
   if (arranged_) {
     b.plan = plan && !plan->tiles ? plan : nullptr;

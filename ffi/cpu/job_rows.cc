@@ -1,7 +1,8 @@
 // The phases of a job that take rows of activations: columns are marked, then rows are quantised (or copied, or only
 // entered), and what products need of them is listed.
 //
-// The surprising fact is that arranging codes takes no phase: whichever item quantises the last of 16 rows does it.
+// The surprising fact is that neither arranging codes nor planning high parts takes a phase: whichever item quantises
+// the last of 16 rows, or of those that are planned together, does it.
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
@@ -153,7 +154,7 @@ void Job::QuantizeRows(int64_t item) {
     quad += row.quads;
   }
   if (turns_) TurnRows(item, begin, end);
-  if (plans_ && items_[1] == 1) PlanHi(0);
+  if (plans_) PlanHi(begin, end);
   if (arranged_) Arrange(begin, end);
 }
 

@@ -16,7 +16,7 @@ class Phased {
   Phased(const Phased&) = delete;
   Phased& operator=(const Phased&) = delete;
 
-  static constexpr int kPhases = 4;
+  static constexpr int kPhases = 3, kLast = kPhases - 1;
   int64_t items(int phase) const { return items_[phase]; }
   // Rough nanoseconds of the whole phase on one thread: decides whether waking another thread pays.
   double cost(int phase) const { return cost_[phase]; }
@@ -25,7 +25,7 @@ class Phased {
   // The first item of a thread's share, its lane: a stretch of adjacent items, so that it reads memory as one stream,
   // and in the next call the same ones.
   int64_t lane(int64_t thread) const {
-    return items_[kPhases - 1] / threads_ * thread + std::min(thread, items_[kPhases - 1] % threads_);
+    return items_[kLast] / threads_ * thread + std::min(thread, items_[kLast] % threads_);
   }
   // What a thread reads first in the last phase, and how many bytes of it are worth fetching ahead.
   virtual const int8_t* WeightsOf(int64_t thread, int64_t* bytes) const = 0;

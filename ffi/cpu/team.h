@@ -156,7 +156,7 @@ class Team {
     if (done > 0) phase.done.fetch_add(done, std::memory_order_release);
   }
 
-  static constexpr int kLast = Phased::kPhases - 1;
+  static constexpr int kLast = Phased::kLast;
   std::vector<Phase> phases_;  // those that have items
   std::vector<Lane> lanes_;
   std::atomic<bool> failed_{false};

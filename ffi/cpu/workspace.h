@@ -114,6 +114,7 @@ struct HighPlan {
   std::vector<uint64_t> used;
   std::vector<int32_t> rank, groups, slots;
   std::vector<HighTiles> tiles;  // if plan.tiles
+  std::atomic<int64_t> left{0};  // rows that are not quantised yet
 
   template <class ForEach>
   void UnionOfGroups(int64_t k, const ForEach& for_each);
@@ -177,7 +178,7 @@ struct Workspace {
     HighTiles ArrangeHigh(const Row* first, int64_t m);
   };
   std::deque<RowTile> row_tiles;
-  std::deque<HighPlan> planned;  // of a small product, or of each chunk of arranged codes
+  std::deque<HighPlan> planned;  // of each chunk of rows
 
   // Of attention: see AttendJob.
   Buffer queries, shares, first, left;
