@@ -91,31 +91,25 @@ void Arrange(const int8_t* rows, int64_t stride, int64_t columns, int8_t* arrang
   }
 }
 
-// Moves the groups of four columns of a plan into [group][kBlockN][4] unsigned weights, 16 outputs after 16: groups are
-// ascending, so that some find their lines in the L1 cache.
-void GatherGroups(const Block& b, uint8_t* groups) {
-  const HiPlan& plan = *b.plan;
-  const __m512i flip = _mm512_set1_epi8(static_cast<char>(0x80));
-  const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  const __m512i rows = _mm512_mullo_epi32(lane, _mm512_set1_epi32(static_cast<int32_t>(b.k)));
-  int64_t whole = plan.groups;  // the last group may be cut off by the end of the row
-  if (plan.group[whole - 1] * 4 + 4 > b.k) --whole;
-  for (int64_t j = 0; j < b.n; j += kTile) {
-    const __mmask16 exist = FirstWords(b.n - j);
-    const int8_t* w = b.w + j * b.k;
-    for (int64_t g = 0; g < whole; ++g) {
-      const __m512i four = _mm512_mask_i32gather_epi32(flip, exist, rows, w + int64_t{plan.group[g]} * 4, 1);
-      _mm512_store_si512(groups + (g * kBlockN + j) * 4, _mm512_xor_si512(four, flip));
-    }
-    for (int64_t i = j; whole < plan.groups && i < j + kTile && i < b.n; ++i) {
-      const int64_t column = int64_t{plan.group[whole]} * 4;
-      uint32_t four = 0;
-      std::memcpy(&four, b.w + i * b.k + column, static_cast<size_t>(b.k - column));
-      four ^= 0x80808080;
-      std::memcpy(groups + (whole * kBlockN + i) * 4, &four, sizeof four);
+// Moves the groups of four columns of a plan into [group][kBlockN][4] unsigned weights, step by step of 64 columns of a
+// product: right behind the loads of tiles, which bring their lines.
+struct GroupsAlong {
+  const int32_t *group = nullptr, *end = nullptr;  // what is left
+  uint8_t* to = nullptr;                           // where the first of these goes
+  __m512i rows = {};                               // where 16 rows of weights lie
+
+  // Of Z tiles of weights, 16 rows each, whose 64 columns end before a group.
+  template <int Z>
+  ALWAYS_INLINE void Step(const int8_t* w, int64_t tile_bytes, int64_t stop) {
+    const __m512i flip = _mm512_set1_epi8(static_cast<char>(0x80));
+    for (; group != end && *group < stop; ++group, to += kBlockN * 4) {
+      Unroll<Z>([&](auto z) ALWAYS_INLINE {
+        const __m512i four = _mm512_i32gather_epi32(rows, w + z * tile_bytes + *group % 16 * 4, 1);
+        _mm512_store_si512(to + z * 64, _mm512_xor_si512(four, flip));
+      });
     }
   }
-}
+};
 
 // sums += (hi . W) << 7 of one row, from the weights of groups; `slot` is that of its first word. What weights that are
 // unsigned add is taken off again, by the same products with 128.
@@ -178,9 +172,11 @@ struct BlockAhead {
   }
 };
 
-// Two tiles of weights by two of codes: c (+)= their sums.
+// Two tiles of weights by two of codes: c (+)= their sums. With `groups` those in these columns, the first of which is
+// in group `first`, are moved.
+template <bool kGroups>
 void Square(const int8_t* w, int64_t stride, const int8_t* x, int64_t x_tile, int64_t steps, int32_t* c, bool adds,
-            BlockAhead* ahead) {
+            BlockAhead* ahead, int64_t first, GroupsAlong* groups) {
   int32_t* const other = c + kTilesN * kTileSums;
   MemoryIsRead();
   if (adds) {
@@ -204,6 +200,7 @@ void Square(const int8_t* w, int64_t stride, const int8_t* x, int64_t x_tile, in
     _tile_loadd(5, w + kTile * stride, stride);
     _tile_dpbssd(2, 5, 6);
     _tile_dpbssd(3, 5, 7);
+    if constexpr (kGroups) groups->Step<2>(w, kTile * stride, first + (t + 1) * 16);
   }
   _tile_stored(0, c, 64);
   _tile_stored(1, other, 64);
@@ -211,9 +208,11 @@ void Square(const int8_t* w, int64_t stride, const int8_t* x, int64_t x_tile, in
   _tile_stored(3, other + kTileSums, 64);
 }
 
-// Four tiles of weights by one of codes, or of high parts, which are of the 64 columns step_of(t).
-template <typename F>
-void Column(const int8_t* w, int64_t stride, const int8_t* x, int64_t steps, const F& step_of, int32_t* c, bool adds) {
+// Four tiles of weights by one of codes, or of high parts, which are of the 64 columns step_of(t). With `groups` as
+// above.
+template <bool kGroups, typename F>
+void Column(const int8_t* w, int64_t stride, const int8_t* x, int64_t steps, const F& step_of, int32_t* c, bool adds,
+            int64_t first, GroupsAlong* groups) {
   MemoryIsRead();
   if (adds) {
     _tile_loadd(0, c, 64);
@@ -237,6 +236,7 @@ void Column(const int8_t* w, int64_t stride, const int8_t* x, int64_t steps, con
     _tile_dpbssd(2, 4, 6);
     _tile_loadd(5, at + 3 * kTile * stride, stride);
     _tile_dpbssd(3, 5, 6);
+    if constexpr (kGroups) groups->Step<4>(at, kTile * stride, first + (t + 1) * 16);
   }
   _tile_stored(0, c, 64);
   _tile_stored(1, c + kTileSums, 64);
@@ -251,7 +251,8 @@ void AddHighTiles(const int8_t* w, int64_t stride, const HighTiles& high, int64_
                        *const last = std::lower_bound(first, high.step + high.count, end);
   if (first == last) return;
   const auto step_of = [&](int64_t t) { return first[t] - begin; };
-  Column(w, stride, high.data + (first - high.step) * kTileBytes, last - first, step_of, sums, false);
+  Column<false>(w, stride, high.data + (first - high.step) * kTileBytes, last - first, step_of, sums, false, 0,
+                nullptr);
   for (int64_t j = 0; j < kTile * kBlockN; j += 16) {
     const __m512i shifted = _mm512_slli_epi32(_mm512_load_si512(sums + j), 7);
     _mm512_store_si512(c + j, _mm512_add_epi32(_mm512_load_si512(c + j), shifted));
@@ -275,12 +276,15 @@ void MultiplyArranged(const Block& b) {
   const int64_t width = PieceOf(b.k, copies ? kCopiedK : kPieceK);
   const int64_t tiles = (b.m + kTile - 1) / kTile, x_tile = kTile * b.stride;
   const auto sums_of = [&](int64_t tile) { return scratch->sums + tile * kTilesN * kTileSums; };
+  const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
   BlockAhead ahead;
   if (b.ahead) {  // with more lines at once, loads wait
     ahead = {b.ahead, b.ahead + b.ahead_n * b.k, std::min<int64_t>(4, (kTile * kTilesN + tiles - 1) / tiles)};
   }
-  const uint8_t* groups = nullptr;
-  const int32_t* slot = b.plan ? b.plan->slot : nullptr;
+  const uint8_t* const groups = b.plan && b.plan->groups > 0 ? scratch->groups : nullptr;
+  const int32_t* slot = groups ? b.plan->slot : nullptr;
+  GroupsAlong along;  // of the first rows of codes
+  if (groups) along = {b.plan->group, b.plan->group + b.plan->groups, scratch->groups};
   for (int64_t k = 0; k < b.k; k += width) {
     const int64_t columns = k + width < b.k ? width : b.k - k, steps = (columns + 63) / 64;
     const bool adds = k > 0, last = k + width >= b.k;
@@ -296,25 +300,27 @@ void MultiplyArranged(const Block& b) {
       for (int64_t i = begin / kTile; b.high && i * kTile < end; ++i) {
         AddHighTiles(w, stride, b.high[i], k / 64, k / 64 + steps, scratch->high, sums_of(i));
       }
-      if (last && b.plan && b.plan->groups > 0 && !groups) {
-        GatherGroups(b, scratch->groups);
-        groups = scratch->groups;
-      }
       for (int64_t i = begin; last && i < end && i < b.m; i += 4) slot = FinishFour(b, scratch->sums, i, groups, slot);
     };
+    along.rows = _mm512_mullo_epi32(lane, _mm512_set1_epi32(static_cast<int32_t>(stride)));
+    const GroupsAlong before = along;
     const int8_t* const x = b.lo + k * kTile;
     for (int64_t z = 0; z < kTilesN; z += 2) {
       for (int64_t i = 0; i + 1 < tiles; i += 2) {
+        if (i == 0) along = before, along.to += z * 64;
         int32_t* const c = sums_of(i) + z * kTileSums;
-        Square(w + z * kTile * stride, stride, x + i * x_tile, x_tile, steps, c, adds, &ahead);
+        (groups && i == 0 ? Square<true> : Square<false>)(w + z * kTile * stride, stride, x + i * x_tile, x_tile, steps,
+                                                          c, adds, &ahead, k / 4, &along);
         if (z + 2 == kTilesN) finish(i * kTile, (i + 2) * kTile);
       }
     }
     if (tiles % 2 != 0) {
       const auto step_of = [](int64_t t) { return t; };
-      Column(w, stride, x + (tiles - 1) * x_tile, steps, step_of, sums_of(tiles - 1), adds);
+      const auto column = groups && tiles == 1 ? Column<true, decltype(step_of)> : Column<false, decltype(step_of)>;
+      column(w, stride, x + (tiles - 1) * x_tile, steps, step_of, sums_of(tiles - 1), adds, k / 4, &along);
       finish((tiles - 1) * kTile, b.m);
     }
+    if (tiles > 1) along.to -= (kTilesN - 2) * 64;
   }
   _tile_release();
 }
