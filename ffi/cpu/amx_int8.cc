@@ -212,7 +212,7 @@ void Square(const int8_t* w, int64_t stride, const int8_t* x, int64_t x_tile, in
 // above.
 template <bool kGroups, typename F>
 void Column(const int8_t* w, int64_t stride, const int8_t* x, int64_t steps, const F& step_of, int32_t* c, bool adds,
-            int64_t first, GroupsAlong* groups) {
+            BlockAhead* ahead, int64_t first, GroupsAlong* groups) {
   MemoryIsRead();
   if (adds) {
     _tile_loadd(0, c, 64);
@@ -227,6 +227,7 @@ void Column(const int8_t* w, int64_t stride, const int8_t* x, int64_t steps, con
   }
   for (int64_t t = 0; t < steps; ++t, x += kTileBytes) {
     const int8_t* at = w + step_of(t) * 64;
+    ahead->Fetch();
     _tile_loadd(6, x, 64);
     _tile_loadd(4, at, stride);
     _tile_dpbssd(0, 4, 6);
@@ -251,7 +252,8 @@ void AddHighTiles(const int8_t* w, int64_t stride, const HighTiles& high, int64_
                        *const last = std::lower_bound(first, high.step + high.count, end);
   if (first == last) return;
   const auto step_of = [&](int64_t t) { return first[t] - begin; };
-  Column<false>(w, stride, high.data + (first - high.step) * kTileBytes, last - first, step_of, sums, false, 0,
+  BlockAhead none;
+  Column<false>(w, stride, high.data + (first - high.step) * kTileBytes, last - first, step_of, sums, false, &none, 0,
                 nullptr);
   for (int64_t j = 0; j < kTile * kBlockN; j += 16) {
     const __m512i shifted = _mm512_slli_epi32(_mm512_load_si512(sums + j), 7);
@@ -279,7 +281,8 @@ void MultiplyArranged(const Block& b) {
   const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
   BlockAhead ahead;
   if (b.ahead) {  // with more lines at once, loads wait
-    ahead = {b.ahead, b.ahead + b.ahead_n * b.k, std::min<int64_t>(4, (kTile * kTilesN + tiles - 1) / tiles)};
+    const int64_t lines = tiles == 1 ? 8 : std::min<int64_t>(4, (kTile * kTilesN + tiles - 1) / tiles);
+    ahead = {b.ahead, b.ahead + b.ahead_n * b.k, lines};
   }
   const uint8_t* const groups = b.plan && b.plan->groups > 0 ? scratch->groups : nullptr;
   const int32_t* slot = groups ? b.plan->slot : nullptr;
@@ -317,7 +320,7 @@ void MultiplyArranged(const Block& b) {
     if (tiles % 2 != 0) {
       const auto step_of = [](int64_t t) { return t; };
       const auto column = groups && tiles == 1 ? Column<true, decltype(step_of)> : Column<false, decltype(step_of)>;
-      column(w, stride, x + (tiles - 1) * x_tile, steps, step_of, sums_of(tiles - 1), adds, k / 4, &along);
+      column(w, stride, x + (tiles - 1) * x_tile, steps, step_of, sums_of(tiles - 1), adds, &ahead, k / 4, &along);
       finish((tiles - 1) * kTile, b.m);
     }
     if (tiles > 1) along.to -= (kTilesN - 2) * 64;
