@@ -41,7 +41,7 @@ CODE = {
         "avx2": (r"vpmaddwd .*%ymm", rf"vpdp|{NEWER}"),
         "avx_vnni": (r"\{vex\} vpdpbusd .*%ymm", NEWER),
         **dict.fromkeys(AVX512_VNNI, (r"vpdpbusd .*%zmm", r"vpdpbusd .*\{vex\}")),
-        "amx_int8": (r"(?s)tdpbssd\s+%tmm.*tdpbsud|tdpbsud.*tdpbssd\s+%tmm", r"tdpbu|tdpbf|tdpfp"),
+        "amx_int8": (r"tdpbssd\s+%tmm", r"tdpbu|tdpbsu|tdpbf|tdpfp"),
     },
     "aarch64": {
         "scalar": (r"fmul", r"\b(sdot|smmla)\b"),

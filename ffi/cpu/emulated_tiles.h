@@ -72,9 +72,8 @@ inline void EmulatedZero(int tile) {
   std::memset(t.data, 0, sizeof t.data);
 }
 
-// Signed bytes by signed or unsigned ones.
-template <typename T>
-void EmulatedProduct(int sums, int rows, int columns) {
+// Signed bytes by signed ones.
+inline void EmulatedProduct(int sums, int rows, int columns) {
   EmulatedTile& c = ConfiguredTile(sums);
   const EmulatedTile &a = ConfiguredTile(rows), &b = ConfiguredTile(columns);
   RequireTiles(a.rows == c.rows && a.bytes == 4 * b.rows && b.bytes == c.bytes, "shapes of a product do not fit");
@@ -84,7 +83,8 @@ void EmulatedProduct(int sums, int rows, int columns) {
       uint32_t sum;
       std::memcpy(&sum, c.data[i] + 4 * j, 4);
       for (int t = 0; t < a.bytes - left_out; ++t) {
-        sum += static_cast<uint32_t>(static_cast<int8_t>(a.data[i][t]) * static_cast<T>(b.data[t / 4][4 * j + t % 4]));
+        sum += static_cast<uint32_t>(static_cast<int8_t>(a.data[i][t]) *
+                                     static_cast<int8_t>(b.data[t / 4][4 * j + t % 4]));
       }
       std::memcpy(c.data[i] + 4 * j, &sum, 4);
     }
@@ -98,13 +98,11 @@ void EmulatedProduct(int sums, int rows, int columns) {
 #undef _tile_stored
 #undef _tile_zero
 #undef _tile_dpbssd
-#undef _tile_dpbsud
 #define _tile_loadconfig ::jaxint8::cpu::EmulatedLoadConfig
 #define _tile_release ::jaxint8::cpu::EmulatedRelease
 #define _tile_loadd ::jaxint8::cpu::EmulatedLoad
 #define _tile_stored ::jaxint8::cpu::EmulatedStore
 #define _tile_zero ::jaxint8::cpu::EmulatedZero
-#define _tile_dpbssd ::jaxint8::cpu::EmulatedProduct<int8_t>
-#define _tile_dpbsud ::jaxint8::cpu::EmulatedProduct<uint8_t>
+#define _tile_dpbssd ::jaxint8::cpu::EmulatedProduct
 
 #endif  // JAXINT8_FFI_CPU_EMULATED_TILES_H_
