@@ -10,7 +10,6 @@
 #include <immintrin.h>
 
 #include <algorithm>
-#include <cstring>
 
 #include "attend_avx512.h"
 #include "int8.h"
@@ -160,7 +159,7 @@ const int32_t* FinishFour(const Block& b, const int32_t* sums, int64_t i, const 
   return slot;
 }
 
-// The weights of the next block, as they lie: every step of a square fetches some lines of them into the L2 cache.
+// The weights of the next block, as they lie: every step of a product fetches some lines of them into the L2 cache.
 struct BlockAhead {
   const int8_t *at = nullptr, *end = nullptr;
   int64_t lines = 0;
