@@ -15,6 +15,7 @@
 #include "int8.h"
 #include "processor.h"
 #include "prologue_avx512.h"
+#include "streams_avx512.h"
 #include "tiles_avx512.h"
 #if defined(JAXINT8_EMULATED_TILES)
 #include "emulated_tiles.h"
@@ -28,10 +29,10 @@ namespace {
 
 constexpr int64_t kTile = 16, kTileBytes = 1024, kTileSums = 256;
 constexpr int64_t kTilesN = kBlockN / kTile;
-// Below so many rows weights are read as fast without tiles, which would be mostly empty.
-constexpr int64_t kFewRows = 8;
 // Of codes that stay in the second-level cache: half of it.
 constexpr int64_t kArrangedBytes = 1 << 20;
+// Up to so many columns a tile of weights at a time is read fastest from any cache, more only from memory.
+constexpr int64_t kSingleK = 2048;
 // Columns multiplied in one go, which keep weights and codes in the L2 cache; fewer where weights are copied.
 constexpr int64_t kPieceK = 4096, kCopiedK = 1024;
 
@@ -94,7 +95,8 @@ void Arrange(const int8_t* rows, int64_t stride, int64_t columns, int8_t* arrang
 // product: right behind the loads of tiles, which bring their lines.
 struct GroupsAlong {
   const int32_t *group = nullptr, *end = nullptr;  // what is left
-  uint8_t* to = nullptr;                           // where the first of these goes
+  uint8_t* to = nullptr;                           // where the first of these goes, of the first outputs
+  int64_t z = 0;                                   // the first tile of weights
   __m512i rows = {};                               // where 16 rows of weights lie
 
   // Of Z tiles of weights, 16 rows each, whose 64 columns end before a group.
@@ -102,9 +104,9 @@ struct GroupsAlong {
   ALWAYS_INLINE void Step(const int8_t* w, int64_t tile_bytes, int64_t stop) {
     const __m512i flip = _mm512_set1_epi8(static_cast<char>(0x80));
     for (; group != end && *group < stop; ++group, to += kBlockN * 4) {
-      Unroll<Z>([&](auto z) ALWAYS_INLINE {
-        const __m512i four = _mm512_i32gather_epi32(rows, w + z * tile_bytes + *group % 16 * 4, 1);
-        _mm512_store_si512(to + z * 64, _mm512_xor_si512(four, flip));
+      Unroll<Z>([&](auto i) ALWAYS_INLINE {
+        const __m512i four = _mm512_i32gather_epi32(rows, w + i * tile_bytes + *group % 16 * 4, 1);
+        _mm512_store_si512(to + (z + i) * 64, _mm512_xor_si512(four, flip));
       });
     }
   }
@@ -207,6 +209,30 @@ void Square(const int8_t* w, int64_t stride, const int8_t* x, int64_t x_tile, in
   _tile_stored(3, other + kTileSums, 64);
 }
 
+// One tile of weights by one of codes. Where no other rows share weights this reads them fastest, line by line of 16
+// rows. From memory `ahead`, what comes next, is asked for: half of it, which has the processor ask for the rest.
+template <bool kGroups>
+void Single(const int8_t* w, int64_t stride, const int8_t* x, int64_t steps, int32_t* c, bool adds, const int8_t* ahead,
+            int64_t first, GroupsAlong* groups) {
+  MemoryIsRead();
+  if (adds) {
+    _tile_loadd(0, c, 64);
+  } else {
+    _tile_zero(0);
+  }
+  for (int64_t t = 0; t < steps; ++t, w += 64, x += kTileBytes) {
+    if (ahead) {
+      Unroll<8>([&](auto line) ALWAYS_INLINE { _mm_prefetch(ahead + line * 64, _MM_HINT_T1); });
+      ahead += kTileBytes;
+    }
+    _tile_loadd(6, x, 64);
+    _tile_loadd(4, w, stride);
+    _tile_dpbssd(0, 4, 6);
+    if constexpr (kGroups) groups->Step<1>(w, kTile * stride, first + (t + 1) * 16);
+  }
+  _tile_stored(0, c, 64);
+}
+
 // Four tiles of weights by one of codes, or of high parts, which are of the 64 columns step_of(t). With `groups` as
 // above.
 template <bool kGroups, typename F>
@@ -272,12 +298,12 @@ void CopyPart(const int8_t* w, int64_t k, int64_t n, int64_t columns, int64_t st
 
 void MultiplyArranged(const Block& b) {
   auto* const scratch = reinterpret_cast<AmxScratch*>(b.scratch);
-  ConfigureTiles();
   const bool copies = b.n < kBlockN || b.k % 64 != 0;
   const int64_t width = PieceOf(b.k, copies ? kCopiedK : kPieceK);
   const int64_t tiles = (b.m + kTile - 1) / kTile, x_tile = kTile * b.stride;
   const auto sums_of = [&](int64_t tile) { return scratch->sums + tile * kTilesN * kTileSums; };
   const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const bool singly = b.k <= kSingleK || (tiles == 1 && b.from == From::kMemory);
   BlockAhead ahead;
   if (b.ahead) {  // with more lines at once, loads wait
     const int64_t lines = tiles == 1 ? 8 : std::min<int64_t>(4, (kTile * kTilesN + tiles - 1) / tiles);
@@ -309,7 +335,7 @@ void MultiplyArranged(const Block& b) {
     const int8_t* const x = b.lo + k * kTile;
     for (int64_t z = 0; z < kTilesN; z += 2) {
       for (int64_t i = 0; i + 1 < tiles; i += 2) {
-        if (i == 0) along = before, along.to += z * 64;
+        if (i == 0) along = before, along.z = z;
         int32_t* const c = sums_of(i) + z * kTileSums;
         (groups && i == 0 ? Square<true> : Square<false>)(w + z * kTile * stride, stride, x + i * x_tile, x_tile, steps,
                                                           c, adds, &ahead, k / 4, &along);
@@ -317,18 +343,45 @@ void MultiplyArranged(const Block& b) {
       }
     }
     if (tiles % 2 != 0) {
-      const auto step_of = [](int64_t t) { return t; };
-      const auto column = groups && tiles == 1 ? Column<true, decltype(step_of)> : Column<false, decltype(step_of)>;
-      column(w, stride, x + (tiles - 1) * x_tile, steps, step_of, sums_of(tiles - 1), adds, &ahead, k / 4, &along);
+      const bool gathers = groups && tiles == 1;
+      const int8_t* const codes = x + (tiles - 1) * x_tile;
+      int32_t* const c = sums_of(tiles - 1);
+      for (int64_t z = 0; singly && z < kTilesN; ++z) {
+        if (gathers) along = before, along.z = z;
+        const int8_t* const next = b.from == From::kMemory && tiles == 1 ? b.w + (z + 1) * kTile * b.k + k : nullptr;
+        (gathers ? Single<true> : Single<false>)(w + z * kTile * stride, stride, codes, steps, c + z * kTileSums, adds,
+                                                 next, k / 4, &along);
+      }
+      if (!singly) {
+        const auto step_of = [](int64_t t) { return t; };
+        const auto column = gathers ? Column<true, decltype(step_of)> : Column<false, decltype(step_of)>;
+        column(w, stride, codes, steps, step_of, c, adds, &ahead, k / 4, &along);
+      }
       finish((tiles - 1) * kTile, b.m);
     }
-    if (tiles > 1) along.to -= (kTilesN - 2) * 64;
   }
-  _tile_release();
+}
+
+void ReleaseTiles() { _tile_release(); }
+
+// Tiles of fewer rows are mostly empty. Beside them stand quads, whose sums over lanes take more of a short row; pairs;
+// and single rows as a stream.
+bool Arranges(int64_t m, int64_t k, From from) {
+  const bool short_row = k <= 1024;
+  switch (from) {
+    case From::kOwnCache:
+      return m >= (short_row ? 3 : 5);
+    case From::kCache:
+      return m >= (short_row ? 4 : 6);
+    case From::kMemory:
+      return m >= 4;
+  }
+  return false;
 }
 
 void MultiplyAmx(const Block& b) {
   if (b.arranged) return MultiplyArranged(b);
+  if (b.from == From::kOwnCache && b.m <= kQuadsM && b.k > 0) return MultiplyQuads(b);
   kAvx512VnniStrips.block(b);
 }
 
@@ -340,9 +393,9 @@ bool Supported() { return HasAmxInt8() && kAvx512Vnni.supported(); }
 
 // The same for the rung and for what stands in for it in tests.
 constexpr Rung RungOf(const char* name) {
-  return {name,          Supported, EnterRowWide,       MarkRow, QuantizeRow, MultiplyAmx,
-          &kAttendWide,  kChunkM,   sizeof(AmxScratch), 0,       Arrange,     kFewRows,
-          kArrangedBytes};
+  return {name,           Supported,      EnterRowWide,       MarkRow, QuantizeRow, MultiplyAmx,
+          &kAttendWide,   kChunkM,        sizeof(AmxScratch), 0,       Arranges,    Arrange,
+          kArrangedBytes, ConfigureTiles, ReleaseTiles};
 }
 
 }  // namespace

@@ -3,7 +3,6 @@
 
 #include <algorithm>
 
-#include "float_state.h"
 #include "workspace.h"
 
 namespace jaxint8::cpu {
@@ -58,7 +57,6 @@ const int8_t* AttendJob::WeightsOf(int64_t thread, int64_t* bytes) const {
 }
 
 void AttendJob::Run(int phase, int64_t item) {
-  const ScopedFloatState state;
   if (phase == 1) return Enter(item);
   Attend(item);
 }

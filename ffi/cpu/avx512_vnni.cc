@@ -385,8 +385,9 @@ void MultiplyPairsAlone(const Block& b) {
 // 0.85 and 0.9 unless there are many high parts.
 bool TakesPairs(const Block& b) {
   if (b.m < kPairsLeastM || b.m > kPairsM || b.k == 0) return false;
-  if (b.m == 4) return !b.from_memory || b.k <= kOneStream || b.k * 4 > kPairsBytes;
-  return b.from_memory || (b.k >= 4096 && (b.m == 5 || (b.m == 6 && !b.with_hi)));
+  const bool from_memory = b.from == From::kMemory;
+  if (b.m == 4) return !from_memory || b.k <= kOneStream || b.k * 4 > kPairsBytes;
+  return from_memory || (b.k >= 4096 && (b.m == 5 || (b.m == 6 && !b.with_hi)));
 }
 
 // The same with lanes (measured on Zen 5). Tiles: (5.6 - 0.075 * m) * k, and 6 for each word of high parts. Lanes: 30

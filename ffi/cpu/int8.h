@@ -123,6 +123,10 @@ struct HighTiles {
   const int8_t* data = {};   // [count][1024]
 };
 
+// Where weights are likely to come from: the second-level cache of the thread that multiplies them, one that all share,
+// memory (recent.h).
+enum class From { kOwnCache, kCache, kMemory };
+
 // y[i][j] = round((float(c[i][j]) * rows[i].scale) * w_scale[j] (+ extra[i][j]) (+ bias[j])) for j < n; with a residual
 // round(residual[i][j] + that).
 struct Epilogue {
@@ -145,7 +149,7 @@ struct Block {
   int64_t stride;    // bytes, a multiple of 64, at least k rounded up to 64
   const Row* rows;   // [m]
   bool with_hi;      // some row may hold outliers that are carried as 128 * hi + lo
-  bool from_memory;  // weights are likely to come from there, and not from a cache
+  From from;
   // Set when with_hi and m <= kSmallM or codes are arranged, unless there are too many groups. Where codes are turned:
   // up to the rung's turned_m, and without outliers too.
   const HiPlan* plan;
@@ -204,11 +208,15 @@ struct Rung {
   int64_t scratch_bytes;  // per thread
   // Up to this k the high parts of large products are to be listed as quads, in the place of words.
   int64_t quads_k = 0;
-  // From arranged_m rows on products take codes arranged: every 16 rows [16][stride] are rewritten, [columns /
-  // 4][16][4] in the same place, columns rounded up to 64. Chunks of them, multiples of 16 rows, stay in the
-  // second-level cache while all weights go by, if they are of arranged_bytes. Null: never.
+  // Whether products of m rows take codes arranged: every 16 rows [16][stride] are rewritten, [columns / 4][16][4] in
+  // the same place, columns rounded up to 64. Chunks of them, multiples of 16 rows, stay in the second-level cache
+  // while all weights go by, if they are of arranged_bytes. Null: never.
+  bool (*arranges)(int64_t m, int64_t k, From from) = nullptr;
   void (*arrange)(const int8_t* rows, int64_t stride, int64_t columns, int8_t* arranged) = nullptr;
-  int64_t arranged_m = 0, arranged_bytes = 0;
+  int64_t arranged_bytes = 0;
+  // What a thread does before and behind any number of blocks with arranged codes.
+  void (*begin_blocks)() = nullptr;
+  void (*end_blocks)() = nullptr;
   // Turns the codes of a layer, m rows of them up to kTurnedRows, for products of unsigned bytes u = w ^ byte and
   // signed codes that add up within 16 bits: with `fours` all of them in fours, for tiles, or else in twos, or in fours
   // where they fit as they are. Writes kTurnedLines lines, for columns rounded up to 64: codes; bytes, of which u is w
@@ -269,7 +277,9 @@ class Job : public Phased {
   void set_threads(int64_t threads) override;
   // None of a large product, which takes longer to multiply than to read.
   const int8_t* WeightsOf(int64_t thread, int64_t* bytes) const override;
+  void Begin(int phase) override;
   void Run(int phase, int64_t item) override;
+  void End(int phase) override;
 
  private:
   const void* RowOf(int64_t i, bool keeps);
@@ -293,10 +303,10 @@ class Job : public Phased {
     int64_t i, j;
   };
   Place PlaceOf(int64_t item) const;
-  Block BlockOf(int64_t item) const;
+  Block BlockOf(int64_t item, const Place& at) const;
   Epilogue EpilogueOf(const Block& block, int64_t first_output);
   void Multiply(int64_t item);
-  void MultiplyGated(const Block& gate, int64_t item);
+  void MultiplyGated(const Block& gate, const Place& place);
 
   Problem p_;
   Workspace* ws_;
@@ -306,7 +316,7 @@ class Job : public Phased {
   bool turns_ = false;                // whether codes are turned (Rung::turn)
   bool arranged_ = false;             // whether codes are arranged, by whoever quantises the last of 16 rows
   int64_t chunk_m_ = 0, chunks_ = 0;  // rows of an item of the last phase, items of a block; 0 if there are none
-  bool from_memory_ = false;
+  From from_ = From::kMemory;
   uint64_t id_;
 };
 

@@ -8,8 +8,8 @@
 #include <algorithm>
 #include <atomic>
 #include <cstring>
+#include <thread>
 
-#include "float_state.h"
 #include "int8.h"
 #include "recent.h"
 #include "workspace.h"
@@ -64,7 +64,12 @@ Job::Job(const Problem& problem) : p_(problem), ws_(Acquire()), id_(NextId()) {
   // One cache line more than needed: rows at a stride of 4096 would all fall into the same set of the L1 cache.
   ws_->stride = RoundUp(p_.k, 64) + 64;
   const bool high = quantizes && p_.options.rule != Rule::kNone && !p_.options.float_outliers;
-  arranged_ = p_.rung->arrange != nullptr && p_.m >= p_.rung->arranged_m && p_.k > 0;
+  const int64_t bytes = p_.n * p_.k * (p_.gated ? 2 : 1);
+  const bool guessed = p_.source == Problem::Source::kGuessed;
+  const int64_t since = guessed ? BytesSince(p_.w, bytes) : p_.source == Problem::Source::kMemory ? INT64_MAX : bytes;
+  const bool near = since / kOwnCacheBytes < std::max<int64_t>(1, std::thread::hardware_concurrency());
+  from_ = since > kCacheBytes ? From::kMemory : near ? From::kOwnCache : From::kCache;
+  arranged_ = p_.rung->arranges != nullptr && p_.k > 0 && p_.rung->arranges(p_.m, p_.k, from_);
   const int64_t room = arranged_ ? RoundUp(p_.m, kArrangedRows) : p_.m;
   ws_->codes = HalfAPageFrom(p_.w, ws_->lo.Get<int8_t>(room * ws_->stride + kPage), p_.m);
   for (int64_t i = 0; arranged_ && i < p_.m; i += kArrangedRows) {
@@ -83,9 +88,6 @@ Job::Job(const Problem& problem) : p_(problem), ws_(Acquire()), id_(NextId()) {
   if (arranged_) most = std::clamp(p_.rung->arranged_bytes / p_.k, std::min(kLeastChunk, most), most);
   set_chunks(CeilDiv(p_.m, most));
   // Weights at 15 bytes, products at 250 per nanosecond and thread.
-  const int64_t bytes = p_.n * p_.k * (p_.gated ? 2 : 1);
-  const bool guessed = p_.source == Problem::Source::kGuessed;
-  from_memory_ = guessed ? ComeFromMemory(p_.w, bytes) : p_.source == Problem::Source::kMemory;
   const auto weights = static_cast<double>(bytes);
   cost_[kLast] = std::max(weights / 15, weights * static_cast<double>(p_.m) / 250);
 }
@@ -129,8 +131,15 @@ const int8_t* Job::WeightsOf(int64_t thread, int64_t* bytes) const {
   return p_.w + begin * p_.k;
 }
 
+void Job::Begin(int phase) {
+  if (phase == kLast && arranged_) p_.rung->begin_blocks();
+}
+
+void Job::End(int phase) {
+  if (phase == kLast && arranged_) p_.rung->end_blocks();
+}
+
 void Job::Run(int phase, int64_t item) {
-  const ScopedFloatState state;
   switch (phase) {
     case 0:
       return MarkColumns(item);

@@ -10,11 +10,13 @@
 
 namespace jaxint8::cpu {
 
-// Whether a lane begins at this item, or all of them end.
+// Whether a lane begins at this item, or all of them end. In 32 bits, of which there are never more items: a division
+// of 64 takes some processors longer than the rest of this file takes a block.
 bool Job::BeginsLane(int64_t item) const {
-  const int64_t each = items_[kLast] / threads_, longer = items_[kLast] % threads_, in_longer = longer * (each + 1);
-  if (item < in_longer) return item % (each + 1) == 0;
-  return each == 0 || (item - in_longer) % each == 0;
+  const auto items = static_cast<uint32_t>(items_[kLast]), threads = static_cast<uint32_t>(threads_);
+  const uint32_t each = items / threads, in_longer = items % threads * (each + 1), at = static_cast<uint32_t>(item);
+  if (at < in_longer) return at % (each + 1) == 0;
+  return each == 0 || (at - in_longer) % each == 0;
 }
 
 // Of every four columns a bit that says whether one of the rows [begin, end), or of those quantised with them, has a
@@ -31,6 +33,7 @@ const uint64_t* Job::GroupsOf(int64_t begin, int64_t end) const {
 }
 
 Job::Place Job::PlaceOf(int64_t item) const {
+  if (chunks_ == 1) return {0, item * kBlockN};
   // Arranged codes of one chunk are to stay in the second-level cache, and weights are read again for the next.
   const int64_t blocks = items_[kLast] / chunks_;
   if (arranged_) return {item / blocks * chunk_m_, item % blocks * kBlockN};
@@ -38,8 +41,8 @@ Job::Place Job::PlaceOf(int64_t item) const {
 }
 
 // The product of an item, of the gate if there is one: all but its epilogue.
-Block Job::BlockOf(int64_t item) const {
-  const auto [i0, j0] = PlaceOf(item);
+Block Job::BlockOf(int64_t item, const Place& at) const {
+  const auto [i0, j0] = at;
   ThreadScratch& scratch = Scratch();
   Block b{};
   b.m = std::min(chunk_m_, p_.m - i0);
@@ -68,7 +71,7 @@ Block Job::BlockOf(int64_t item) const {
   b.arranged = arranged_;
   b.w = p_.w + j0 * p_.k;
   b.job = id_;
-  b.from_memory = from_memory_;
+  b.from = from_;
   const int64_t j_next = PlaceOf(item + 1).j;
   b.ahead = BeginsLane(item + 1) ? nullptr : p_.w + j_next * p_.k;
   b.ahead_n = std::min(kBlockN, p_.n - j_next);
@@ -91,10 +94,11 @@ Epilogue Job::EpilogueOf(const Block& b, int64_t first_output) {
 }
 
 void Job::Multiply(int64_t item) {
-  Block b = BlockOf(item);
+  const Place place = PlaceOf(item);
+  Block b = BlockOf(item, place);
   if (b.m <= 0) return;
-  if (p_.gated) return MultiplyGated(b, item);
-  const auto [i0, j0] = PlaceOf(item);
+  if (p_.gated) return MultiplyGated(b, place);
+  const auto [i0, j0] = place;
   if (p_.kind == Problem::Kind::kLinear) {
     Epilogue e = EpilogueOf(b, j0);
     const int64_t at = (i0 * p_.n + j0) * SizeOf(p_.type);
@@ -113,8 +117,8 @@ void Job::Multiply(int64_t item) {
 }
 
 // Both halves into a buffer in the second-level cache, row by row one behind the other, then the gate.
-void Job::MultiplyGated(const Block& gate, int64_t item) {
-  const auto [i0, j0] = PlaceOf(item);
+void Job::MultiplyGated(const Block& gate, const Place& place) {
+  const auto [i0, j0] = place;
   const int64_t size = SizeOf(p_.type);
   char* halves = Scratch().halves.Get<char>(gate.m * 2 * gate.n * size);
   const auto half = [&](Block b, int64_t which) {

@@ -30,6 +30,9 @@ class Phased {
   // What a thread reads first in the last phase, and how many bytes of it are worth fetching ahead.
   virtual const int8_t* WeightsOf(int64_t thread, int64_t* bytes) const = 0;
   virtual void Run(int phase, int64_t item) = 0;
+  // What a thread does before its first item of a phase, or of one more lane, and behind the last.
+  virtual void Begin(int /*phase*/) {}
+  virtual void End(int /*phase*/) {}
 
  protected:
   int64_t items_[kPhases] = {};

@@ -10,13 +10,14 @@
 
 namespace jaxint8::cpu {
 
-// What a third-level cache is taken to hold of weights: most of 32 MB.
-inline constexpr int64_t kCacheBytes = 24 << 20;
+// What a third-level cache is taken to hold of weights, most of 32 MB, and the second-level caches of so many threads,
+// where these are large.
+inline constexpr int64_t kCacheBytes = 24 << 20, kOwnCacheBytes = 2 << 20;
 
-// Says that these weights are multiplied now, and returns whether more bytes of weights than a cache holds, these
-// included, have been since they were last. A guess: threads that say so at once may undo each other's notes, and other
-// weights may have been at this address.
-inline bool ComeFromMemory(const int8_t* weights, int64_t bytes) {
+// Says that these weights are multiplied now, and returns how many bytes of weights, these included, have been since
+// they were last, or the largest number if they never were. A guess: threads that say so at once may undo each other's
+// notes, and other weights may have been at this address.
+inline int64_t BytesSince(const int8_t* weights, int64_t bytes) {
   struct Note {
     std::atomic<const int8_t*> weights{nullptr};
     std::atomic<int64_t> bytes{0};  // of all weights up to then
@@ -30,7 +31,7 @@ inline bool ComeFromMemory(const int8_t* weights, int64_t bytes) {
   const int64_t since = now - note.bytes.load(std::memory_order_relaxed);
   note.weights.store(weights, std::memory_order_relaxed);
   note.bytes.store(now, std::memory_order_relaxed);
-  return !known || since > kCacheBytes;
+  return known ? since : INT64_MAX;
 }
 
 }  // namespace jaxint8::cpu

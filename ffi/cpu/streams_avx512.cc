@@ -177,7 +177,75 @@ constexpr std::array<void (*)(const Block&, const PairsPart&), sizeof...(kMore)>
 }
 constexpr auto kPairs = PairsFrom(std::make_integer_sequence<int, kPairsM - kPairsLeastM + 1>{});
 
+// c[M] = dot products of rows of activations with all rows of weights, whole ones, four at a time.
+template <int M, bool kRest, bool kDense = false>
+void QuadsOf(const Block& b) {
+  static_assert(M == 1 || !kDense, "only a single row keeps its high parts for all columns");
+  constexpr int kCodes = kDense ? 2 : M;
+  const __m512i flip = _mm512_set1_epi8(static_cast<char>(0x80));
+  const int64_t k = b.k, stride = b.stride, stride3 = Thrice(stride), lines = k / 64 * 64;
+  const __mmask64 rest = FirstBytes(k - lines);
+  for (int64_t first = 0; first < b.n; first += 4) {
+    const int8_t* w[4];  // beyond the last row: that one again
+    Unroll<4>([&](auto r) ALWAYS_INLINE { w[r] = b.w + (first + r < b.n ? first + r : b.n - 1) * k; });
+    const int8_t *at[4] = {w[0], w[1], w[2], w[3]}, *x = b.lo, *x4 = x + 4 * stride, *fetch = w[0] + kFetchAhead;
+    const int8_t* hi = kDense ? b.plan->hi : nullptr;
+    ForgetVectors();
+    __m512i acc[kCodes][4];
+    Unroll<kCodes * 4>([&](auto i) ALWAYS_INLINE { acc[i / 4][i % 4] = _mm512_setzero_si512(); });
+    const auto step = [&](auto load) ALWAYS_INLINE {
+      __m512i weights[4];
+      Unroll<4>([&](auto r) ALWAYS_INLINE { weights[r] = _mm512_xor_si512(load(at[r]), flip); });
+      asm("" : "+v"(weights[0]), "+v"(weights[1]), "+v"(weights[2]), "+v"(weights[3]));
+      Unroll<kCodes>([&](auto i) ALWAYS_INLINE {
+        __m512i own = _mm512_load_si512(kDense && i == 1 ? hi : RowAt<i>(x, x4, stride, stride3));
+        asm("" : "+v"(own));  // once into a register: each multiplication would load it by itself
+        Unroll<4>([&](auto r) ALWAYS_INLINE { MulAddInPlace(acc[i][r], weights[r], own); });
+      });
+    };
+    const auto advance = [&](int64_t bytes) ALWAYS_INLINE {
+      Unroll<4>([&](auto r) ALWAYS_INLINE { at[r] += bytes; });
+      x += bytes, x4 += bytes;
+      if constexpr (kDense) hi += bytes;
+    };
+    if constexpr (kRest) {
+      advance(lines);
+      step([&](const int8_t* from) ALWAYS_INLINE { return _mm512_maskz_loadu_epi8(rest, from); });
+      advance(-lines);
+    }
+    for (const int8_t* end = w[0] + lines; at[0] != end; advance(64)) {
+      Unroll<4>([&](auto i) ALWAYS_INLINE { _mm_prefetch(fetch + i * 64, _MM_HINT_T0); });
+      fetch += 256;
+      step([](const int8_t* from) ALWAYS_INLINE { return _mm512_loadu_si512(from); });
+    }
+    Unroll<M>([&](auto i) ALWAYS_INLINE {
+      const Row& row = b.rows[i];
+      __m128i four = Sum4(acc[i][0], acc[i][1], acc[i][2], acc[i][3]);
+      if constexpr (kDense) {
+        four = _mm_add_epi32(four, _mm_slli_epi32(Sum4(acc[1][0], acc[1][1], acc[1][2], acc[1][3]), 7));
+      } else if (b.with_hi) {
+        four = _mm_add_epi32(four, HiOfRow(row, w, k));
+      }
+      four = _mm_add_epi32(four, _mm_set1_epi32(Correction(row)));
+      _mm_store_si128(reinterpret_cast<__m128i*>(b.c + i * kBlockN + first), four);
+    });
+  }
+}
+
+template <bool kRest>
+void QuadsOfRows(const Block& b) {
+  constexpr void (*kQuads[kQuadsM])(const Block&) = {QuadsOf<1, kRest>, QuadsOf<2, kRest>, QuadsOf<3, kRest>,
+                                                     QuadsOf<4, kRest>};
+  const bool dense = b.plan && b.plan->dense;
+  (dense ? QuadsOf<1, kRest, true> : kQuads[b.m - 1])(b);
+}
+
 }  // namespace
+
+void MultiplyQuads(const Block& b) {
+  (b.k % 64 != 0 ? QuadsOfRows<true> : QuadsOfRows<false>)(b);
+  if (b.epilogue) Finish(*b.epilogue, 0, b.m);
+}
 
 void MultiplyFewRows(const Block& b) {
   constexpr void (*kStreams[kFewM])(const Block&) = {DotsOfFewRows<1>, DotsOfFewRows<2>, DotsOfFewRows<3>,

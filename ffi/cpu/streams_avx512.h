@@ -22,6 +22,11 @@ namespace jaxint8::cpu {
 constexpr int kFewM = 4;
 void MultiplyFewRows(const Block& block);
 
+// The same with four rows of weights side by side: fewer loads, for weights in a second-level cache of Intel's (on a
+// Xeon with AMX 768 columns take 0.7 of the time). From further away one stream is faster, or as fast.
+constexpr int kQuadsM = 4;
+void MultiplyQuads(const Block& block);
+
 // A part of a block for pairs of rows of weights: rows of weights, an even one first; columns, begin a multiple of 64,
 // end too or the last; and what is fetched in each step: two lines from `fetch` on, `gap` bytes apart, then `advance`
 // bytes further, all counted from the first of the two rows.

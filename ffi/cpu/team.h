@@ -28,6 +28,7 @@
 #include <sched.h>
 #endif
 
+#include "float_state.h"
 #include "phased.h"
 
 namespace jaxint8::cpu {
@@ -71,6 +72,7 @@ class Team {
 
   // Claims items until none is left, phase after phase. A job is touched only while holding an item of it.
   void Work(int64_t own) {
+    const ScopedFloatState state;
     for (size_t at = 0; at < phases_.size(); ++at) {
       Phase& phase = phases_[at];
       for (int64_t i = 0; i < phase.count; ++i) WorkIn(phase, phase.lanes[(own + i) % phase.count]);
@@ -146,6 +148,7 @@ class Team {
     for (;;) {
       const int64_t item = lane.next.fetch_add(1, std::memory_order_relaxed);
       if (item >= lane.end) break;
+      if (done == 0) phase.job->Begin(phase.phase);
       try {
         phase.job->Run(phase.phase, item);
       } catch (const std::bad_alloc&) {
@@ -153,7 +156,9 @@ class Team {
       }
       ++done;
     }
-    if (done > 0) phase.done.fetch_add(done, std::memory_order_release);
+    if (done == 0) return;
+    phase.job->End(phase.phase);
+    phase.done.fetch_add(done, std::memory_order_release);
   }
 
   static constexpr int kLast = Phased::kLast;

@@ -325,7 +325,7 @@ void MultiplyTurnedDots(const Block& b, uint8_t* panel) {
       }
     }
   };
-  if (b.from_memory && b.n == kBlockN) {
+  if (b.from == From::kMemory && b.n == kBlockN) {
     constexpr int64_t kRows = kDotsRows / WeightRows::kStreams;  // of each stream
     for (int64_t first = 0; first < WeightRows::kStreamRows; first += kRows) {
       multiply(WeightRows::Streams(first));
