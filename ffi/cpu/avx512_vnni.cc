@@ -357,7 +357,8 @@ void MultiplyWithStrips(const Block& b) {
   const bool fours = Planned(b) && TakesFours(b, groups);
   if (!fours && Planned(b) && b.m <= kPairsM && 94 * groups <= 3 * b.k) return MultiplyPairsOf(b, kDotsBytes);
   const int64_t most = b.k <= kPanelK ? kStripsMost : 2 * kStripsMost;
-  if (b.m > most) return MultiplyTiled(b);
+  // Whether high parts are listed as quads, which only tiles know, is decided for all rows: the last may be few.
+  if (b.m > most || b.groups) return MultiplyTiled(b);
   uint8_t* const panel = reinterpret_cast<TileScratch*>(b.scratch)->panels[1];
   (fours ? MultiplyFours : MultiplyStrips)(b, panel);
   if (groups > 0) AddHiGroups(b, panel, 0, b.m, b.plan->slot);
