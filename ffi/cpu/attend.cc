@@ -35,8 +35,6 @@ AttendJob::AttendJob(const AttendProblem& problem) : p_(problem), ws_(Acquire())
   cost_[kLast] = slots * static_cast<double>(2 * p_.d) / 15 + slots * static_cast<double>(group_ * p_.d) / 64;
 }
 
-AttendJob::~AttendJob() { Release(ws_); }
-
 int64_t AttendJob::StartOf(int64_t row) const { return std::clamp<int64_t>(p_.start[row], 0, p_.slot); }
 
 int64_t AttendJob::ChunksOf(int64_t row) const { return p_.slot / kChunkSlots - StartOf(row) / kChunkSlots + 1; }

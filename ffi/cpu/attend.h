@@ -95,7 +95,6 @@ struct AttendProblem {
 class AttendJob : public Phased {
  public:
   explicit AttendJob(const AttendProblem& problem);
-  ~AttendJob() override;
 
   const int8_t* WeightsOf(int64_t thread, int64_t* bytes) const override;
   void Run(int phase, int64_t item) override;
@@ -113,7 +112,7 @@ class AttendJob : public Phased {
   void Join(int64_t row, int64_t unit);
 
   AttendProblem p_;
-  Workspace* ws_;
+  BorrowedWorkspace ws_;
   int64_t group_;           // queries that share keys
   Query* queries_;          // [units][group]
   ValueShare* shares_;      // [items][group]

@@ -9,6 +9,7 @@
 #define JAXINT8_FFI_CPU_INT8_H_
 
 #include <cstdint>
+#include <memory>
 
 #include "phased.h"
 
@@ -267,11 +268,16 @@ struct Problem {
 struct Workspace;
 struct HighPlan;
 
+// A workspace of one job, which goes back to the free list with it.
+struct GiveBack {
+  void operator()(Workspace* workspace) const;
+};
+using BorrowedWorkspace = std::unique_ptr<Workspace, GiveBack>;
+
 // A quantisation, a product or a layer.
 class Job : public Phased {
  public:
   explicit Job(const Problem& problem);
-  ~Job() override;
 
   // Phases: mark columns, quantise rows, multiply.
   void set_threads(int64_t threads) override;
@@ -295,6 +301,7 @@ class Job : public Phased {
   Columns ListColumns() const;
   const float* FloatOutliers(const Block& block, const float* w_scale);
   void Arrange(int64_t begin, int64_t end);
+  int64_t RowsOfChunk(int64_t chunks) const;
   void set_chunks(int64_t chunks);
   bool BeginsLane(int64_t item) const;
   const uint64_t* GroupsOf(int64_t begin, int64_t end) const;
@@ -309,7 +316,7 @@ class Job : public Phased {
   void MultiplyGated(const Block& gate, const Place& place);
 
   Problem p_;
-  Workspace* ws_;
+  BorrowedWorkspace ws_;
   int64_t rows_per_item_ = 1;
   bool plans_ = false;                // whether high parts are planned, by whoever quantises the last row of a chunk
   bool quads_ = false;                // whether high parts are listed as quads, not as words

@@ -92,15 +92,23 @@ Job::Job(const Problem& problem) : p_(problem), ws_(Acquire()), id_(NextId()) {
   cost_[kLast] = std::max(weights / 15, weights * static_cast<double>(p_.m) / 250);
 }
 
-Job::~Job() { Release(ws_); }
+void GiveBack::operator()(Workspace* workspace) const {
+  std::unique_ptr<Workspace> owned(workspace);
+  if (owned->bytes() > kKeepBytes) return;
+  std::lock_guard<std::mutex> lock(Free().mutex);
+  try {
+    Free().list.push_back(std::move(owned));
+  } catch (const std::bad_alloc&) {  // then it is freed
+  }
+}
 
 void Job::set_threads(int64_t threads) {
   threads_ = threads;
   if (chunks_ == 0) return;
   const int64_t blocks = items_[kLast] / chunks_, most = std::max(chunks_, p_.m / kLeastChunk);
   const auto idle = [&](int64_t chunks) {  // of the time of all threads
-    const auto items = static_cast<double>(blocks * chunks);
-    return 1 - items / static_cast<double>(CeilDiv(blocks * chunks, threads) * threads);
+    const int64_t items = blocks * CeilDiv(p_.m, RowsOfChunk(chunks));
+    return 1 - static_cast<double>(items) / static_cast<double>(CeilDiv(items, threads) * threads);
   };
   int64_t best = chunks_;
   for (int64_t chunks = chunks_; chunks <= most && idle(best) > kLeastIdle; ++chunks) {
@@ -109,10 +117,14 @@ void Job::set_threads(int64_t threads) {
   set_chunks(best);
 }
 
+// Of so many chunks, or fewer.
+int64_t Job::RowsOfChunk(int64_t chunks) const {
+  const int64_t rows = CeilDiv(p_.m, chunks);
+  return arranged_ ? RoundUp(rows, kArrangedRows) : turns_ ? RoundUp(rows, kTurnedRows) : rows;
+}
+
 void Job::set_chunks(int64_t chunks) {
-  chunk_m_ = CeilDiv(p_.m, chunks);
-  if (arranged_) chunk_m_ = RoundUp(chunk_m_, kArrangedRows);
-  if (turns_) chunk_m_ = RoundUp(chunk_m_, kTurnedRows);
+  chunk_m_ = RowsOfChunk(chunks);
   chunks_ = CeilDiv(p_.m, chunk_m_);
   items_[kLast] = CeilDiv(p_.n, kBlockN) * chunks_;
   if (!plans_) return;

@@ -149,8 +149,8 @@ class Team {
       const int64_t item = lane.next.fetch_add(1, std::memory_order_relaxed);
       if (item >= lane.end) break;
       if (done == 0) phase.job->Begin(phase.phase);
-      try {
-        phase.job->Run(phase.phase, item);
+      try {  // behind one that has failed, items would read what a call before has left
+        if (!failed()) phase.job->Run(phase.phase, item);
       } catch (const std::bad_alloc&) {
         failed_.store(true, std::memory_order_relaxed);
       }
@@ -296,10 +296,14 @@ bool RunJobs(Phased* const* jobs, int count, int64_t available, Schedule&& sched
   const auto team = std::make_shared<Team>(jobs, count, threads);
   for (int64_t lane = 1; lane < threads; ++lane) {
     if (Standby::Get().Offer(team, lane)) continue;
-    schedule([team, lane, caller = CurrentProcessor()]() mutable {
-      Leave(caller);
-      Standby::Get().Serve(std::move(team), lane);
-    });
+    try {
+      schedule([team, lane, caller = CurrentProcessor()]() mutable {
+        Leave(caller);
+        Standby::Get().Serve(std::move(team), lane);
+      });
+    } catch (const std::bad_alloc&) {
+      break;  // the caller works through all lanes, and may not leave while a helper works
+    }
   }
   team->Work(0);
   return !team->failed();

@@ -204,19 +204,12 @@ inline FreeList& Free() {
   return *free_list;
 }
 
-inline Workspace* Acquire() {
+inline BorrowedWorkspace Acquire() {
   std::lock_guard<std::mutex> lock(Free().mutex);
-  if (Free().list.empty()) return new Workspace;
-  Workspace* workspace = Free().list.back().release();
+  if (Free().list.empty()) return BorrowedWorkspace(new Workspace);
+  BorrowedWorkspace workspace(Free().list.back().release());
   Free().list.pop_back();
   return workspace;
-}
-
-inline void Release(Workspace* workspace) {
-  std::unique_ptr<Workspace> owned(workspace);
-  if (owned->bytes() > kKeepBytes) return;
-  std::lock_guard<std::mutex> lock(Free().mutex);
-  Free().list.push_back(std::move(owned));
 }
 
 }  // namespace jaxint8::cpu
