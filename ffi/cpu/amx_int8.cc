@@ -43,7 +43,7 @@ struct AmxScratch {
   alignas(64) int32_t sums[kChunkM * kBlockN];
   union {
     alignas(64) int32_t high[kTile * kBlockN];
-    alignas(64) uint8_t groups[HiPlan::kMaxArranged * kBlockN * 4];
+    alignas(64) uint8_t groups[(HiPlan::kMaxArranged + 1) * kBlockN * 4];
   };
 };
 
@@ -70,10 +70,10 @@ ALWAYS_INLINE inline void FourWords(const F& at, __m512i (&out)[4]) {
   __m512i rows[4];
   Unroll<4>([&](auto r) ALWAYS_INLINE {
     const auto quarter = [&](auto q) ALWAYS_INLINE { return _mm_loadu_si128(static_cast<const __m128i*>(at(q, r))); };
-    rows[r] = _mm512_broadcast_i32x4(quarter(std::integral_constant<int, 0>{}));
-    rows[r] = _mm512_mask_broadcast_i32x4(rows[r], 0x00f0, quarter(std::integral_constant<int, 1>{}));
+    rows[r] = _mm512_broadcast_i32x4(quarter(std::integral_constant<int, 3>{}));
     rows[r] = _mm512_mask_broadcast_i32x4(rows[r], 0x0f00, quarter(std::integral_constant<int, 2>{}));
-    rows[r] = _mm512_mask_broadcast_i32x4(rows[r], 0xf000, quarter(std::integral_constant<int, 3>{}));
+    rows[r] = _mm512_mask_broadcast_i32x4(rows[r], 0x00f0, quarter(std::integral_constant<int, 1>{}));
+    rows[r] = _mm512_mask_broadcast_i32x4(rows[r], 0x000f, quarter(std::integral_constant<int, 0>{}));
   });
   TransposeLanes(rows, out);
 }
@@ -92,24 +92,41 @@ void Arrange(const int8_t* rows, int64_t stride, int64_t columns, int8_t* arrang
 }
 
 // Moves the groups of four columns of a plan into [group][kBlockN][4] unsigned weights, step by step of 64 columns of a
-// product: right behind the loads of tiles, which bring their lines.
+// product: right behind the load of each tile, which brings its lines. Where rows are multiples of 4096 bytes apart all
+// of them fall into one set of the first-level cache, which the next tile would take.
 struct GroupsAlong {
-  const int32_t *group = nullptr, *end = nullptr;  // what is left
-  uint8_t* to = nullptr;                           // where the first of these goes, of the first outputs
-  int64_t z = 0;                                   // the first tile of weights
-  __m512i rows = {};                               // where 16 rows of weights lie
+  const uint16_t* needed = nullptr;  // of every 64 columns, which groups are listed
+  uint8_t* to = nullptr;             // where the next one goes
+  __m512i rows = {};                 // where 16 rows of weights lie
 
-  // Of Z tiles of weights, 16 rows each, whose 64 columns end before a group.
-  template <int Z>
-  ALWAYS_INLINE void Step(const int8_t* w, int64_t tile_bytes, int64_t stop) {
+  int64_t z = 0;  // the first tile of weights
+
+  // Of a tile, 16 rows of weights.
+  ALWAYS_INLINE void Move(const int8_t* w, int64_t stride, int64_t step, int64_t tile) const {
     const __m512i flip = _mm512_set1_epi8(static_cast<char>(0x80));
-    for (; group != end && *group < stop; ++group, to += kBlockN * 4) {
-      Unroll<Z>([&](auto i) ALWAYS_INLINE {
-        const __m512i four = _mm512_i32gather_epi32(rows, w + i * tile_bytes + *group % 16 * 4, 1);
-        _mm512_store_si512(to + (z + i) * 64, _mm512_xor_si512(four, flip));
+    uint8_t* out = to + (z + tile) * 64;
+    for (uint32_t left = needed[step]; left != 0;) {
+      const int64_t four = __builtin_ctz(left) / 4;
+      const uint32_t listed = left >> four * 4 & 15;
+      left &= ~(uint32_t{15} << four * 4);
+      if ((listed & (listed - 1)) == 0) {
+        const __m512i words = _mm512_i32gather_epi32(rows, w + four * 16 + __builtin_ctz(listed) * 4, 1);
+        _mm512_store_si512(out, _mm512_xor_si512(words, flip));
+        out += kBlockN * 4;
+        continue;
+      }
+      // Several neighbours are moved together, which takes little more than gathering one.
+      const int8_t* const at = w + four * 16;
+      const int8_t* const from[4] = {at, at + 4 * stride, at + 8 * stride, at + 12 * stride};
+      __m512i words[4];
+      FourWords([&](auto q, auto r) ALWAYS_INLINE -> const void* { return from[q] + r * stride; }, words);
+      Unroll<4>([&](auto i) ALWAYS_INLINE {  // what is not listed is written over
+        _mm512_store_si512(out, _mm512_xor_si512(words[i], flip));
+        out += (listed >> i & 1) * kBlockN * 4;
       });
     }
   }
+  void Advance(int64_t step) { to += __builtin_popcount(needed[step]) * kBlockN * 4; }
 };
 
 // sums += (hi . W) << 7 of one row, from the weights of groups; `slot` is that of its first word. What weights that are
@@ -173,8 +190,8 @@ struct BlockAhead {
   }
 };
 
-// Two tiles of weights by two of codes: c (+)= their sums. With `groups` those in these columns, the first of which is
-// in group `first`, are moved.
+// Two tiles of weights by two of codes: c (+)= their sums. With `groups` those in these columns, of which the first 64
+// are step `first` of all, are moved.
 template <bool kGroups>
 void Square(const int8_t* w, int64_t stride, const int8_t* x, int64_t x_tile, int64_t steps, int32_t* c, bool adds,
             BlockAhead* ahead, int64_t first, GroupsAlong* groups) {
@@ -198,10 +215,12 @@ void Square(const int8_t* w, int64_t stride, const int8_t* x, int64_t x_tile, in
     _tile_dpbssd(0, 4, 6);
     _tile_loadd(7, x + x_tile, 64);
     _tile_dpbssd(1, 4, 7);
+    if constexpr (kGroups) groups->Move(w, stride, first + t, 0);
     _tile_loadd(5, w + kTile * stride, stride);
     _tile_dpbssd(2, 5, 6);
     _tile_dpbssd(3, 5, 7);
-    if constexpr (kGroups) groups->Step<2>(w, kTile * stride, first + (t + 1) * 16);
+    if constexpr (kGroups) groups->Move(w + kTile * stride, stride, first + t, 1);
+    if constexpr (kGroups) groups->Advance(first + t);
   }
   _tile_stored(0, c, 64);
   _tile_stored(1, other, 64);
@@ -228,7 +247,8 @@ void Single(const int8_t* w, int64_t stride, const int8_t* x, int64_t steps, int
     _tile_loadd(6, x, 64);
     _tile_loadd(4, w, stride);
     _tile_dpbssd(0, 4, 6);
-    if constexpr (kGroups) groups->Step<1>(w, kTile * stride, first + (t + 1) * 16);
+    if constexpr (kGroups) groups->Move(w, stride, first + t, 0);
+    if constexpr (kGroups) groups->Advance(first + t);
   }
   _tile_stored(0, c, 64);
 }
@@ -254,15 +274,22 @@ void Column(const int8_t* w, int64_t stride, const int8_t* x, int64_t steps, con
     const int8_t* at = w + step_of(t) * 64;
     ahead->Fetch();
     _tile_loadd(6, x, 64);
+    const auto move = [&](int64_t z) {
+      if constexpr (kGroups) groups->Move(at + z * kTile * stride, stride, first + t, z);
+    };
     _tile_loadd(4, at, stride);
     _tile_dpbssd(0, 4, 6);
+    move(0);
     _tile_loadd(5, at + kTile * stride, stride);
     _tile_dpbssd(1, 5, 6);
+    move(1);
     _tile_loadd(4, at + 2 * kTile * stride, stride);
     _tile_dpbssd(2, 4, 6);
+    move(2);
     _tile_loadd(5, at + 3 * kTile * stride, stride);
     _tile_dpbssd(3, 5, 6);
-    if constexpr (kGroups) groups->Step<4>(at, kTile * stride, first + (t + 1) * 16);
+    move(3);
+    if constexpr (kGroups) groups->Advance(first + t);
   }
   _tile_stored(0, c, 64);
   _tile_stored(1, c + kTileSums, 64);
@@ -302,7 +329,6 @@ void MultiplyArranged(const Block& b) {
   const int64_t width = PieceOf(b.k, copies ? kCopiedK : kPieceK);
   const int64_t tiles = (b.m + kTile - 1) / kTile, x_tile = kTile * b.stride;
   const auto sums_of = [&](int64_t tile) { return scratch->sums + tile * kTilesN * kTileSums; };
-  const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
   const bool singly = b.k <= kSingleK || (tiles == 1 && b.from == From::kMemory);
   BlockAhead ahead;
   if (b.ahead) {  // with more lines at once, loads wait
@@ -312,7 +338,7 @@ void MultiplyArranged(const Block& b) {
   const uint8_t* const groups = b.plan && b.plan->groups > 0 ? scratch->groups : nullptr;
   const int32_t* slot = groups ? b.plan->slot : nullptr;
   GroupsAlong along;  // of the first rows of codes
-  if (groups) along = {b.plan->group, b.plan->group + b.plan->groups, scratch->groups};
+  if (groups) along = {b.plan->needed, scratch->groups};
   for (int64_t k = 0; k < b.k; k += width) {
     const int64_t columns = k + width < b.k ? width : b.k - k, steps = (columns + 63) / 64;
     const bool adds = k > 0, last = k + width >= b.k;
@@ -330,7 +356,8 @@ void MultiplyArranged(const Block& b) {
       }
       for (int64_t i = begin; last && i < end && i < b.m; i += 4) slot = FinishFour(b, scratch->sums, i, groups, slot);
     };
-    along.rows = _mm512_mullo_epi32(lane, _mm512_set1_epi32(static_cast<int32_t>(stride)));
+    along.rows = _mm512_mullo_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
+                                    _mm512_set1_epi32(static_cast<int32_t>(stride)));
     const GroupsAlong before = along;
     const int8_t* const x = b.lo + k * kTile;
     for (int64_t z = 0; z < kTilesN; z += 2) {
@@ -338,7 +365,7 @@ void MultiplyArranged(const Block& b) {
         if (i == 0) along = before, along.z = z;
         int32_t* const c = sums_of(i) + z * kTileSums;
         (groups && i == 0 ? Square<true> : Square<false>)(w + z * kTile * stride, stride, x + i * x_tile, x_tile, steps,
-                                                          c, adds, &ahead, k / 4, &along);
+                                                          c, adds, &ahead, k / 64, &along);
         if (z + 2 == kTilesN) finish(i * kTile, (i + 2) * kTile);
       }
     }
@@ -350,12 +377,12 @@ void MultiplyArranged(const Block& b) {
         if (gathers) along = before, along.z = z;
         const int8_t* const next = b.from == From::kMemory && tiles == 1 ? b.w + (z + 1) * kTile * b.k + k : nullptr;
         (gathers ? Single<true> : Single<false>)(w + z * kTile * stride, stride, codes, steps, c + z * kTileSums, adds,
-                                                 next, k / 4, &along);
+                                                 next, k / 64, &along);
       }
       if (!singly) {
         const auto step_of = [](int64_t t) { return t; };
         const auto column = gathers ? Column<true, decltype(step_of)> : Column<false, decltype(step_of)>;
-        column(w, stride, codes, steps, step_of, c, adds, &ahead, k / 4, &along);
+        column(w, stride, codes, steps, step_of, c, adds, &ahead, k / 64, &along);
       }
       finish((tiles - 1) * kTile, b.m);
     }

@@ -110,9 +110,9 @@ void Job::PlanChunk(int64_t chunk) {
 
 // Of arranged codes of rows [begin, end); false where the weights of groups are better.
 bool Job::PlanHighTiles(int64_t begin, int64_t end, HighPlan* planned) {
-  // Of 64 outputs, nanoseconds (measured on a Xeon with AMX, 768 to 11008 columns): a group is gathered in 11 to 25,
-  // the more of them the faster, and a word of it multiplied in 1.5; 64 columns of a tile take 35.
-  constexpr double kGroup = 15, kWord = 1.5, kStep = 35;
+  // Of 64 outputs, nanoseconds (measured on a Xeon with AMX, 768 to 11008 columns): a group is moved in 5 to 15, the
+  // more of them the faster, and a word of it multiplied in 1.5; 64 columns of a tile take 35.
+  constexpr double kGroup = 8, kWord = 1.5, kStep = 35;
   int64_t words = 0, steps = 0;
   const auto tiles_of = [&](auto take) {
     for (int64_t i = begin; i < end; i += kArrangedRows) {
