@@ -67,7 +67,8 @@ Job::Job(const Problem& problem) : p_(problem), ws_(Acquire()), id_(NextId()) {
   const int64_t bytes = p_.n * p_.k * (p_.gated ? 2 : 1);
   const bool guessed = p_.source == Problem::Source::kGuessed;
   const int64_t since = guessed ? BytesSince(p_.w, bytes) : p_.source == Problem::Source::kMemory ? INT64_MAX : bytes;
-  const bool near = since / kOwnCacheBytes < std::max<int64_t>(1, std::thread::hardware_concurrency());
+  static const int64_t caches = std::max(1u, std::thread::hardware_concurrency());  // a call of the system
+  const bool near = since / kOwnCacheBytes < caches;
   from_ = since > kCacheBytes ? From::kMemory : near ? From::kOwnCache : From::kCache;
   arranged_ = p_.rung->arranges != nullptr && p_.k > 0 && p_.rung->arranges(p_.m, p_.k, from_);
   const int64_t room = arranged_ ? RoundUp(p_.m, kArrangedRows) : p_.m;
