@@ -33,6 +33,8 @@ constexpr int64_t kTilesN = kBlockN / kTile;
 constexpr int64_t kArrangedBytes = 1 << 20;
 // Up to so many columns a tile of weights at a time is read fastest from any cache, more only from memory.
 constexpr int64_t kSingleK = 2048;
+// In rows of up to so many columns a last odd tile of codes is multiplied on its own, in longer ones with two others.
+constexpr int64_t kAloneK = 1024;
 // Columns multiplied in one go, which keep weights and codes in the L2 cache; fewer where weights are copied.
 constexpr int64_t kPieceK = 4096, kCopiedK = 1024;
 
@@ -228,6 +230,55 @@ void Square(const int8_t* w, int64_t stride, const int8_t* x, int64_t x_tile, in
   _tile_stored(3, other + kTileSums, 64);
 }
 
+// The same of two tiles of weights by three of codes, for which two registers are left: where rows are long, the third
+// costs less so than on its own, which reads all weights again.
+template <bool kGroups>
+void TwoByThree(const int8_t* w, int64_t stride, const int8_t* x, int64_t x_tile, int64_t steps, int32_t* c, bool adds,
+                BlockAhead* ahead, int64_t first, GroupsAlong* groups) {
+  int32_t *const second = c + kTilesN * kTileSums, *const third = second + kTilesN * kTileSums;
+  MemoryIsRead();
+  if (adds) {
+    _tile_loadd(0, c, 64);
+    _tile_loadd(1, second, 64);
+    _tile_loadd(2, third, 64);
+    _tile_loadd(3, c + kTileSums, 64);
+    _tile_loadd(4, second + kTileSums, 64);
+    _tile_loadd(5, third + kTileSums, 64);
+  } else {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    _tile_zero(4);
+    _tile_zero(5);
+  }
+  for (int64_t t = 0; t < steps; ++t, w += 64, x += kTileBytes) {
+    ahead->Fetch();
+    _tile_loadd(6, w, stride);
+    _tile_loadd(7, x, 64);
+    _tile_dpbssd(0, 6, 7);
+    _tile_loadd(7, x + x_tile, 64);
+    _tile_dpbssd(1, 6, 7);
+    _tile_loadd(7, x + 2 * x_tile, 64);
+    _tile_dpbssd(2, 6, 7);
+    if constexpr (kGroups) groups->Move(w, stride, first + t, 0);
+    _tile_loadd(6, w + kTile * stride, stride);
+    _tile_dpbssd(5, 6, 7);
+    _tile_loadd(7, x + x_tile, 64);
+    _tile_dpbssd(4, 6, 7);
+    _tile_loadd(7, x, 64);
+    _tile_dpbssd(3, 6, 7);
+    if constexpr (kGroups) groups->Move(w + kTile * stride, stride, first + t, 1);
+    if constexpr (kGroups) groups->Advance(first + t);
+  }
+  _tile_stored(0, c, 64);
+  _tile_stored(1, second, 64);
+  _tile_stored(2, third, 64);
+  _tile_stored(3, c + kTileSums, 64);
+  _tile_stored(4, second + kTileSums, 64);
+  _tile_stored(5, third + kTileSums, 64);
+}
+
 // One tile of weights by one of codes. Where no other rows share weights this reads them fastest, line by line of 16
 // rows. From memory `ahead`, what comes next, is asked for: half of it, which has the processor ask for the rest.
 template <bool kGroups>
@@ -330,6 +381,7 @@ void MultiplyArranged(const Block& b) {
   const int64_t tiles = (b.m + kTile - 1) / kTile, x_tile = kTile * b.stride;
   const auto sums_of = [&](int64_t tile) { return scratch->sums + tile * kTilesN * kTileSums; };
   const bool singly = b.k <= kSingleK || (tiles == 1 && b.from == From::kMemory);
+  const bool in_threes = b.k > kAloneK;
   BlockAhead ahead;
   if (b.ahead) {  // with more lines at once, loads wait
     const int64_t lines = tiles == 1 ? 8 : std::min<int64_t>(4, (kTile * kTilesN + tiles - 1) / tiles);
@@ -361,15 +413,19 @@ void MultiplyArranged(const Block& b) {
     const GroupsAlong before = along;
     const int8_t* const x = b.lo + k * kTile;
     for (int64_t z = 0; z < kTilesN; z += 2) {
-      for (int64_t i = 0; i + 1 < tiles; i += 2) {
+      for (int64_t i = 0, count = 0; i + 1 < tiles; i += count) {
+        count = in_threes && tiles - i == 3 ? 3 : 2;
         if (i == 0) along = before, along.z = z;
-        int32_t* const c = sums_of(i) + z * kTileSums;
-        (groups && i == 0 ? Square<true> : Square<false>)(w + z * kTile * stride, stride, x + i * x_tile, x_tile, steps,
-                                                          c, adds, &ahead, k / 64, &along);
-        if (z + 2 == kTilesN) finish(i * kTile, (i + 2) * kTile);
+        const bool moves = groups && i == 0;
+        const auto multiply = count == 3 ? moves ? TwoByThree<true> : TwoByThree<false>
+                              : moves    ? Square<true>
+                                         : Square<false>;
+        multiply(w + z * kTile * stride, stride, x + i * x_tile, x_tile, steps, sums_of(i) + z * kTileSums, adds,
+                 &ahead, k / 64, &along);
+        if (z + 2 == kTilesN) finish(i * kTile, (i + count) * kTile);
       }
     }
-    if (tiles % 2 != 0) {
+    if (tiles % 2 != 0 && !(in_threes && tiles > 1)) {
       const bool gathers = groups && tiles == 1;
       const int8_t* const codes = x + (tiles - 1) * x_tile;
       int32_t* const c = sums_of(tiles - 1);
