@@ -184,8 +184,9 @@ def partition_of(x: jax.Array, codes: jax.Array) -> Partition | None:
         return None
     n, k = _entries(codes_at, 2)
     taken = {*n, *k}
-    rows = [tuple(name for name in e if name not in taken) for e in _entries(x_at, x.ndim)[:-1]]
-    if not taken and not any(rows):
+    *leading, columns = _entries(x_at, x.ndim)
+    rows = [tuple(name for name in e if name not in taken) for e in leading]
+    if not (taken or any(rows) or columns):
         return None
     return Partition(at.mesh, P(*(names or None for names in rows)), k or None, n or None)
 

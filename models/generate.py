@@ -19,6 +19,7 @@ import numpy as np
 
 from jaxint8.models.cache import KVCache, capacity_for, grow_cache, init_cache, rounded_length
 from jaxint8.models.config import DecoderConfig, QuantizationConfig
+from jaxint8.models.context import around
 from jaxint8.models.decoder import Params, forward, with_wide_norms
 from jaxint8.models.placement import Placement, check
 from jaxint8.models.sampling import Draw, Sampling, next_tokens, row_keys
@@ -272,12 +273,13 @@ def stream_tokens(
         "quantization": quantization,
         "placement": placement,
     }
-    draw = Draw.of(sampling)
-    keys = row_keys(prompts, seed)
+    with around(placement):
+        draw, keys = Draw.of(sampling), row_keys(prompts, seed)
     if placement is not None:
         tokens, start = placement.fill_rows(tokens), placement.fill_rows(start)
         keys = placement.fill_rows(np.asarray(jax.random.key_data(keys)))
-    state = _prefill(params, tokens, start, draw, keys, **how)
+    with around(placement):
+        state = _prefill(params, tokens, start, draw, keys, **how)
     burst = steps_of_a_turn(params, chunk)
     ended = [False] * len(prompts)
     yield _until_end(config, ended, np.asarray(state.token)[: len(prompts), None])
@@ -289,9 +291,11 @@ def stream_tokens(
             # By a half, for rows may end at any token; no further than the last but one, since the
             # last is never stored.
             capacity = min(capacity_for(capacity * 3 // 2), capacity_for(total - 1))
-            state = _grow(state, capacity=capacity)
+            with around(placement):
+                state = _grow(state, capacity=capacity)
         steps = min(chunk, max_new_tokens - made, capacity - used)
-        state, new = _decode(params, state, jnp.int32(steps), draw, burst=burst, **how)
+        with around(placement):
+            state, new = _decode(params, state, jnp.int32(steps), draw, burst=burst, **how)
         count = int(state.step) - made
         made += count
         yield _until_end(config, ended, np.asarray(new)[: len(prompts), :count])

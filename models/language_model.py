@@ -18,6 +18,7 @@ from jax.typing import ArrayLike
 
 from jaxint8.models import saving
 from jaxint8.models.config import DecoderConfig, QuantizationConfig
+from jaxint8.models.context import around, for_caller
 from jaxint8.models.decoder import Params, forward
 from jaxint8.models.generate import check_tokens, generate_tokens, stream_tokens
 from jaxint8.models.placement import Placement
@@ -91,14 +92,16 @@ class LanguageModel:
         count = len(array)
         if self.placement is not None:
             array = self.placement.fill_rows(array)
-        logits = _logits(
-            self.params,
-            array.astype(np.int32),
-            config=self.config,
-            quantization=self.quantization,
-            placement=self.placement,
-        )
-        return logits if len(array) == count else logits[:count]
+        with around(self.placement):
+            logits = _logits(
+                self.params,
+                array.astype(np.int32),
+                config=self.config,
+                quantization=self.quantization,
+                placement=self.placement,
+            )
+            logits = logits if len(array) == count else logits[:count]
+        return for_caller(logits, self.placement)
 
     def temporary_bytes(self, b: int, t: int) -> int:
         """Returns the bytes that one device needs beside parameters and logits, to compute `logits` of [b, t]."""
@@ -106,8 +109,9 @@ class LanguageModel:
             raise ValueError(f"b and t: expected at least 1 of each, got {b} and {t}")
         how = {"config": self.config, "quantization": self.quantization}
         tokens = np.zeros((b, t), np.int32)
-        lowered = _logits.lower(self.params, tokens, **how, placement=self.placement)
-        analysis = lowered.compile().memory_analysis()
+        with around(self.placement):
+            lowered = _logits.lower(self.params, tokens, **how, placement=self.placement)
+            analysis = lowered.compile().memory_analysis()
         return analysis.temp_size_in_bytes if analysis is not None else 0
 
     def generate(

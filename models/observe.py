@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from jaxint8.models.config import DecoderConfig, QuantizationConfig
+from jaxint8.models.context import around, for_caller
 from jaxint8.models.decoder import Params, forward
 from jaxint8.models.placement import Placement
 
@@ -41,8 +42,10 @@ def linear_inputs(
     """
     if placement is not None:
         filled = placement.fill_rows(np.asarray(tokens))
-        return _on_mesh(params, filled, len(tokens), config, quantization, placement)
-    found: dict[str, jax.Array] = {}
+        with around(placement):
+            found = _on_mesh(params, filled, len(tokens), config, quantization, placement)
+        return {name: for_caller(x, placement) for name, x in found.items()}
+    found = {}
     bridges = {
         name: {**params[name], "tap": functools.partial(found.__setitem__, name)}
         for name in ("project_in", "project_out")

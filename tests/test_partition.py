@@ -313,6 +313,26 @@ def test_vmap_over_an_axis_that_is_split_explicitly(rule):
                 assert jax.typeof(y).sharding.spec[0] == "model"
 
 
+@pytest.mark.parametrize("rule", RULES, ids=repr)
+def test_columns_that_are_split_explicitly_are_gathered_for_weights_that_are_not(rule):
+    """As after a layer whose output channels are split, with nobody telling a partition."""
+    mesh = mesh_of((1, 8), AxisType.Explicit)
+    found, x = case()
+    w = QuantizedMatrix(jnp.asarray(found.codes), jnp.asarray(found.scale))
+
+    def both(x):
+        y, pull = jax.vjp(functools.partial(int8_linear, w=w, outliers=rule), x)
+        return y, pull(jnp.ones_like(y))[0]
+
+    y, gradient = both(jnp.asarray(x))
+    with jax.set_mesh(mesh):
+        split = jax.device_put(x, NamedSharding(mesh, P(None, "model")))
+        for run in (both, jax.jit(both)):
+            other, other_gradient = run(split)
+            np.testing.assert_array_equal(bits(other), bits(y))
+            np.testing.assert_allclose(other_gradient, gradient, rtol=1e-5, atol=1e-5)
+
+
 def test_a_mesh_of_explicit_and_automatic_axes():
     mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Explicit, AxisType.Auto))
     found, x = case()

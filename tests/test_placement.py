@@ -85,6 +85,33 @@ def test_logits_and_text_are_those_of_one_device(case, method, shape):
     assert text(model, model.placement) == text(one, None)
 
 
+@pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto])
+def test_a_model_runs_within_the_mesh_that_it_was_loaded_on(kind):
+    mesh = mesh_of((2, 2), kind)
+    tokens = np.random.default_rng(1).integers(0, 64, (3, 11))
+    sampling = generate.Sampling(temperature=1.0)
+
+    def results(model):
+        how = {"quantization": model.quantization, "placement": model.placement}
+        made = generate_tokens(
+            model.config, model.params, tokens.tolist(), 40, sampling=sampling, **how
+        )
+        found = linear_inputs(model.config, model.params, tokens, **how)
+        logits = model.logits(tokens)
+        # What comes back can be gone on with in the caller's mesh.
+        return made, np.asarray(logits[:, -1]), np.asarray(found["layers.1.down"][:, -1])
+
+    expected = results(load(GOLDENS / "llama_mha", quantization="topk", mesh=mesh))
+    with jax.set_mesh(mesh):
+        model = load(GOLDENS / "llama_mha", quantization="topk", mesh=mesh)
+        made, logits, inputs = results(model)
+        assert jax.typeof(model.logits(tokens)).sharding.mesh == jax.sharding.get_abstract_mesh()
+        assert model.temporary_bytes(2, 8) > 0
+    assert made == expected[0]
+    np.testing.assert_array_equal(logits, expected[1])
+    np.testing.assert_array_equal(inputs, expected[2])
+
+
 def test_int8_head_and_sampling_are_those_of_one_device():
     method = QuantizationConfig(outliers=6.0, lm_head="int8")
     prompts = [[5, 6, 7], [9], [1, 2]]
