@@ -56,7 +56,8 @@ def convert_params(
       A new dict with the collections of `variables` and "quant". Arrays that are kept are not copied.
 
     Raises:
-      TypeError: `variables`, its "params" or its "quant" is no mapping, or a kernel no float array.
+      TypeError: `variables`, its "params" or its "quant" is no mapping, `rules` no sequence, or a kernel no float
+        array.
       ValueError: it has no "params", a rule is malformed, no kernel was converted, or a kernel cannot be: the message
         names its path.
     """
@@ -107,6 +108,8 @@ def _is_dense(path: Path, value: Any, flat: Mapping[Path, Any]) -> bool:
 
 def _compile(rules: Sequence[Rule]) -> list[tuple[re.Pattern[str], Action]]:
     compiled = []
+    if not isinstance(rules, Sequence) or isinstance(rules, str):
+        raise TypeError(f"rules: expected (regex, action) pairs, got {type(rules).__name__}")
     for position, rule in enumerate(rules):
         if not (isinstance(rule, tuple | list) and len(rule) == 2 and rule[1] in ("int8", "keep")):
             raise ValueError(f"rules[{position}]: expected (regex, 'int8' or 'keep'), got {rule!r}")

@@ -38,8 +38,8 @@ class Dense8bit(nn.Module):
       outliers: Threshold, RelativeThreshold, TopK; a number means Threshold(number); None means no decomposition.
       outlier_arithmetic: "int15", "float", or None for the library's choice; see `jaxint8.int8_linear`.
       dtype: dtype of the computation and output; None keeps that of the input.
-      param_dtype: dtype of the bias.
       implementation: "cuda", "cpu", "xla", "reference", or None for the best that exists.
+      param_dtype: dtype of the bias.
       kernel_axes: logical partition names of the codes [n, k] (output channels first), mapped to axes of a mesh by
         `nn.logical_axis_rules`, without which nothing is constrained; None: no metadata.
       partition: how x and the layer lie on a mesh, under jit with automatic axes; see `jaxint8.int8_linear`.
@@ -51,8 +51,8 @@ class Dense8bit(nn.Module):
     outliers: OutlierRule | float | None = 6.0
     outlier_arithmetic: Arithmetic | None = None
     dtype: DTypeLike | None = None
-    param_dtype: DTypeLike = jnp.float32
     implementation: Implementation | None = None
+    param_dtype: DTypeLike = jnp.float32
     kernel_axes: tuple[str | None, str | None] | None = None
     partition: Partition | None = None
     bias_init: Callable[..., jax.Array] = nn.initializers.zeros_init()
@@ -76,7 +76,7 @@ class Dense8bit(nn.Module):
         if self.use_bias:
             bias = self.param("bias", self.bias_init, (self.features,), self.param_dtype)
         if self.dtype is not None:
-            x = x.astype(self.dtype)
+            x = jnp.asarray(x, self.dtype)
         return int8_linear(
             x,
             QuantizedMatrix(codes, scale),

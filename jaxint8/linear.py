@@ -53,8 +53,8 @@ def int8_linear(
 
     Rows of x are scaled to int8, the product with the codes of w runs in int8 with exact int32 sums, and both scales
     and the bias are applied in float32 with one rounding to the dtype of x at the end. With "int15" arithmetic the
-    result is the same to the bit on every implementation; with token-scope rules (and None) a row's result depends on
-    that row alone.
+    result is the same to the bit on every implementation (only that XLA makes subnormal results 0); with token-scope
+    rules (and None) a row's result depends on that row alone.
 
     A row that holds a non-finite value gives NaN throughout; its neighbours are untouched.
 
@@ -62,7 +62,8 @@ def int8_linear(
     (straight through the rounding of x). The int8 leaves of w get no gradient.
 
     Args:
-      x: float32, bfloat16 or float16[..., k], one axis or more; any of them may be 0 long.
+      x: float32, bfloat16 or float16[..., k], one axis or more; any of them may be 0 long. A NumPy array is taken as
+        `jnp.asarray` has it, float64 as float32 unless x64 is enabled.
       w: a QuantizedMatrix of shape (k, n).
       bias: float[n] or None; added in float32 before the one rounding.
       outliers: Threshold, RelativeThreshold or TopK; a number means Threshold(number); None means no decomposition.
@@ -90,6 +91,8 @@ def int8_linear(
         asked for does not exist here.
     """
     rule = as_rule(outliers)
+    x = jnp.asarray(x) if isinstance(x, np.ndarray) else x
+    bias = jnp.asarray(bias) if isinstance(bias, np.ndarray) else bias
     arithmetic = _check(x, w, bias, outlier_arithmetic, implementation)
     if bias is not None:
         bias = bias.astype(jnp.float32)

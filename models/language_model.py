@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from jaxint8.models import saving
@@ -71,10 +72,15 @@ class LanguageModel:
             tokens: int[b, t] ids, every row from its start; t at most ``config.max_positions``.
 
         Raises:
-            TypeError, ValueError: not integers, not two axes, rows of different lengths, too long, or
-            an id not in the vocabulary.
+            TypeError, ValueError: not integers, not two axes, rows of different lengths, too long, an id not in the
+            vocabulary, or traced: this is one compiled call, and around it a jit would take all weights as constants.
 
         """
+        if isinstance(tokens, Tracer):
+            raise TypeError(
+                "tokens: expected values, got an array traced by a jit around this call, which is compiled itself; "
+                "in a jit of your own use jaxint8.models.decoder.forward, with params as an argument"
+            )
         try:
             array = np.asarray(tokens)
         except ValueError:

@@ -129,6 +129,8 @@ def describe(source: str | os.PathLike[str]) -> Checkpoint:
 
 def _resolve(source: str | os.PathLike[str]) -> Path:
     """Returns the file or directory that ``source`` means, downloading if needed."""
+    if not isinstance(source, str | os.PathLike):
+        raise TypeError(f"source: expected a path or a name, got {type(source).__name__}")
     path = Path(source)
     if path.exists():
         return path

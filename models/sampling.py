@@ -39,8 +39,13 @@ class Sampling:
         """Checks the arguments."""
         for name in ("temperature", "top_k", "top_p"):
             value = getattr(self, name)
-            left_out = value is None and name != "temperature"
-            if not left_out and (isinstance(value, str) or not hasattr(value, "__float__")):
+            if value is None and name != "temperature":
+                continue
+            if (
+                not hasattr(value, "__float__")
+                or isinstance(value, str)
+                or getattr(value, "ndim", 0) > 0
+            ):
                 raise TypeError(f"{name}: expected a number, got {value!r}")
         if not 0.0 <= self.temperature < float("inf"):
             raise ValueError(f"temperature must be finite and >= 0, got {self.temperature}")

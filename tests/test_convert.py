@@ -164,6 +164,7 @@ def test_everything_else_is_passed_on_as_it_is():
     [
         (TypeError, "variables: expected a mapping", lambda: convert_params([])),
         (ValueError, "no 'params'", lambda: convert_params({"quant": {}})),
+        (TypeError, "rules: expected .* got None", lambda: convert_params({"params": {}}, None)),
         (ValueError, r"rules\[0\]", lambda: convert_params({"params": {}}, [("a", "int4")])),
         (ValueError, "no 'params'", lambda: convert_params({"quant": {}, 0: {}})),
         (TypeError, r"\['params'\]: .* got NoneType", lambda: convert_params({"params": None})),

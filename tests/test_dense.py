@@ -35,6 +35,22 @@ def test_equals_int8_linear():
     assert half.dtype == jnp.bfloat16
 
 
+def test_the_order_of_its_arguments_is_that_of_the_contract():
+    layer = Dense8bit(5, False, None, "float", jnp.bfloat16, "xla")
+    assert (layer.use_bias, layer.outliers, layer.outlier_arithmetic) == (False, None, "float")
+    assert (layer.dtype, layer.implementation) == (jnp.bfloat16, "xla")
+
+
+def test_takes_the_floats_of_numpy():
+    v = variables()
+    x = np.random.default_rng(0).normal(size=(3, 12))
+    for dtype in (None, jnp.bfloat16):
+        layer = Dense8bit(5, dtype=dtype)
+        y = layer.apply(v, x)
+        np.testing.assert_array_equal(y, layer.apply(v, jnp.asarray(x, jnp.float32)))
+        assert y.dtype == (dtype or jnp.float32)
+
+
 def test_init_makes_zeros_outside_the_parameters():
     v = Dense8bit(5).init(jax.random.key(0), jnp.ones((2, 12)))
     assert jax.tree.map(lambda a: (a.dtype.name, a.shape), v) == {

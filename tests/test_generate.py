@@ -423,6 +423,8 @@ def test_bad_options(options: dict, message: str) -> None:
 def test_options_are_numbers(option: str) -> None:
     with pytest.raises(TypeError, match=f"{option}: expected a number, got '1'"):
         Sampling(**{option: "1"})  # pyright: ignore[reportArgumentType]
+    with pytest.raises(TypeError, match=f"{option}: expected a number, got array"):
+        Sampling(**{option: np.ones(2)})  # pyright: ignore[reportArgumentType]
     Sampling(**{option: jnp.float32(1)})  # pyright: ignore[reportArgumentType]
 
 
@@ -481,6 +483,8 @@ def test_language_model_refuses() -> None:
         model.generate([""], 3)
     with pytest.raises(ValueError, match="temperature"):
         model.generate(["a"], 3, temperature=-1.0)
+    with pytest.raises(TypeError, match="tokens: expected values, got an array traced"):
+        jax.jit(model.logits)(np.zeros((1, 3), int))
     with pytest.raises(TypeError, match="token ids must be integers, got float64$"):
         model.logits(np.zeros((1, 3)))
     with pytest.raises(

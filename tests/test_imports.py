@@ -2,6 +2,8 @@
 
 import ast
 import pathlib
+import subprocess
+import sys
 
 import pytest
 
@@ -35,6 +37,14 @@ def test_imports_point_one_way(path):
     assert not [
         i for i in found if i.startswith("jax._src") or i in ("pickle", "torch", "transformers")
     ]
+
+
+def test_models_are_there_once_they_are_asked_for():
+    code = (
+        "import sys, jaxint8; assert 'jaxint8.models' not in sys.modules; jaxint8.models.load; "
+        "assert not hasattr(jaxint8, 'nothing')"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_ffi_call_stands_in_one_file():

@@ -393,6 +393,8 @@ def test_unknown_gguf_architecture(tmp_path: Path) -> None:
 
 
 def test_sources_that_are_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(TypeError, match="source: expected a path or a name, got NoneType"):
+        load(None)  # pyright: ignore[reportArgumentType]
     refused(tmp_path / "nowhere", "nowhere: no such file or directory, and neither 'demo' nor")
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(CheckpointError, match=r"facebook/opt-125m: no such .*'jaxint8\[hub\]'"):

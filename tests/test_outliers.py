@@ -87,6 +87,7 @@ def test_relative_threshold_is_scale_free_and_permutation_free():
         (ValueError, lambda: Threshold(-1.0)),
         (ValueError, lambda: Threshold(float("nan"))),
         (ValueError, lambda: Threshold(10**400)),
+        (ValueError, lambda: RelativeThreshold(1e300)),
         (ValueError, lambda: TopK(2**31)),
         (ValueError, lambda: Threshold(6.0, "row")),
         (TypeError, lambda: RelativeThreshold("6")),

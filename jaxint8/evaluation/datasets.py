@@ -37,7 +37,11 @@ def load_text(source: str) -> Text:
       OSError: the file cannot be read, or the demo text cannot be downloaded.
     """
     if source == "demo":
-        return Text("demo", SEPARATOR.join(read(Path(p)) for p in download.demo_text_files()))
+        try:
+            files = download.demo_text_files()
+        except download.DownloadError as error:
+            raise download.DownloadError(f"{error}; the text pydoc needs no network") from None
+        return Text("demo", SEPARATOR.join(map(read, files)))
     if source == "pydoc":
         return Text("pydoc", _pydoc_topics())
     path = Path(source)
