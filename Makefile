@@ -12,7 +12,7 @@ FIND_PYTHON = for p in "$$PYTHON" python3.12 python3.13 python3.14 python3 \
 	/opt/python*/bin/python3 "$$HOME"/miniconda3/bin/python3 "$$HOME"/miniforge3/bin/python3 2>/dev/null | sort -V); do \
 	[ -n "$$p" ] && "$$p" -c 'import sys, venv; sys.exit(sys.version_info < (3, 12))' 2>/dev/null && echo "$$p" && break; done
 
-.PHONY: setup demo test test-oldest-jax check format clean
+.PHONY: setup demo bench test test-oldest-jax check format clean
 
 setup: $(VENV)/.installed
 
@@ -35,6 +35,13 @@ demo: setup
 		--methods=float32,bfloat16,absmax,vectorwise,llm_int8,relative,topk
 	$(BIN)/jaxint8-generate --model=demo --method=topk --max_new_tokens=48 \
 		--prompt="The best thing about a small language model is"
+
+# Every suite beside the peers that install, some hours; `make bench BENCH="--suites=decode --quick"` for a part of it.
+BENCH ?= --suites=all
+bench: setup
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c .ci/constraints.txt \
+		$$($(BIN)/python .ci/requirements.py bench)
+	$(BIN)/jaxint8-bench $(BENCH) --output=build/bench
 
 TESTS ?=
 test: setup
