@@ -153,12 +153,22 @@ ALWAYS_INLINE inline void AddGroups(const Row& row, const uint8_t* groups, const
 const int32_t* FinishFour(const Block& b, const int32_t* sums, int64_t i, const uint8_t* groups, const int32_t* slot) {
   const int32_t* tiles = sums + i / kTile * kTilesN * kTileSums + i % kTile;
   __m512i acc[4][4];
+  const auto four = [&](auto z, int64_t first, __m512i(&rows)[4]) ALWAYS_INLINE {
+    const int32_t* const tile = tiles + z * kTileSums + first;
+    FourWords([&](auto q, auto r) ALWAYS_INLINE -> const void* { return tile + (4 * q + r) * kTile; }, rows);
+  };
   Unroll<4>([&](auto z) ALWAYS_INLINE {
     __m512i rows[4];
-    FourWords([&](auto q, auto r) ALWAYS_INLINE -> const void* { return tiles + z * kTileSums + (4 * q + r) * kTile; },
-              rows);
+    four(z, 0, rows);
     Unroll<4>([&](auto r) ALWAYS_INLINE { acc[r][z] = rows[r]; });
   });
+  if (b.beside) {
+    Unroll<4>([&](auto z) ALWAYS_INLINE {
+      __m512i high[4];
+      four(z, kTile / 2, high);
+      Unroll<4>([&](auto r) ALWAYS_INLINE { acc[r][z] = _mm512_add_epi32(acc[r][z], _mm512_slli_epi32(high[r], 7)); });
+    });
+  }
   const int64_t end = i + 4 < b.m ? i + 4 : b.m;
   if (groups) {
     Unroll<4>([&](auto r) ALWAYS_INLINE {

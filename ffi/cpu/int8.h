@@ -160,6 +160,7 @@ struct Block {
   const FourRows* fours;  // with turned codes: [m / kTurnedRows, rounded up]
   uint8_t* panel;  // with turned codes, of this thread: turned_n outputs of k weights, or the plan's groups of all
   bool arranged;   // codes are, by Rung::arrange
+  bool beside;     // and in the place of the ninth row and the next stand high parts of the first and the next
   const HighTiles* high;  // set when with_hi and codes are arranged, but no plan: [m / 16, rounded up]
   int64_t m;
   const int8_t* w;  // [n][k]
@@ -322,6 +323,7 @@ class Job : public Phased {
   bool quads_ = false;                // whether high parts are listed as quads, not as words
   bool turns_ = false;                // whether codes are turned (Rung::turn)
   bool arranged_ = false;             // whether codes are arranged, by whoever quantises the last of 16 rows
+  bool beside_ = false;               // and high parts with them, of so few rows that there is room
   int64_t chunk_m_ = 0, chunks_ = 0;  // rows of an item of the last phase, items of a block; 0 if there are none
   From from_ = From::kMemory;
   uint64_t id_;

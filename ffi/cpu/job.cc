@@ -82,7 +82,8 @@ Job::Job(const Problem& problem) : p_(problem), ws_(Acquire()), id_(NextId()) {
     ws_->fours.assign(fours, FourRows{});
     ws_->turned_codes = HalfAPageFrom(p_.w, ws_->turned.Get<int8_t>(lines * ws_->stride + kPage), kTurnedLines);
   }
-  plans_ = p_.rung->turn ? turns_ && p_.m <= p_.rung->turned_m : high && (arranged_ || p_.m <= kSmallM);
+  beside_ = arranged_ && high && p_.m <= kArrangedRows / 2;
+  plans_ = p_.rung->turn ? turns_ && p_.m <= p_.rung->turned_m : high && !beside_ && (arranged_ || p_.m <= kSmallM);
   quads_ = high && p_.m >= kLeastQuadRows && p_.k <= p_.rung->quads_k;
   // Both halves of a gate and its sums are to stay in the second-level cache.
   int64_t most = p_.rung->chunk_m / (p_.gated ? 2 : 1);

@@ -69,6 +69,7 @@ Block Job::BlockOf(int64_t item, const Place& at) const {
         std::max(p_.rung->turned_n * RoundUp(p_.k, 64), b.plan ? b.plan->groups * kBlockN * 4 : 0));
   }
   b.arranged = arranged_;
+  b.beside = beside_;
   b.w = p_.w + j0 * p_.k;
   b.job = id_;
   b.from = from_;

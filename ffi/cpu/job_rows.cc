@@ -210,6 +210,11 @@ void Job::Arrange(int64_t begin, int64_t end) {
     int8_t *const codes = ws_->codes + first * ws_->stride, *const rows = Scratch().rows.Get<int8_t>(bytes);
     std::memcpy(rows, codes, static_cast<size_t>(m * ws_->stride));
     std::memset(rows + m * ws_->stride, 0, static_cast<size_t>((kArrangedRows - m) * ws_->stride));
+    for (int64_t i = 0; beside_ && i < m; ++i) {
+      int8_t* const high = rows + (kArrangedRows / 2 + i) * ws_->stride;
+      const Row& row = ws_->rows[i];
+      for (int32_t j = 0; j < row.words; ++j) std::memcpy(high + row.hi[j].group * 4, &row.hi[j].four, 4);
+    }
     p_.rung->arrange(rows, ws_->stride, RoundUp(p_.k, 64), codes);
   }
 }
