@@ -467,7 +467,7 @@ bool Arranges(int64_t m, int64_t k, From from) {
     case From::kCache:
       return m >= (short_row ? 4 : 6);
     case From::kMemory:
-      return m >= 4;
+      return m >= (k > kSingleK ? 1 : 2);
   }
   return false;
 }
