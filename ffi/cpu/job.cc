@@ -69,7 +69,7 @@ Job::Job(const Problem& problem) : p_(problem), ws_(Acquire()), id_(NextId()) {
   const int64_t since = guessed ? BytesSince(p_.w, bytes) : p_.source == Problem::Source::kMemory ? INT64_MAX : bytes;
   static const int64_t caches = std::max(1u, std::thread::hardware_concurrency());  // a call of the system
   const bool near = since / kOwnCacheBytes < caches;
-  from_ = since > kCacheBytes ? From::kMemory : near ? From::kOwnCache : From::kCache;
+  from_ = since > CacheBytes() ? From::kMemory : near ? From::kOwnCache : From::kCache;
   arranged_ = p_.rung->arranges != nullptr && p_.k > 0 && p_.rung->arranges(p_.m, p_.k, from_);
   const int64_t room = arranged_ ? RoundUp(p_.m, kArrangedRows) : p_.m;
   ws_->codes = HalfAPageFrom(p_.w, ws_->lo.Get<int8_t>(room * ws_->stride + kPage), p_.m);

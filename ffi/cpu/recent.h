@@ -5,14 +5,28 @@
 #ifndef JAXINT8_FFI_CPU_RECENT_H_
 #define JAXINT8_FFI_CPU_RECENT_H_
 
+#include <unistd.h>
+
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 
 namespace jaxint8::cpu {
 
-// What a third-level cache is taken to hold of weights, most of 32 MB, and the second-level caches of so many threads,
-// where these are large.
-inline constexpr int64_t kCacheBytes = 24 << 20, kOwnCacheBytes = 2 << 20;
+// What the second-level caches of so many threads are taken to hold of weights, where these are large.
+inline constexpr int64_t kOwnCacheBytes = 2 << 20;
+
+// And a third-level cache: most of 32 MB, or a quarter of a very large one, of which processors may be given a part (of
+// 480 MB two cores had 150).
+inline int64_t CacheBytes() {
+  constexpr int64_t kLeast = 24 << 20;
+#if defined(_SC_LEVEL3_CACHE_SIZE)
+  static const int64_t bytes = std::max<int64_t>(kLeast, sysconf(_SC_LEVEL3_CACHE_SIZE) / 4);
+  return bytes;
+#else
+  return kLeast;
+#endif
+}
 
 // Says that these weights are multiplied now, and returns how many bytes of weights, these included, have been since
 // they were last, or the largest number if they never were. A guess: threads that say so at once may undo each other's
