@@ -175,18 +175,37 @@ def row_codes(x: jax.Array, layer: Layer) -> QuantizedRows:
     if layer.implementation in ("xla", "reference"):
         return portable(x)
 
-    def compiled(platform: kernels.Platform) -> Callable[[jax.Array], QuantizedRows]:
-        def call(x: jax.Array) -> QuantizedRows:
-            lo, hi, scale = kernels.quantize_rows(x, layer.rule, platform=platform)
-            made = QuantizedRows(lo, None if layer.rule is None else hi, scale[:, None])
-            return jax.tree.map(lambda array: vary_like(array, x), made)
-
-        return call
-
     if layer.implementation is not None:
-        return compiled(layer.implementation)(x)
-    platforms = {platform: compiled(platform) for platform in kernels.platforms()}
+        return _compiled_rows(layer.rule, layer.implementation)(x)
+    platforms = {platform: _compiled_rows(layer.rule, platform) for platform in kernels.platforms()}
     return jax.lax.platform_dependent(x, default=portable, **platforms)
+
+
+@functools.cache
+def _compiled_rows(
+    rule: OutlierRule | None, platform: kernels.Platform
+) -> Callable[[jax.Array], QuantizedRows]:
+    """The kernel as a function that vmap folds into rows, where a row's result does not depend on the others."""
+
+    @jax.custom_batching.custom_vmap
+    def call(x: jax.Array) -> QuantizedRows:
+        lo, hi, scale = kernels.quantize_rows(x, rule, platform=platform)
+        made = QuantizedRows(lo, None if rule is None else hi, scale[:, None])
+        return jax.tree.map(lambda array: vary_like(array, x), made)
+
+    @call.def_vmap
+    def _(size: int, batched: list[bool], x: jax.Array) -> tuple[QuantizedRows, QuantizedRows]:
+        if names := mapped_names(tuple(batched), (x,)):
+            made = on_parts(call, True, x, names)
+        elif is_token_scope(rule):
+            _, m, k = x.shape
+            made = call(x.reshape(size * m, k))
+            made = jax.tree.map(lambda array: array.reshape(size, m, array.shape[-1]), made)
+        else:
+            made = jax.lax.map(call, x)
+        return made, jax.tree.map(lambda _: True, made)
+
+    return call
 
 
 def integer_product(

@@ -177,6 +177,9 @@ def partition_of(x: jax.Array, codes: jax.Array) -> Partition | None:
     Args:
       x: float[..., k].
       codes: int8[n, k].
+
+    Raises:
+      ValueError: they lie on meshes of different axes.
     """
     x_at, codes_at = _sharding(x), _sharding(codes)
     at = codes_at or x_at
@@ -185,6 +188,11 @@ def partition_of(x: jax.Array, codes: jax.Array) -> Partition | None:
     n, k = _entries(codes_at, 2)
     taken = {*n, *k}
     *leading, columns = _entries(x_at, x.ndim)
+    for name in (name for entry in (*leading, columns) for name in entry):
+        if name not in at.mesh.axis_names:
+            raise ValueError(
+                f"x: expected on the mesh of w, with axes {at.mesh.axis_names}, got it split over {name!r} of another"
+            )
     rows = [tuple(name for name in e if name not in taken) for e in leading]
     if not (taken or any(rows) or columns):
         return None
@@ -205,7 +213,7 @@ def mapped_names(mapped: Any, arrays: Any) -> tuple[str, ...]:
     return ()
 
 
-def on_parts(call: Callable[[Any], jax.Array], mapped: Any, arrays: Any, names: Axes) -> jax.Array:
+def on_parts(call: Callable[[Any], Any], mapped: Any, arrays: Any, names: Axes) -> Any:
     """`jax.vmap` of a kernel, each device mapping over its own part of an axis that is split over these mesh axes.
 
     Args:

@@ -333,6 +333,43 @@ def test_columns_that_are_split_explicitly_are_gathered_for_weights_that_are_not
             np.testing.assert_allclose(other_gradient, gradient, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("rule", RULES, ids=repr)
+def test_vmap_of_rows_that_are_split_explicitly_with_columns(rule):
+    mesh = mesh_of((2, 4), AxisType.Explicit)
+    found, x = case()
+    x = x.reshape(4, M // 4, K)
+    w = QuantizedMatrix(jnp.asarray(found.codes), jnp.asarray(found.scale))
+    layer = functools.partial(int8_linear, outliers=rule)
+    expected = jax.vmap(layer, (0, None))(jnp.asarray(x), w)
+    with jax.set_mesh(mesh):
+        codes = jax.device_put(w.codes, NamedSharding(mesh, P(None, "model")))
+        held = QuantizedMatrix(codes, jax.device_put(w.scale, NamedSharding(mesh, P())))
+        for spec in (P("data"), P("data", None, "model")):
+            split = jax.device_put(x, NamedSharding(mesh, spec))
+            for call in (jax.vmap(layer, (0, None)), jax.jit(jax.vmap(layer, (0, None)))):
+                np.testing.assert_array_equal(bits(call(split, held)), bits(expected))
+
+
+def test_a_given_partition_moves_weights_that_lie_elsewhere_on_explicit_axes():
+    mesh = mesh_of((2, 4), AxisType.Explicit)
+    found, x = case()
+    w = QuantizedMatrix(jnp.asarray(found.codes), jnp.asarray(found.scale))
+    expected = bits(int8_linear(jnp.asarray(x), w))
+    for partition in (Partition(mesh, rows="data", n="model"), Partition(mesh, k="model")):
+        y = int8_linear(jnp.asarray(x), w, partition=partition)
+        np.testing.assert_array_equal(bits(y), expected)
+
+
+def test_meshes_of_other_axes_are_refused():
+    found, x = case()
+    there = NamedSharding(mesh_of((2, 4)), P(None, "model"))
+    other = NamedSharding(jax.make_mesh((8,), ("x",)), P(None, "x"))
+    codes = jax.device_put(found.codes, there)
+    w = QuantizedMatrix(codes, jnp.asarray(found.scale))
+    with pytest.raises(ValueError, match="x: expected on the mesh of w, .* split over 'x'"):
+        int8_linear(jax.device_put(x, other), w)
+
+
 def test_a_mesh_of_explicit_and_automatic_axes():
     mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Explicit, AxisType.Auto))
     found, x = case()
