@@ -140,7 +140,7 @@ def _steps(
         token, cache = _next(
             params, state.token[:, None], state.cache, draw, state.keys, state.step, **how
         )
-        made = jax.lax.dynamic_update_slice(made, token[:, None], (0, state.step - first))
+        made = jax.lax.dynamic_update_slice_in_dim(made, token[:, None], state.step - first, 1)
         done = state.done | _is_end(token, config)
         step = state.step + jnp.int32(1)
         return _State(cache, token, done, step, state.keys), made

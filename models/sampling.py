@@ -156,7 +156,7 @@ def _keep(logits: jax.Array, enough: Callable[[jax.Array], jax.Array]) -> jax.Ar
     order = jnp.where(bits < 0, bits ^ jnp.int32(0x7FFFFFFF), bits)
 
     def try_bit(index: jax.Array, threshold: jax.Array) -> jax.Array:
-        bit = jax.lax.shift_right_logical(jnp.int32(_SIGN), index)
+        bit = jax.lax.shift_right_logical(jnp.int32(_SIGN), index.astype(jnp.int32))
         higher = threshold ^ bit
         return jnp.where(enough(order >= higher[:, None]), higher, threshold)
 

@@ -124,23 +124,23 @@ def store(
 ) -> tuple[Held, Held]:
     """Writes key and value [b, t, kv_heads, head_dim] of new tokens into a layer's cache."""
     keys, values = stored
-    put = jax.lax.dynamic_update_slice
+    put = jax.lax.dynamic_update_slice_in_dim
     if isinstance(keys, Vectors) or isinstance(values, Vectors):
         assert isinstance(keys, Vectors)
         assert isinstance(values, Vectors)
         new, new_value = encode(spread(key)), encode(value)
         return (
             Vectors(
-                put(keys.codes, jnp.swapaxes(new.codes, 1, 2), (0, 0, slot, 0)),
-                put(keys.scale, jnp.swapaxes(new.scale, 1, 2), (0, 0, slot)),
+                put(keys.codes, jnp.swapaxes(new.codes, 1, 2), slot, 2),
+                put(keys.scale, jnp.swapaxes(new.scale, 1, 2), slot, 2),
             ),
             Vectors(
-                put(values.codes, jnp.transpose(new_value.codes, (0, 2, 3, 1)), (0, 0, 0, slot)),
-                put(values.scale, jnp.swapaxes(new_value.scale, 1, 2), (0, 0, slot)),
+                put(values.codes, jnp.transpose(new_value.codes, (0, 2, 3, 1)), slot, 3),
+                put(values.scale, jnp.swapaxes(new_value.scale, 1, 2), slot, 2),
             ),
         )
     new_keys, new_values = jnp.transpose(key, (0, 2, 3, 1)), jnp.swapaxes(value, 1, 2)
-    return put(keys, new_keys, (0, 0, 0, slot)), put(values, new_values, (0, 0, slot, 0))
+    return put(keys, new_keys, slot, 3), put(values, new_values, slot, 2)
 
 
 def held(stored: tuple[Held, Held], dtype: DTypeLike) -> tuple[jax.Array, jax.Array]:
