@@ -1,9 +1,8 @@
 """Outlier rules: which activation values leave the 8-bit range and are carried at higher precision.
 
 LLM.int8() (Dettmers et al. 2022, section 3.2) takes every column that holds a value of magnitude >= 6. The surprising
-fact is that a criterion relative to the row's own root mean square, or simply the k largest values of each row, does
-about three quarters less damage with a third of the values or fewer, as absolute thresholds assume hidden states of rms
-1.
+fact is that a criterion relative to the row's own root mean square, or simply the k largest values of each row, moves
+log-probabilities about half as far with fewer values, because absolute thresholds assume hidden states of rms 1.
 
 Every statistic here is a maximum, a count or an integer sum, so a rule selects the same values whatever the tiling,
 the order of summation or the sharding of a row.

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -115,6 +116,8 @@ class LanguageModel:
             raise ValueError(f"b and t: expected at least 1 of each, got {b} and {t}")
         how = {"config": self.config, "quantization": self.quantization}
         tokens = np.zeros((b, t), np.int32)
+        if self.placement is not None:
+            tokens = self.placement.fill_rows(tokens)
         with around(self.placement):
             lowered = _logits.lower(self.params, tokens, **how, placement=self.placement)
             analysis = lowered.compile().memory_analysis()
@@ -149,11 +152,16 @@ class LanguageModel:
 
         Raises:
             ValueError: an option out of range, or a prompt that is empty or too long.
-            TypeError: one string in the place of several, or a number that is no integer.
+            TypeError: prompts are no strings, or one in the place of several; a number that is no integer.
 
         """
         if isinstance(prompts, str):
             raise TypeError("prompts: expected a sequence of strings, got one string")
+        if not isinstance(prompts, Iterable):
+            raise TypeError(f"prompts: expected a sequence of strings, got {prompts!r}")
+        prompts = list(prompts)
+        for index, prompt in enumerate(prompts):
+            _check_text(f"prompt {index}", prompt)
         tokenizer = self._tokenizer()
         rows = generate_tokens(
             self.config,
@@ -177,8 +185,12 @@ class LanguageModel:
                 ``chunk``, the steps between two pieces (see `stream_tokens`).
 
         """
+        _check_text("prompt", prompt)
         tokenizer = self._tokenizer()
         names = ("temperature", "top_k", "top_p")
+        for name in options:
+            if name not in (*names, "seed", "chunk"):
+                raise TypeError(f"stream: got an unexpected option {name!r}")
         sampling = Sampling(**{name: options.pop(name) for name in names if name in options})
         gained = stream_tokens(
             self.config,
@@ -201,8 +213,14 @@ class LanguageModel:
         Raises:
             ValueError: the architecture has no form as a config.json, or parameters are with other
                 processes.
+            TypeError: ``directory`` is no path.
+            OSError: it cannot be written, or is a file.
 
         """
+        if not isinstance(directory, str | os.PathLike):
+            raise TypeError(f"directory: expected a path, got {type(directory).__name__}")
+        if Path(directory).is_file():
+            raise NotADirectoryError(f"directory: {directory} is a file")
         model = self
         if self.placement is not None:
             model = LanguageModel(
@@ -219,6 +237,11 @@ class LanguageModel:
                 "this model was loaded without a tokenizer: use jaxint8.models.generate.generate_tokens"
             )
         return self.tokenizer
+
+
+def _check_text(name: str, text: object) -> None:
+    if not isinstance(text, str):
+        raise TypeError(f"{name}: expected a string, got {text!r}")
 
 
 @functools.partial(jax.jit, static_argnames=("config", "quantization", "placement"))

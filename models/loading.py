@@ -32,6 +32,7 @@ from jaxint8.models.families.base import end_tokens
 from jaxint8.models.language_model import LanguageModel
 from jaxint8.models.placement import Placement
 from jaxint8.models.tokenizer import TOKENIZER_FILES, Tokenizer, read_json
+from jaxint8.schemes import Scheme
 
 # Methods of the evaluation that leave the weights float, in that precision.
 FLOAT_METHODS = ("float32", "bfloat16")
@@ -71,7 +72,8 @@ def load(
     Raises:
         CheckpointError: the files are missing, broken or do not fit together; a weight is not
             finite; the tokenizer is of an unknown kind. One line that names the file.
-        ValueError, TypeError: an argument cannot be, or the architecture is not known.
+        ValueError, TypeError: an argument cannot be (a scheme whose weights are not int8 by rows, of a checkpoint that
+            is int8, too), or the architecture is not known.
         DownloadError: the demo model is not cached and cannot be fetched.
 
     """
@@ -82,8 +84,13 @@ def load(
     checkpoint = describe(source)
     placement = None if mesh is None else Placement.of(checkpoint.config, mesh, method)
     if placement is not None and method is not None and not method.native:
-        raise ValueError("quantization: this scheme runs on one device only, without a mesh")
+        raise ValueError(
+            "quantization: what no kernel carries out (zeropoint, activations of one scale or in floats, float weights "
+            "of outliers) runs on one device only, without a mesh"
+        )
     check(checkpoint)
+    if method is not None and method.stored != Scheme().stored:
+        _refuse_codes(checkpoint)
     params = _read(checkpoint, method, chosen, placement)
     checkpoint.reader.close()
     return LanguageModel(
@@ -129,6 +136,8 @@ def describe(source: str | os.PathLike[str]) -> Checkpoint:
 
 def _resolve(source: str | os.PathLike[str]) -> Path:
     """Returns the file or directory that ``source`` means, downloading if needed."""
+    if source == "":
+        raise ValueError("source: expected a path or a name, got an empty string")
     if not isinstance(source, str | os.PathLike):
         raise TypeError(f"source: expected a path or a name, got {type(source).__name__}")
     path = Path(source)
@@ -289,6 +298,18 @@ def check(checkpoint: Checkpoint) -> None:
             f"{reader.path}: the tensors are not those of a {config.family} model of "
             f"{config.layers} layers; {'; '.join(found)}"
         )
+
+
+def _refuse_codes(checkpoint: Checkpoint) -> None:
+    """Raises ValueError where a layer is int8 already: codes by rows, of which no other kind can be made."""
+    reader = checkpoint.reader
+    for source in checkpoint.sources.values():
+        for part in source.parts:
+            if source.kind == "linear" and bitsandbytes.is_int8(reader, part.name):
+                reader.close()
+                raise ValueError(
+                    f"quantization: this scheme is made of float weights, and {part.name} of {reader.path} is int8"
+                )
 
 
 def _fits(reader: TensorReader, part: Part, source: Source) -> bool:

@@ -48,6 +48,11 @@ def test_without_a_network_another_text_is_named(monkeypatch):
         datasets.load_text("demo")
 
 
+def test_an_empty_name_is_refused():
+    with pytest.raises(ValueError, match="text: expected a file, demo or pydoc, got an empty name"):
+        datasets.load_text("")
+
+
 def test_pydoc_needs_no_file():
     text = datasets.load_text("pydoc")
     assert text.name == "pydoc"

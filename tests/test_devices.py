@@ -102,6 +102,10 @@ def test_a_dead_process_ends_the_run_with_a_message(checkpoint, victim):  # noqa
         ({"mesh": "0x8"}, "mesh: expected DATAxMODEL"),
         ({"mesh": "4x4"}, "mesh: 4x4 needs 16 devices, and there are 8"),
         ({"process_id": 1}, "process_id: expected coordinator_address and num_processes with it"),
+        (
+            {"coordinator_address": "nonsense", "num_processes": 2, "process_id": 0},
+            "coordinator_address: expected host:port, got 'nonsense'",
+        ),
         ({"num_processes": 2, "process_id": 0}, "coordinator_address: expected with the other two"),
         (
             {"coordinator_address": "localhost:1", "num_processes": 2, "process_id": 2},

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tokenizers
-from test_decoder import CASES, load_case, quantized, run
+from test_decoder import CASES, GOLDENS, load_case, quantized, run
 from tokenizers import decoders, models
 
 from jaxint8 import RelativeThreshold, TopK
@@ -18,6 +18,7 @@ from jaxint8.models.cache import SMALLEST_CAPACITY, capacity_for
 from jaxint8.models.config import QuantizationConfig
 from jaxint8.models.generate import generate_tokens, padded_length, stream_tokens
 from jaxint8.models.language_model import LanguageModel
+from jaxint8.models.loading import load
 from jaxint8.models.sampling import Draw, Sampling, next_tokens, row_keys
 from jaxint8.models.tokenizer import Tokenizer
 
@@ -419,6 +420,20 @@ def test_bad_options(options: dict, message: str) -> None:
         Sampling(**options)
 
 
+@pytest.mark.parametrize("quantization", [None, "topk", "topk:kv_int8"])
+def test_the_same_tokens_where_integers_have_64_bits(quantization: str | None) -> None:
+    model = load(GOLDENS / "llama_gqa_tied", quantization=quantization)
+    sampling = Sampling(temperature=1.0, top_k=5, top_p=0.9)
+
+    def made() -> list[list[int]]:
+        how = {"quantization": model.quantization, "sampling": sampling}
+        return generate_tokens(model.config, model.params, [[1, 2, 3], [4]], 40, **how)
+
+    expected = made()
+    with jax.enable_x64(True):
+        assert made() == expected
+
+
 @pytest.mark.parametrize("option", ["temperature", "top_k", "top_p"])
 def test_options_are_numbers(option: str) -> None:
     with pytest.raises(TypeError, match=f"{option}: expected a number, got '1'"):
@@ -479,6 +494,18 @@ def test_language_model_refuses() -> None:
     model = model_of("llama_mha")
     with pytest.raises(TypeError, match="prompts: expected a sequence of strings, got one string"):
         model.generate("Hello", 3)
+    for wrong, message in (
+        (None, "prompts: expected a sequence"),
+        ([1], "prompt 0: expected a str"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            model.generate(wrong, 3)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(TypeError, match="stream: got an unexpected option 'temprature'"):
+        next(model.stream("a", 3, temprature=1.0))
+    with pytest.raises(TypeError, match="directory: expected a path, got NoneType"):
+        model.save(None)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(NotADirectoryError, match="directory: .*test_generate.py is a file"):
+        model.save(__file__)
     with pytest.raises(ValueError, match="prompt 0 is empty"):
         model.generate([""], 3)
     with pytest.raises(ValueError, match="temperature"):

@@ -174,6 +174,12 @@ def test_what_bitsandbytes_itself_saved() -> None:
         assert 0 < moved < 0.1 * golden["logits"].std()
 
 
+@pytest.mark.parametrize("method", ["absmax", "rowwise", "zeropoint", "llm_int8:float_weights"])
+def test_schemes_of_float_weights_are_refused_where_these_are_int8(method: str) -> None:
+    with pytest.raises(ValueError, match=r"float weights, and model\.layers\.0\..* is int8"):
+        load(GOLDENS / "bitsandbytes", quantization=method)
+
+
 # GGUF
 
 
@@ -393,6 +399,8 @@ def test_unknown_gguf_architecture(tmp_path: Path) -> None:
 
 
 def test_sources_that_are_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="source: expected a path or a name, got an empty string"):
+        load("")
     with pytest.raises(TypeError, match="source: expected a path or a name, got NoneType"):
         load(None)  # pyright: ignore[reportArgumentType]
     refused(tmp_path / "nowhere", "nowhere: no such file or directory, and neither 'demo' nor")

@@ -142,6 +142,9 @@ def _join(options: app.Options) -> bool:
     count, own = numbers.values()
     if count is not None and own is not None and own >= count:
         raise ValueError(f"process_id: expected less than num_processes = {count}, got {own}")
+    address = given["coordinator_address"]
+    if address is not None and not re.fullmatch(r".+:\d{1,5}", address):
+        raise ValueError(f"coordinator_address: expected host:port, got {address!r}")
     if options["mesh"] is None:
         raise ValueError("mesh: expected for a run of several processes")
     try:

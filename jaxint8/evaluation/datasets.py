@@ -33,9 +33,11 @@ def load_text(source: str) -> Text:
         object a line, anything else is plain text. UTF-8 in both cases.
 
     Raises:
-      ValueError: the file is not UTF-8, not JSON lines with "text", or holds no text.
+      ValueError: the name is empty, or the file is not UTF-8, not JSON lines with "text", or holds no text.
       OSError: the file cannot be read, or the demo text cannot be downloaded.
     """
+    if not source:
+        raise ValueError("text: expected a file, demo or pydoc, got an empty name")
     if source == "demo":
         try:
             files = download.demo_text_files()
