@@ -36,7 +36,7 @@ demo: setup
 	$(BIN)/jaxint8-generate --model=demo --method=topk --max_new_tokens=48 \
 		--prompt="The best thing about a small language model is"
 
-# Every suite beside the peers that install, some hours; `make bench BENCH="--suites=decode --quick"` for a part of it.
+# Every suite beside the peers that install, half an hour or more; `make bench BENCH="--suites=decode --quick"` for a part of it.
 BENCH ?= --suites=all
 bench: setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c .ci/constraints.txt \
