@@ -58,6 +58,9 @@ def int8_linear(
 
     A row that holds a non-finite value gives NaN throughout; its neighbours are untouched.
 
+    `jax.export` wants ``export.DisabledSafetyCheck.custom_call("jaxint8_linear")``, and what it makes runs where this
+    version of the kernels is; with implementation "xla" it is a program like any other.
+
     Differentiable in x and bias: dx = (g * scale) @ codes in float32, that is the gradient of the dequantised layer
     (straight through the rounding of x). The int8 leaves of w get no gradient.
 

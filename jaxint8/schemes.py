@@ -96,6 +96,10 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "int15": {"outlier_arithmetic": "int15"},
     "float_weights": {"outlier_weights": "float"},
 }
+# What options say that are no numbers.
+_KINDS = {"token": "scope", "column": "scope", "float": "arithmetic", "int15": "arithmetic"} | {
+    "float_weights": "kind of outlier weights"
+}
 
 
 def parse(name: str) -> Scheme:
@@ -106,13 +110,20 @@ def parse(name: str) -> Scheme:
     "topk:16", "llm_int8:float_weights".
 
     Raises:
-      ValueError: a name or an option that is not known, or does not go with the scheme.
+      ValueError: a name or an option that is not known, comes twice, or does not go with the scheme.
     """
     base, *options = name.split(":")
     if base not in SCHEMES:
         raise ValueError(f"quantization: {name!r} is not one of {', '.join(SCHEMES)}")
     scheme = SCHEMES[base]
+    said: dict[str, str] = {}
     for option in options:
+        what = _KINDS.get(option, "number")
+        if what in said:
+            raise ValueError(
+                f"quantization: {name!r}: expected one {what}, got {said[what]!r} and {option!r}"
+            )
+        said[what] = option
         try:
             if option in _OPTIONS:
                 scheme = dataclasses.replace(scheme, **_OPTIONS[option])

@@ -63,7 +63,7 @@ class LanguageModel:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all parameters, wherever they lie (replicas counted once)."""
+        """Bytes of all parameters, wherever they lie (replicas counted once; on a mesh with what pads them)."""
         return sum(leaf.nbytes for leaf in jax.tree.leaves(self.params))
 
     def logits(self, tokens: ArrayLike) -> jax.Array:

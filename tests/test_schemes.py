@@ -191,6 +191,8 @@ def test_names_with_options(name, outliers, more):
     [
         ("int4", "'int4' is not one of absmax, zeropoint, rowwise, vectorwise,"),
         ("topk:token", "option 'token' does not go with topk .it takes a whole number"),
+        ("topk:8:16", "'topk:8:16': expected one number, got '8' and '16'"),
+        ("relative:token:column", "expected one scope, got 'token' and 'column'"),
         ("topk:x", "option 'x' does not go with topk .it takes a whole number"),
         ("llm_int8:-1", "option '-1' does not go with llm_int8 .*must be >= 0"),
         ("vectorwise:4", "option '4' does not go with vectorwise .it has no outliers"),
