@@ -90,7 +90,7 @@ def load(
         )
     check(checkpoint)
     if method is not None and method.stored != Scheme().stored:
-        _refuse_codes(checkpoint)
+        _refuse_codes(checkpoint, method)
     params = _read(checkpoint, method, chosen, placement)
     checkpoint.reader.close()
     return LanguageModel(
@@ -300,12 +300,16 @@ def check(checkpoint: Checkpoint) -> None:
         )
 
 
-def _refuse_codes(checkpoint: Checkpoint) -> None:
-    """Raises ValueError where a layer is int8 already: codes by rows, of which no other kind can be made."""
+def _refuse_codes(checkpoint: Checkpoint, method: QuantizationConfig) -> None:
+    """Raises ValueError where a layer is int8 already and not as the method wants it: codes are not made again."""
     reader = checkpoint.reader
+    one_scale = (method.numbers, method.outlier_weights) == ("absmax", "int8")
     for source in checkpoint.sources.values():
         for part in source.parts:
             if source.kind == "linear" and bitsandbytes.is_int8(reader, part.name):
+                # What was saved by such a method has one scale in all rows.
+                if one_scale and len(np.unique(bitsandbytes.read_scale(reader, part.name))) <= 1:
+                    continue
                 reader.close()
                 raise ValueError(
                     f"quantization: this scheme is made of float weights, and {part.name} of {reader.path} is int8"
